@@ -1,0 +1,35 @@
+"""Settings that every test runs under: one torch thread, a Hypothesis profile, no flaky deadline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# A model's first example takes ten times as long as its replay, so a deadline makes a healthy model flaky.
+# Every example draws its own torch seed; the database is off so that a run depends on its seed alone.
+_COMMON = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow], print_blob=False)
+settings.register_profile("quick", _COMMON, max_examples=10)
+settings.register_profile("standard", _COMMON, max_examples=40)
+settings.register_profile("thorough", _COMMON, max_examples=400)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--profile", choices=("quick", "standard", "thorough"), default="standard", help="examples a property")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile(config.getoption("--profile"))
+    torch.set_num_threads(1)  # two threads on two busy cores are 25 times slower on tiny models
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"torch {torch.__version__}, CUDA device: {device}, profile {config.getoption('--profile')}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

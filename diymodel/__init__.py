@@ -1,0 +1,45 @@
+"""diymodel: a complete, compact causal language model, and a harness that verifies any causal language model.
+
+Names are imported on first use, so ``import diymodel`` and ``from diymodel import DIYConfig`` do not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diymodel.checkpoint import load_checkpoint, load_pretrained, save_checkpoint, save_pretrained
+    from diymodel.config import DIYConfig, TrainConfig
+    from diymodel.generate import generate
+    from diymodel.loss import next_token_loss
+    from diymodel.model import DIYForCausalLM, DIYModel
+    from diymodel.train import train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DIYConfig": "config",
+    "TrainConfig": "config",
+    "DIYModel": "model",
+    "DIYForCausalLM": "model",
+    "next_token_loss": "loss",
+    "generate": "generate",
+    "save_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "save_pretrained": "checkpoint",
+    "load_pretrained": "checkpoint",
+    "train": "train",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,409 @@
+"""The model, from top to bottom: RMSNorm, rotary positions, attention, MLP, block, backbone, language model.
+
+The architecture is Llama's: pre-norm blocks, rotary positions (rotate-half), grouped-query attention, SwiGLU, no biases.
+
+Shapes: B batch, T query length, S key length (cached + T), H query heads, K key/value heads, D head size,
+V vocabulary. "hidden" is always (B, T, hidden_size).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diymodel.cache import LayerPast, PastKeyValues, Span, append, check_cache
+from diymodel.config import DIYConfig
+from diymodel.generate import generate
+
+INIT_STD = 0.02  # GPT-2's: small enough that the first loss is near ln(V)
+
+
+class RMSNorm(nn.Module):
+    """``weight · x / sqrt(mean(x²) + eps)`` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The square is taken in float32 for half types: 256² already overflows float16.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # Five small kernels cost a tiny model a third of its decode step: vector_norm and addcmul are the fewest, and
+        # their backward takes half the time of F.rms_norm's on CPU.
+        wide = torch.float32 if hidden.dtype.itemsize < 4 else hidden.dtype
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=wide)
+        mean_square = torch.addcmul(torch.full_like(norm, self.eps), norm, norm, value=1 / hidden.shape[-1])
+        return (hidden * mean_square.rsqrt()).to(hidden.dtype) * self.weight
+
+
+class RotaryEmbedding(nn.Module):
+    """The cosines and sines that turn queries and keys by their position (Su et al. 2021, arXiv:2104.09864).
+
+    Pair i of a head is turned by ``position · theta^(-2i/D)``. The angles are computed in float64 whatever the model's
+    dtype: at position 1000 a bfloat16 angle is off by whole radians. The table is as long as was needed so far and is
+    no part of the state: it follows from the configuration.
+    """
+
+    def __init__(self, head_size: int, theta: float) -> None:
+        super().__init__()
+        self.head_size = head_size
+        self.theta = theta
+        self._table = torch.empty(2, 0, head_size)
+
+    def forward(self, span: Span, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the span's positions, (T, D) or (B, 1, T, D), in the dtype and on the device of ``like``."""
+        table = self._table
+        if table.shape[1] < span.total or table.dtype != like.dtype or table.device != like.device:
+            table = self._table = self._make_table(1 << (span.total - 1).bit_length(), like)
+        if isinstance(span.start, int):
+            cos, sin = table.narrow(1, span.start, span.num_new).unbind()
+        else:
+            cos, sin = table[:, span.slots(like.device)].unsqueeze(2).unbind()
+        return cos, sin
+
+    @torch.inference_mode(False)  # a table made in inference mode could not be saved for a later backward
+    def _make_table(self, length: int, like: Tensor) -> Tensor:
+        pairs = torch.arange(0, self.head_size, 2, dtype=torch.float64, device="cpu")
+        frequencies = self.theta ** (-pairs / self.head_size)
+        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        # The minus of rotate() lives in the table.
+        return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(like.device, like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x1, x2) = (x[i], x[i + D/2]) by its angle: ``(x1·cos - x2·sin, x2·cos + x1·sin)``.
+
+    ``x`` is (B, heads, T, D); ``sin`` comes with its first half negated.
+    """
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # under autocast x is narrower than the residual stream
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Step(NamedTuple):
+    """What one forward pass tells every block."""
+
+    cos: Tensor  # (T, D) or (B, 1, T, D)
+    sin: Tensor
+    mask: Tensor | None  # (T, S) or (B, 1, T, S), True where a query may look; None: is_causal says it
+    cached: Span | None  # where the new keys go in the cache; None: no cache
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245): query head h reads key head h // (H / K)."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.kv_heads
+        self.head_size = config.head_size
+        self.max_seq_len = config.max_seq_len
+        self.dropout = config.dropout
+        heads = config.num_heads + 2 * config.kv_heads
+        self.qkv_proj = _linear(config.hidden_size, heads * config.head_size, INIT_STD)
+        self.o_proj = _linear(config.hidden_size, config.hidden_size, _residual_std(config))
+
+    def forward(self, hidden: Tensor, step: Step, past: LayerPast | None) -> tuple[Tensor, LayerPast | None]:
+        B, T, _ = hidden.shape
+        H, K, D = self.num_heads, self.num_kv_heads, self.head_size
+        qk, v = self.qkv_proj(hidden).view(B, T, H + 2 * K, D).transpose(1, 2).split_with_sizes((H + K, K), 1)
+        q, k = rotate(qk, step.cos, step.sin).split_with_sizes((H, K), 1)
+        present = None
+        if step.cached is not None:
+            k, v, present = append(past, k, v, step.cached, self.max_seq_len)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=step.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=step.mask is None and T > 1,
+            enable_gqa=H != K,
+        )
+        return self.o_proj(attended.transpose(1, 2).reshape(B, T, H * D)), present
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) · up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = _linear(config.hidden_size, 2 * config.mlp_size, INIT_STD)
+        self.down_proj = _linear(config.mlp_size, config.hidden_size, _residual_std(config))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, -1)
+        down: Tensor = self.down_proj(F.silu(gate) * up)
+        return down
+
+
+class ModelBlock(nn.Module):
+    """Attention and MLP, each reading a normalised copy of the residual stream and added back to it."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, hidden: Tensor, step: Step, past: LayerPast | None) -> tuple[Tensor, LayerPast | None]:
+        attended, present = self.self_attn(self.input_layernorm(hidden), step, past)
+        hidden = hidden + self._drop(attended)
+        hidden = hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
+        return hidden, present
+
+    def _drop(self, update: Tensor) -> Tensor:
+        return F.dropout(update, self.dropout) if self.training else update
+
+
+class DIYModel(nn.Module):
+    """The backbone: token ids to hidden states."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.config = config
+        embedding = torch.empty(config.vocab_size, config.hidden_size).normal_(std=INIT_STD)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.layers = nn.ModuleList(ModelBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.head_size, config.rope_theta)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        seq_lengths: Tensor | None = None,
+        past_key_values: PastKeyValues | None = None,
+        use_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, PastKeyValues]:
+        """Hidden states of the new tokens.
+
+        Args:
+            input_ids: (B, T) int64 or int32 token ids; with a cache only the tokens that follow it.
+            seq_lengths: (B,) int64, how many of each row's T tokens are real, in [0, T]; the rest is padding on the
+                right, whose content has no effect and whose hidden states mean nothing. None: all T.
+            past_key_values: what an earlier call with ``use_cache=True`` returned, unchanged by this call.
+            use_cache: return the cache as well. With a cache, given or asked for, no gradient is recorded.
+
+        Returns:
+            Hidden states (B, T, hidden_size); with ``use_cache`` a pair of them and ``presents``.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, or a cache is used in training mode; before any work.
+        """
+        caching = use_cache or past_key_values is not None
+        if caching and self.training:
+            raise ValueError("a KV cache is for inference and the model is in training mode: call model.eval() first")
+        span = self._check_input(input_ids, seq_lengths, past_key_values)
+        if not caching:
+            hidden, _ = self._run(input_ids, seq_lengths, None, span, None)
+            return hidden
+        with torch.no_grad():
+            hidden, presents = self._run(input_ids, seq_lengths, past_key_values, span, span)
+        return (hidden, presents) if use_cache else hidden
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        seq_lengths: Tensor | None,
+        past: PastKeyValues | None,
+        span: Span,
+        cached: Span | None,
+    ) -> tuple[Tensor, PastKeyValues]:
+        hidden = self.embed_tokens(input_ids)
+        if self.training:
+            hidden = F.dropout(hidden, self.config.dropout)
+        if seq_lengths is not None:
+            # Zeros at the padding, so that not even a NaN standing there gets into a sum.
+            padding = torch.arange(span.num_new, device=hidden.device) >= seq_lengths[:, None]
+            hidden = hidden.masked_fill(padding[..., None], 0.0)
+        step = Step(*self.rotary(span, hidden), _mask(span, hidden.device), cached)
+        presents: PastKeyValues = []
+        for layer, block in enumerate(self.layers):
+            hidden, present = block(hidden, step, past[layer] if past is not None else None)
+            presents.append(present)
+        return self.norm(hidden), presents
+
+    def _check_input(self, input_ids: Tensor, seq_lengths: Tensor | None, past: PastKeyValues | None) -> Span:
+        """Refuse what the model cannot compute; say where the new tokens stand."""
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
+            raise ValueError(
+                f"input_ids must be int64 token ids of shape (batch, seq) with at least one token, got "
+                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            )
+        B, T = input_ids.shape
+        readable = not (torch.compiler.is_compiling() or input_ids.is_meta)
+        if readable:
+            low, high = input_ids.aminmax()
+            if int(low) < 0 or int(high) >= self.config.vocab_size:
+                wrong = int(low) if int(low) < 0 else int(high)
+                raise ValueError(f"token id {wrong} is outside the vocabulary [0, {self.config.vocab_size})")
+        if seq_lengths is not None:
+            if seq_lengths.shape != (B,) or seq_lengths.dtype != torch.int64 or seq_lengths.device != input_ids.device:
+                raise ValueError(
+                    f"seq_lengths must be int64 of shape ({B},) on {input_ids.device}, got {seq_lengths.dtype} of "
+                    f"shape {tuple(seq_lengths.shape)} on {seq_lengths.device}"
+                )
+            if readable and (int(seq_lengths.min()) < 0 or int(seq_lengths.max()) > T):
+                raise ValueError(f"seq_lengths {seq_lengths.tolist()} must be between 0 and the {T} tokens of a row")
+        start: int | Tensor = 0
+        filled = 0
+        if past is not None:
+            start, filled = check_cache(past, self.config, B, input_ids.device)
+        span = Span.after(start, filled, T, seq_lengths)
+        if span.length > self.config.max_seq_len:
+            raise ValueError(
+                f"{span.length} positions ({filled} cached, {T} new) are more than max_seq_len={self.config.max_seq_len}: "
+                "shorten the input, or build the model with a larger max_seq_len"
+            )
+        return span
+
+
+class DIYForCausalLM(nn.Module):
+    """The language model: backbone and ``lm_head``, a score for every token of the vocabulary at every position."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DIYModel(config)
+        self.lm_head = _linear(config.hidden_size, config.vocab_size, INIT_STD)
+        self._tie()
+
+    generate = generate
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        seq_lengths: Tensor | None = None,
+        past_key_values: PastKeyValues | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> Tensor | tuple[Tensor, PastKeyValues]:
+        """Logits for the token after each position.
+
+        Args:
+            input_ids: (B, T), as for :class:`DIYModel`.
+            attention_mask: (B, T), 1 for a token and 0 for padding on the right; another way to give ``seq_lengths``.
+            seq_lengths: (B,), as for :class:`DIYModel`.
+            past_key_values: as for :class:`DIYModel`.
+            use_cache: as for :class:`DIYModel`.
+            logits_to_keep: compute only the logits of each row's last so many real positions; 0 means all T.
+
+        Returns:
+            Logits (B, T or logits_to_keep, V); with ``use_cache`` a pair of them and ``presents``.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, or a cache is used in training mode; before any work.
+        """
+        if attention_mask is not None:
+            if seq_lengths is not None:
+                raise ValueError("attention_mask and seq_lengths say the same thing: give one of them")
+            seq_lengths = self.seq_lengths_of(attention_mask, input_ids)
+        if logits_to_keep:
+            _check_logits_to_keep(logits_to_keep, input_ids, seq_lengths)
+        output = self.model(input_ids, seq_lengths, past_key_values, use_cache)
+        hidden, presents = output if use_cache else (output, None)
+        if logits_to_keep and seq_lengths is None:
+            hidden = hidden[:, -logits_to_keep:]
+        elif logits_to_keep:
+            kept = torch.arange(-logits_to_keep, 0, device=hidden.device) + seq_lengths[:, None]
+            hidden = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = self.lm_head(hidden)
+        return (logits, presents) if use_cache else logits
+
+    @staticmethod
+    def seq_lengths_of(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        """Real tokens of each row, (B,) int64, from a mask (B, T) of 1 for a token and 0 for padding on the right.
+
+        Raises:
+            ValueError: the mask says anything else.
+        """
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}; with a cache it covers the new tokens only"
+            )
+        mask = attention_mask.to(torch.int64)
+        if not (torch.equal(mask, attention_mask) and int(mask.min()) >= 0 and int(mask.max()) <= 1):
+            raise ValueError("attention_mask must hold 1 for tokens and 0 for padding; this one has other values")
+        rising = (mask[:, 1:] > mask[:, :-1]).any(dim=1)
+        if rising.any():
+            row = int(rising.nonzero()[0])
+            raise ValueError(
+                f"attention_mask row {row} is {mask[row].tolist()}: a 1 follows a 0, and this model takes padding on the "
+                "right only; move each row's tokens to the front"
+            )
+        return mask.sum(dim=1)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module``'s; tied weights stay tied.
+
+        Raises:
+            ValueError: the model ties its embedding and head, and the state dict holds two different ones.
+        """
+        if self.config.tie_word_embeddings:
+            embedding, head = (state_dict.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+            if embedding is not None and head is not None and not torch.equal(embedding, head):
+                raise ValueError(
+                    "tie_word_embeddings=True, but model.embed_tokens.weight and lm_head.weight differ: these weights "
+                    "come from a model with tie_word_embeddings=False"
+                )
+        keys = super().load_state_dict(state_dict, strict, assign)
+        self._tie()
+        return keys
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # to(), to_empty(), double() …: torch may put a new Parameter in place of each name of a shared one.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+    """A bias-free ``nn.Linear`` drawn from N(0, std²), without first paying for torch's own initialisation.
+
+    A large weight lies in memory column by column (its shape stays (out, in)): decoding multiplies it with one vector,
+    which takes MKL about half the time in that order, while matrices of many rows do not care.
+    """
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    by_column = in_features * out_features >= 2**18
+    shape = (in_features, out_features) if by_column else (out_features, in_features)
+    weight = torch.empty(shape).normal_(std=std)
+    linear.weight = nn.Parameter(weight.t() if by_column else weight)
+    return linear
+
+
+def _residual_std(config: DIYConfig) -> float:
+    """For the 2 · num_layers projections that add to the residual stream, so that its variance stays (GPT-2)."""
+    return INIT_STD / math.sqrt(2 * config.num_layers)
+
+
+def _mask(span: Span, device: torch.device) -> Tensor | None:
+    """Causality for queries that do not start at 0, (T, S) or (B, 1, T, S); None where ``is_causal`` can say it.
+
+    ``is_causal`` aligns the first query with the first key, so it is right only without earlier keys. Padding needs no
+    mask of its own: on the right, it comes after every real query.
+    """
+    if span.filled == 0 or (isinstance(span.start, int) and span.num_new == 1):
+        return None
+    visible = torch.arange(span.total, device=device) <= span.slots(device)[..., None]
+    return visible if isinstance(span.start, int) else visible[:, None]
+
+
+def _check_logits_to_keep(logits_to_keep: int, input_ids: Tensor, seq_lengths: Tensor | None) -> None:
+    fewest = input_ids.shape[1] if seq_lengths is None else int(seq_lengths.min())
+    if not 0 < logits_to_keep <= fewest:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or at most the {fewest} tokens of the shortest row")
