@@ -100,7 +100,7 @@ class Span:
 
     @classmethod
     def after(cls, start: int | Tensor, filled: int, num_new: int, seq_lengths: Tensor | None) -> Span:
-        """The span that follows ``start``; ``seq_lengths`` (B,) counts each row's real new tokens, None means T each."""
+        """The span that follows ``start``; ``seq_lengths`` (B,): how many of the T new tokens are real, None: all."""
         if seq_lengths is None:
             return cls(start, start + num_new, filled, filled + num_new, num_new)
         end = start + seq_lengths
@@ -110,6 +110,17 @@ class Span:
         """Position of every new token: (T,), or (B, T) where rows differ."""
         steps = torch.arange(self.num_new, device=device)
         return steps + (self.start if isinstance(self.start, int) else self.start[:, None])
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Causality, (T, S) or (B, 1, T, S), True where a query may look; None where ``is_causal`` can say it.
+
+        ``is_causal`` aligns the first query with the first key, so it is right only where no key is cached (or for a
+        single query that sees all). Padding needs no mask: on the right, it comes after every real query.
+        """
+        if self.filled == 0 or (isinstance(self.start, int) and self.num_new == 1):
+            return None
+        visible = torch.arange(self.total, device=device) <= self.slots(device)[..., None]
+        return visible if isinstance(self.start, int) else visible[:, None]
 
 
 def append(
@@ -180,9 +191,10 @@ def check_cache(
         shape, length, cached_device = _shape(cached)
         expected = (batch_size, config.kv_heads, config.head_size)
         if shape != expected:
-            names = ("batch size", "number of key/value heads", "head size")
-            wrong = ", ".join(f"{n} {a} instead of {b}" for n, a, b in zip(names, shape, expected, strict=True) if a != b)
-            raise ValueError(f"the cache of layer {layer} has {wrong}: it belongs to another batch or configuration")
+            raise ValueError(
+                f"the cache of layer {layer} has (batch, kv_heads, head_size) = {shape} and this call needs "
+                f"{expected}: it belongs to another batch or configuration"
+            )
         if cached_device != device:
             raise ValueError(f"the cache of layer {layer} is on {cached_device} and input_ids on {device}")
         if layer == 0:
@@ -238,4 +250,4 @@ def _dtype(cached: Mapping[str, Tensor]) -> torch.dtype:
 def _same(a: int | Tensor, b: int | Tensor) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or torch.equal(a, b)
-    return type(a) is type(b) and a == b
+    return isinstance(a, int) and isinstance(b, int) and a == b

@@ -93,7 +93,9 @@ class DIYConfig(_Settings):
     max_seq_len: int = _field(128, "longest sequence, cached positions included")
     dropout: float = _field(0.1, "probability of zeroing an activation, in training only; in [0, 1)")
     num_kv_heads: int | None = _field(None, "number of key/value heads; divides num_heads (default: num_heads)")
-    intermediate_size: int | None = _field(None, "width inside the MLP (default: 8/3 hidden_size, up to a multiple of 8)")
+    intermediate_size: int | None = _field(
+        None, "width inside the MLP (default: 8/3 hidden_size, up to a multiple of 8)"
+    )
     rms_norm_eps: float = _field(1e-6, "added to the mean square inside RMSNorm")
     rope_theta: float = _field(10000.0, "base of the rotary wavelengths")
     tie_word_embeddings: bool = _field(False, "lm_head and embedding share one weight")

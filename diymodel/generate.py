@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
+from diymodel.inputs import seq_lengths_of
 
 
 def generate(
@@ -61,7 +62,7 @@ def generate(
     Raises:
         ValueError: an argument does not fit, or prompt and new tokens would exceed ``max_seq_len``; before any work.
     """
-    lengths = _prompt_lengths(model, input_ids, attention_mask)
+    lengths = _prompt_lengths(input_ids, attention_mask)
     longest = int(lengths.max())
     config = model.config
     _check(config, longest, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, generator)
@@ -160,7 +161,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _prompt_lengths(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _prompt_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Real tokens of each row, (B,)."""
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(
@@ -169,7 +170,7 @@ def _prompt_lengths(model: Any, input_ids: Tensor, attention_mask: Tensor | None
     B, T = input_ids.shape
     if attention_mask is None:
         return torch.full((B,), T, device=input_ids.device)
-    lengths: Tensor = model.seq_lengths_of(attention_mask, input_ids)
+    lengths = seq_lengths_of(attention_mask, input_ids)
     if int(lengths.min()) == 0:
         raise ValueError(f"row {int(lengths.argmin())} of attention_mask has no token to continue from")
     return lengths
@@ -191,8 +192,8 @@ def _check(
     if longest + max_new_tokens > config.max_seq_len:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens} "
-            f"positions, more than max_seq_len={config.max_seq_len}: at most {max(config.max_seq_len - longest, 0)} new "
-            "tokens fit"
+            f"positions, more than max_seq_len={config.max_seq_len}: at most "
+            f"{max(config.max_seq_len - longest, 0)} new tokens fit"
         )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature} must be a finite number, 0 or above")

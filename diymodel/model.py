@@ -1,6 +1,7 @@
 """The model, from top to bottom: RMSNorm, rotary positions, attention, MLP, block, backbone, language model.
 
-The architecture is Llama's: pre-norm blocks, rotary positions (rotate-half), grouped-query attention, SwiGLU, no biases.
+The architecture is Llama's: pre-norm blocks, rotary positions (rotate-half), grouped-query attention, SwiGLU, and no
+biases.
 
 Shapes: B batch, T query length, S key length (cached + T), H query heads, K key/value heads, D head size,
 V vocabulary. "hidden" is always (B, T, hidden_size).
@@ -19,8 +20,27 @@ from torch import Tensor, nn
 from diymodel.cache import LayerPast, PastKeyValues, Span, append, check_cache
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
+from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
 
 INIT_STD = 0.02  # GPT-2's: small enough that the first loss is near ln(V)
+
+
+class Linear(nn.Linear):
+    """``x @ weight.T``, with a weight (out, in) drawn from N(0, std²).
+
+    A large weight lies in memory column by column: decoding multiplies it with one vector, which takes MKL about half
+    the time in that order, while matrices of many rows do not care.
+    """
+
+    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        by_column = in_features * out_features >= 2**18
+        shape = (in_features, out_features) if by_column else (out_features, in_features)
+        weight = torch.empty(shape).normal_(std=std)
+        self.weight = nn.Parameter(weight.t() if by_column else weight)
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch would draw the weight a first time here."""
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +78,7 @@ class RotaryEmbedding(nn.Module):
         self._table = torch.empty(2, 0, head_size)
 
     def forward(self, span: Span, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the span's positions, (T, D) or (B, 1, T, D), in the dtype and on the device of ``like``."""
+        """Cosine and sine of the span's positions, (T, D) or (B, 1, T, D), in dtype and on device of ``like``."""
         table = self._table
         if table.shape[1] < span.total or table.dtype != like.dtype or table.device != like.device:
             table = self._table = self._make_table(1 << (span.total - 1).bit_length(), like)
@@ -97,7 +117,7 @@ class Step(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245): query head h reads key head h // (H / K)."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head h reads key head h // (H / K)."""
 
     def __init__(self, config: DIYConfig) -> None:
         super().__init__()
@@ -107,8 +127,8 @@ class Attention(nn.Module):
         self.max_seq_len = config.max_seq_len
         self.dropout = config.dropout
         heads = config.num_heads + 2 * config.kv_heads
-        self.qkv_proj = _linear(config.hidden_size, heads * config.head_size, INIT_STD)
-        self.o_proj = _linear(config.hidden_size, config.hidden_size, _residual_std(config))
+        self.qkv_proj = Linear(config.hidden_size, heads * config.head_size, INIT_STD)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, _residual_std(config))
 
     def forward(self, hidden: Tensor, step: Step, past: LayerPast | None) -> tuple[Tensor, LayerPast | None]:
         B, T, _ = hidden.shape
@@ -135,8 +155,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: DIYConfig) -> None:
         super().__init__()
-        self.gate_up_proj = _linear(config.hidden_size, 2 * config.mlp_size, INIT_STD)
-        self.down_proj = _linear(config.mlp_size, config.hidden_size, _residual_std(config))
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.mlp_size, INIT_STD)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size, _residual_std(config))
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden).chunk(2, -1)
@@ -172,7 +192,7 @@ class DIYModel(nn.Module):
         super().__init__()
         self.config = config
         embedding = torch.empty(config.vocab_size, config.hidden_size).normal_(std=INIT_STD)
-        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
         self.layers = nn.ModuleList(ModelBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_size, config.rope_theta)
@@ -202,7 +222,7 @@ class DIYModel(nn.Module):
         caching = use_cache or past_key_values is not None
         if caching and self.training:
             raise ValueError("a KV cache is for inference and the model is in training mode: call model.eval() first")
-        span = self._check_input(input_ids, seq_lengths, past_key_values)
+        span = self._span(input_ids, seq_lengths, past_key_values)
         if not caching:
             hidden, _ = self._run(input_ids, seq_lengths, None, span, None)
             return hidden
@@ -225,35 +245,20 @@ class DIYModel(nn.Module):
             # Zeros at the padding, so that not even a NaN standing there gets into a sum.
             padding = torch.arange(span.num_new, device=hidden.device) >= seq_lengths[:, None]
             hidden = hidden.masked_fill(padding[..., None], 0.0)
-        step = Step(*self.rotary(span, hidden), _mask(span, hidden.device), cached)
+        cos, sin = self.rotary(span, hidden)
+        step = Step(cos, sin, span.mask(hidden.device), cached)
         presents: PastKeyValues = []
         for layer, block in enumerate(self.layers):
             hidden, present = block(hidden, step, past[layer] if past is not None else None)
             presents.append(present)
         return self.norm(hidden), presents
 
-    def _check_input(self, input_ids: Tensor, seq_lengths: Tensor | None, past: PastKeyValues | None) -> Span:
-        """Refuse what the model cannot compute; say where the new tokens stand."""
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
-            raise ValueError(
-                f"input_ids must be int64 token ids of shape (batch, seq) with at least one token, got "
-                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-            )
-        B, T = input_ids.shape
-        readable = not (torch.compiler.is_compiling() or input_ids.is_meta)
-        if readable:
-            low, high = input_ids.aminmax()
-            if int(low) < 0 or int(high) >= self.config.vocab_size:
-                wrong = int(low) if int(low) < 0 else int(high)
-                raise ValueError(f"token id {wrong} is outside the vocabulary [0, {self.config.vocab_size})")
+    def _span(self, input_ids: Tensor, seq_lengths: Tensor | None, past: PastKeyValues | None) -> Span:
+        """Where the new tokens stand, after refusing what the model cannot compute."""
+        check_input_ids(input_ids, self.config.vocab_size)
         if seq_lengths is not None:
-            if seq_lengths.shape != (B,) or seq_lengths.dtype != torch.int64 or seq_lengths.device != input_ids.device:
-                raise ValueError(
-                    f"seq_lengths must be int64 of shape ({B},) on {input_ids.device}, got {seq_lengths.dtype} of "
-                    f"shape {tuple(seq_lengths.shape)} on {seq_lengths.device}"
-                )
-            if readable and (int(seq_lengths.min()) < 0 or int(seq_lengths.max()) > T):
-                raise ValueError(f"seq_lengths {seq_lengths.tolist()} must be between 0 and the {T} tokens of a row")
+            check_seq_lengths(seq_lengths, input_ids)
+        B, T = input_ids.shape
         start: int | Tensor = 0
         filled = 0
         if past is not None:
@@ -261,8 +266,8 @@ class DIYModel(nn.Module):
         span = Span.after(start, filled, T, seq_lengths)
         if span.length > self.config.max_seq_len:
             raise ValueError(
-                f"{span.length} positions ({filled} cached, {T} new) are more than max_seq_len={self.config.max_seq_len}: "
-                "shorten the input, or build the model with a larger max_seq_len"
+                f"{span.length} positions ({filled} cached, {T} new) are more than "
+                f"max_seq_len={self.config.max_seq_len}: shorten the input, or build the model with a larger one"
             )
         return span
 
@@ -274,7 +279,7 @@ class DIYForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = DIYModel(config)
-        self.lm_head = _linear(config.hidden_size, config.vocab_size, INIT_STD)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, INIT_STD)
         self._tie()
 
     generate = generate
@@ -307,42 +312,15 @@ class DIYForCausalLM(nn.Module):
         if attention_mask is not None:
             if seq_lengths is not None:
                 raise ValueError("attention_mask and seq_lengths say the same thing: give one of them")
-            seq_lengths = self.seq_lengths_of(attention_mask, input_ids)
+            seq_lengths = seq_lengths_of(attention_mask, input_ids)
         if logits_to_keep:
-            _check_logits_to_keep(logits_to_keep, input_ids, seq_lengths)
+            check_logits_to_keep(logits_to_keep, input_ids, seq_lengths)
         output = self.model(input_ids, seq_lengths, past_key_values, use_cache)
-        hidden, presents = output if use_cache else (output, None)
-        if logits_to_keep and seq_lengths is None:
-            hidden = hidden[:, -logits_to_keep:]
-        elif logits_to_keep:
-            kept = torch.arange(-logits_to_keep, 0, device=hidden.device) + seq_lengths[:, None]
-            hidden = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self.lm_head(hidden)
-        return (logits, presents) if use_cache else logits
-
-    @staticmethod
-    def seq_lengths_of(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-        """Real tokens of each row, (B,) int64, from a mask (B, T) of 1 for a token and 0 for padding on the right.
-
-        Raises:
-            ValueError: the mask says anything else.
-        """
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
-                f"{tuple(input_ids.shape)}; with a cache it covers the new tokens only"
-            )
-        mask = attention_mask.to(torch.int64)
-        if not (torch.equal(mask, attention_mask) and int(mask.min()) >= 0 and int(mask.max()) <= 1):
-            raise ValueError("attention_mask must hold 1 for tokens and 0 for padding; this one has other values")
-        rising = (mask[:, 1:] > mask[:, :-1]).any(dim=1)
-        if rising.any():
-            row = int(rising.nonzero()[0])
-            raise ValueError(
-                f"attention_mask row {row} is {mask[row].tolist()}: a 1 follows a 0, and this model takes padding on the "
-                "right only; move each row's tokens to the front"
-            )
-        return mask.sum(dim=1)
+        hidden: Tensor = output[0] if use_cache else output
+        if logits_to_keep:
+            hidden = _last_positions(hidden, seq_lengths, logits_to_keep)
+        logits: Tensor = self.lm_head(hidden)
+        return (logits, output[1]) if use_cache else logits
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module``'s; tied weights stay tied.
@@ -363,7 +341,7 @@ class DIYForCausalLM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # to(), to_empty(), double() …: torch may put a new Parameter in place of each name of a shared one.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tie()
         return self
 
@@ -372,38 +350,14 @@ class DIYForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
 
-def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
-    """A bias-free ``nn.Linear`` drawn from N(0, std²), without first paying for torch's own initialisation.
-
-    A large weight lies in memory column by column (its shape stays (out, in)): decoding multiplies it with one vector,
-    which takes MKL about half the time in that order, while matrices of many rows do not care.
-    """
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-    by_column = in_features * out_features >= 2**18
-    shape = (in_features, out_features) if by_column else (out_features, in_features)
-    weight = torch.empty(shape).normal_(std=std)
-    linear.weight = nn.Parameter(weight.t() if by_column else weight)
-    return linear
-
-
 def _residual_std(config: DIYConfig) -> float:
     """For the 2 · num_layers projections that add to the residual stream, so that its variance stays (GPT-2)."""
     return INIT_STD / math.sqrt(2 * config.num_layers)
 
 
-def _mask(span: Span, device: torch.device) -> Tensor | None:
-    """Causality for queries that do not start at 0, (T, S) or (B, 1, T, S); None where ``is_causal`` can say it.
-
-    ``is_causal`` aligns the first query with the first key, so it is right only without earlier keys. Padding needs no
-    mask of its own: on the right, it comes after every real query.
-    """
-    if span.filled == 0 or (isinstance(span.start, int) and span.num_new == 1):
-        return None
-    visible = torch.arange(span.total, device=device) <= span.slots(device)[..., None]
-    return visible if isinstance(span.start, int) else visible[:, None]
-
-
-def _check_logits_to_keep(logits_to_keep: int, input_ids: Tensor, seq_lengths: Tensor | None) -> None:
-    fewest = input_ids.shape[1] if seq_lengths is None else int(seq_lengths.min())
-    if not 0 < logits_to_keep <= fewest:
-        raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or at most the {fewest} tokens of the shortest row")
+def _last_positions(hidden: Tensor, seq_lengths: Tensor | None, count: int) -> Tensor:
+    """The last ``count`` real positions of each row, (B, count, hidden_size)."""
+    if seq_lengths is None:
+        return hidden[:, -count:]
+    kept = torch.arange(-count, 0, device=hidden.device) + seq_lengths[:, None]
+    return hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
