@@ -182,14 +182,12 @@ def check_cache(
         )
     if len(past_key_values) != config.num_layers:
         raise ValueError(f"the cache has {len(past_key_values)} layers and the model has {config.num_layers}")
-    first_pos: int | Tensor = 0
-    shortest = 0
+    expected = (batch_size, config.kv_heads, config.head_size)
+    positions, lengths = [], []
     for layer, entry in enumerate(past_key_values):
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], Mapping)):
             raise TypeError(f'past_key_values[{layer}] must be a pair ({{"k": …, "v": …}}, cached_pos), got {entry!r}')
-        cached, cached_pos = entry
-        shape, length, cached_device = _shape(cached)
-        expected = (batch_size, config.kv_heads, config.head_size)
+        shape, length, cached_device = _shape(entry[0])
         if shape != expected:
             raise ValueError(
                 f"the cache of layer {layer} has (batch, kv_heads, head_size) = {shape} and this call needs "
@@ -197,29 +195,32 @@ def check_cache(
             )
         if cached_device != device:
             raise ValueError(f"the cache of layer {layer} is on {cached_device} and input_ids on {device}")
-        if layer == 0:
-            first_pos, shortest = cached_pos, length
-        elif not _same(cached_pos, first_pos):
-            raise ValueError(f"cached_pos of layer {layer} is {cached_pos} and of layer 0 {first_pos}; they must agree")
-        shortest = min(shortest, length)
-    return first_pos, _largest(first_pos, past_key_values[0][0], batch_size, shortest, device)
+        positions.append(entry[1])
+        lengths.append(length)
+    filled = _largest(positions[0], past_key_values[0][0], batch_size, min(lengths), device)
+    for layer, cached_pos in enumerate(positions):
+        if not _same(cached_pos, positions[0]):
+            raise ValueError(
+                f"cached_pos of layer {layer} is {cached_pos} and of layer 0 {positions[0]}; they must agree"
+            )
+    return positions[0], filled
 
 
 def _largest(cached_pos: int | Tensor, cached: Mapping[str, Tensor], B: int, length: int, device: torch.device) -> int:
-    """The largest position in use, after holding ``cached_pos`` to the number of positions the cache has."""
-    if isinstance(cached_pos, Tensor):
-        if isinstance(cached, LayerCache) and cached_pos is cached.cached_pos:
-            return cached.length
-        if cached_pos.shape != (B,) or cached_pos.dtype != torch.int64 or cached_pos.device != device:
-            raise ValueError(
-                f"cached_pos must be an int or an int64 tensor of shape ({B},) on {device}, got "
-                f"{cached_pos.dtype} {tuple(cached_pos.shape)} on {cached_pos.device}"
-            )
-        low, high = (int(bound) for bound in cached_pos.aminmax())
-    elif isinstance(cached_pos, int):
+    """The largest position in use, after holding ``cached_pos`` to the ``length`` that every layer has."""
+    if isinstance(cached_pos, int):
         low = high = cached_pos
-    else:
+    elif not isinstance(cached_pos, Tensor):
         raise TypeError(f"cached_pos must be an int or a (batch,) tensor, got {type(cached_pos).__name__}")
+    elif isinstance(cached, LayerCache) and cached_pos is cached.cached_pos:
+        return cached.length
+    elif cached_pos.shape != (B,) or cached_pos.dtype != torch.int64 or cached_pos.device != device:
+        raise ValueError(
+            f"cached_pos must be an int or an int64 tensor of shape ({B},) on {device}, got {cached_pos.dtype} "
+            f"{tuple(cached_pos.shape)} on {cached_pos.device}"
+        )
+    else:
+        low, high = (int(bound) for bound in cached_pos.aminmax())
     if low < 0 or high > length:
         raise ValueError(f"cached_pos {low if low < 0 else high} is outside the {length} positions that are cached")
     return high

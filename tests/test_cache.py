@@ -1,0 +1,181 @@
+"""The cache as a data structure: what it refuses, when it copies, how it grows."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from diymodel import DIYConfig, DIYForCausalLM
+from diymodel.cache import PastKeyValues
+
+CONFIG = DIYConfig(vocab_size=11, num_layers=2, hidden_size=8, num_heads=4, num_kv_heads=2, max_seq_len=200, dropout=0)
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+NEXT = torch.tensor([[7], [8]])
+
+
+@pytest.fixture(scope="module")
+def model() -> DIYForCausalLM:
+    return DIYForCausalLM(CONFIG).eval()
+
+
+@pytest.fixture
+def past(model: DIYForCausalLM) -> PastKeyValues:
+    return model(IDS, use_cache=True)[1]
+
+
+def address(past: PastKeyValues) -> int:
+    return past[0][0]["k"].data_ptr()
+
+
+def test_shape_of_the_cache(past: PastKeyValues) -> None:
+    assert len(past) == CONFIG.num_layers
+    for cached, cached_pos in past:
+        assert set(cached) == {"k", "v"}
+        assert len(cached) == 2
+        assert cached["k"].shape == cached["v"].shape == (2, CONFIG.kv_heads, 3, CONFIG.head_size)
+        assert cached_pos == 3
+    with pytest.raises(KeyError):
+        past[0][0]["q"]
+    assert repr(past[0][0]) == "LayerCache(k, v: (2, 2, 3, 2), capacity=64)"
+
+
+def test_the_cache_cannot_be_assigned_to(past: PastKeyValues) -> None:
+    with pytest.raises(TypeError):
+        past[0][0]["k"] = torch.zeros(1)  # type: ignore[index]
+
+
+def test_rows_of_different_length_have_a_position_each(model: DIYForCausalLM) -> None:
+    _, past = model(IDS, seq_lengths=torch.tensor([1, 3]), use_cache=True)
+    assert past[1][1].tolist() == [1, 3]
+    _, past = model(NEXT, past_key_values=past, use_cache=True)
+    assert past[1][1].tolist() == [2, 4]
+    _, past = model(IDS, seq_lengths=torch.tensor([0, 2]), past_key_values=past, use_cache=True)
+    assert past[1][1].tolist() == [2, 6]
+
+
+def test_appending_at_the_tip_is_in_place_until_the_buffer_is_full(model: DIYForCausalLM, past: PastKeyValues) -> None:
+    addresses = []
+    for _ in range(150):
+        _, past = model(NEXT, past_key_values=past, use_cache=True)
+        addresses.append(address(past))
+    moves = sum(a != b for a, b in itertools.pairwise(addresses))
+    assert moves == 2  # 3 + 150 positions: 64, then 130, then max_seq_len=200
+
+
+def test_a_second_continuation_copies_and_the_first_stays(model: DIYForCausalLM, past: PastKeyValues) -> None:
+    first, one = model(NEXT, past_key_values=past, use_cache=True)
+    held = one[0][0]["k"].clone()
+    second, two = model(NEXT + 1, past_key_values=past, use_cache=True)
+    assert address(one) == address(past) != address(two)
+    assert torch.equal(one[0][0]["k"], held)
+    assert not torch.equal(first, second)
+
+
+def test_looking_ahead_without_keeping_leaves_the_cache_as_it_was(model: DIYForCausalLM, past: PastKeyValues) -> None:
+    held = past[0][0]["k"].clone()
+    expected, _ = model(NEXT, past_key_values=past, use_cache=True)
+    ahead = model(NEXT, past_key_values=past)
+    assert torch.equal(ahead, expected)
+    assert torch.equal(past[0][0]["k"], held)
+
+
+def test_a_failed_step_leaves_the_cache_usable(model: DIYForCausalLM, past: PastKeyValues) -> None:
+    expected, _ = model(NEXT, past_key_values=past, use_cache=True)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model(NEXT, past_key_values=past, use_cache=True)
+    hook.remove()
+    assert torch.equal(model(NEXT, past_key_values=past, use_cache=True)[0], expected)
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside(model: DIYForCausalLM) -> None:
+    with torch.inference_mode():
+        _, past = model(IDS, use_cache=True)
+        expected, _ = model(NEXT, past_key_values=past, use_cache=True)
+    logits, past = model(NEXT, past_key_values=past, use_cache=True)
+    torch.testing.assert_close(logits, expected.clone())
+    model(NEXT, past_key_values=past, use_cache=True)
+
+
+def test_a_deep_copy_goes_its_own_way(model: DIYForCausalLM, past: PastKeyValues) -> None:
+    other = copy.deepcopy(past)
+    expected, _ = model(NEXT, past_key_values=past, use_cache=True)
+    logits, continued = model(NEXT, past_key_values=other, use_cache=True)
+    assert torch.equal(logits, expected)
+    assert address(continued) == address(other) != address(past)
+
+
+def replaced(past: PastKeyValues, layer: int, entry: Any) -> PastKeyValues:
+    return [entry if i == layer else kept for i, kept in enumerate(past)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda p: "cache", TypeError, "list of .cached, cached_pos. that the model returned, got str"),
+        (lambda p: p[:1], ValueError, "the cache has 1 layers and the model has 2"),
+        (lambda p: replaced(p, 1, p[1][0]), TypeError, r"past_key_values\[1\] must be a pair"),
+        (
+            lambda p: replaced(p, 0, ({"k": p[0][0]["k"]}, 3)),
+            ValueError,
+            r"exactly the entries 'k' and 'v', got \['k'\]",
+        ),
+        (lambda p: replaced(p, 1, (p[1][0], 2)), ValueError, "cached_pos of layer 1 is 2 and of layer 0 3"),
+        (lambda p: [(c, 4) for c, _ in p], ValueError, "cached_pos 4 is outside the 3 positions that are cached"),
+        (lambda p: [(c, -1) for c, _ in p], ValueError, "cached_pos -1 is outside the 3 positions"),
+        (lambda p: [(c, 2.0) for c, _ in p], TypeError, "cached_pos must be an int or a .batch,. tensor, got float"),
+        (lambda p: [(c, torch.tensor([3])) for c, _ in p], ValueError, r"int64 tensor of shape \(2,\)"),
+        (lambda p: [(c, torch.tensor([3, 4])) for c, _ in p], ValueError, "cached_pos 4 is outside the 3 positions"),
+        (
+            lambda p: [({n: kv[:1] for n, kv in c.items()}, q) for c, q in p],
+            ValueError,
+            r"layer 0 has \(batch, kv_heads, head_size\) = \(1, 2, 2\) and this call needs \(2, 2, 2\)",
+        ),
+        (
+            lambda p: [({n: kv[..., :1] for n, kv in c.items()}, q) for c, q in p],
+            ValueError,
+            "belongs to another batch or configuration",
+        ),
+        (
+            lambda p: [({"k": c["k"], "v": c["v"][:, :, :2]}, q) for c, q in p],
+            ValueError,
+            "'k' and 'v' of a layer's cache must both be",
+        ),
+        (
+            lambda p: [({n: kv.double() for n, kv in c.items()}, q) for c, q in p],
+            ValueError,
+            "the cache holds torch.float64 and the new keys are torch.float32",
+        ),
+        (
+            lambda p: [({n: kv.to("meta") for n, kv in c.items()}, q) for c, q in p],
+            ValueError,
+            "the cache of layer 0 is on meta and input_ids on cpu",
+        ),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(
+    model: DIYForCausalLM, past: PastKeyValues, change: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        model(NEXT, past_key_values=change(past), use_cache=True)
+
+
+def test_past_and_new_beyond_max_seq_len_are_refused(model: DIYForCausalLM) -> None:
+    _, past = model(torch.ones(1, 199, dtype=torch.int64), use_cache=True)
+    with pytest.raises(ValueError, match=r"201 positions \(199 cached, 2 new\) are more than max_seq_len=200"):
+        model(torch.ones(1, 2, dtype=torch.int64), past_key_values=past, use_cache=True)
+
+
+def test_padding_may_reach_beyond_max_seq_len(model: DIYForCausalLM) -> None:
+    """A row alone and the same row padded in a batch are accepted or refused alike."""
+    ids = torch.ones(1, 198, dtype=torch.int64)
+    _, past = model(ids, use_cache=True)
+    padded = torch.tensor([[1, 2, 0, 0]])
+    logits, past = model(padded, seq_lengths=torch.tensor([2]), past_key_values=past, use_cache=True)
+    full = model(torch.cat((ids, padded[:, :2]), dim=1))
+    torch.testing.assert_close(logits[:, :2], full[:, -2:])
+    assert past[0][1].tolist() == [200]

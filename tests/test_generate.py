@@ -1,0 +1,117 @@
+"""What generate refuses, and its small print; its behaviour on random models is in tests/properties."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from diymodel import DIYConfig, DIYForCausalLM
+from diymodel.generate import choose
+
+CONFIG = DIYConfig(vocab_size=11, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=8, dropout=0.0)
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.fixture(scope="module")
+def model() -> DIYForCausalLM:
+    torch.manual_seed(0)
+    return DIYForCausalLM(CONFIG).eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"max_new_tokens": 6},
+            r"prompt of 3 tokens and max_new_tokens=6 make 9 .* max_seq_len=8: at most 5 new tokens",
+        ),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be a finite number, 0 or above"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a finite number above 0"),
+        ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
+        ({"eos_token_id": 11}, r"eos_token_id=11 is outside the vocabulary \[0, 11\)"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside"),
+        ({"pad_token_id": 11}, "pad_token_id=11 is outside"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, "at least one token to continue from"),
+        ({"input_ids": torch.tensor([[1, 99]])}, "token id 99 is outside the vocabulary"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has no token"),
+        ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "padding on the right only"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_token(
+    model: DIYForCausalLM, arguments: dict[str, Any], message: str
+) -> None:
+    seen: list[torch.Tensor] = []
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"input_ids": IDS, "max_new_tokens": 2, "on_token": seen.append} | arguments)
+    assert not seen
+
+
+def test_settings_that_greedy_ignores_are_said(model: DIYForCausalLM) -> None:
+    with pytest.warns(UserWarning, match="top_k and top_p are ignored at temperature 0"):
+        model.generate(IDS, 1, top_k=3)
+
+
+def test_zero_new_tokens_give_the_prompt_back(model: DIYForCausalLM) -> None:
+    assert torch.equal(model.generate(IDS, 0), IDS)
+
+
+def test_the_result_is_an_ordinary_tensor(model: DIYForCausalLM) -> None:
+    generated = model.generate(IDS, 2)
+    assert not generated.is_inference()
+    assert generated.dtype == torch.int64
+
+
+def test_streaming_sees_every_new_token(model: DIYForCausalLM) -> None:
+    seen: list[list[int]] = []
+    generated = model.generate(IDS, 4, on_token=lambda new: seen.append(new.tolist()))
+    assert torch.tensor(seen).T.tolist() == generated[:, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config_pad", "expected"),
+    [({}, None, 0), ({"eos_token_id": [7, 9]}, None, 7), ({"eos_token_id": 7}, 5, 5), ({"pad_token_id": 2}, 5, 2)],
+)
+def test_which_token_pads(arguments: dict[str, Any], config_pad: int | None, expected: int) -> None:
+    model = DIYForCausalLM(DIYConfig.from_dict(CONFIG.to_dict() | {"pad_token_id": config_pad}))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert model.generate(IDS, 0, mask, **arguments)[1, 1:].tolist() == [expected, expected]
+
+
+def test_a_penalty_pushes_every_seen_token_down() -> None:
+    """With a huge penalty, greedy decoding repeats no token while unseen ones remain."""
+    torch.manual_seed(0)
+    model = DIYForCausalLM(CONFIG)
+    row = model.generate(IDS[:1], 5, repetition_penalty=1e6)[0].tolist()
+    assert len(set(row)) == len(row)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300])
+def test_a_vanishing_temperature_is_greedy_not_nan(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert choose(logits, temperature, None, None, torch.Generator().manual_seed(0)).tolist() == [1]
+
+
+def test_top_k_keeps_exactly_k_among_equals() -> None:
+    logits = torch.zeros(2000, 4)
+    drawn = choose(logits, 1.0, 2, None, torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == 2
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_p() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(2000, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert set(choose(logits, 1.0, None, 0.7, generator).tolist()) == {0, 1}
+    assert set(choose(logits, 1.0, None, 0.81, generator).tolist()) == {0, 1, 2}
+
+
+def test_draws_follow_the_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = choose(probabilities.log().expand(20000, 4), 1.0, None, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 20000, probabilities, atol=0.012, rtol=0)

@@ -1,0 +1,62 @@
+"""The layout that design and README promise: who may import whom, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diymodel
+
+PACKAGE = Path(diymodel.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+
+# From the ground up: a module may import those in earlier rows only.
+LAYERS = [
+    {"config", "_files"},
+    {"cost", "inputs", "loss", "cache", "data", "plot"},
+    {"generate"},
+    {"model"},
+    {"hf_form", "checkpoint"},
+    {"train"},
+    {"cli"},
+]
+
+
+def imported_modules(module: str) -> set[str]:
+    """The modules of this package that ``module`` imports, at the top or inside a function."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("diymodel."):
+            names.add(node.module.split(".")[1])
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    level = next((i for i, layer in enumerate(LAYERS) if module in layer), None)
+    assert level is not None, f"diymodel/{module}.py is new: give it a place in LAYERS"
+    below = set().union(*LAYERS[:level])
+    assert imported_modules(module) <= below, f"{module} imports {sorted(imported_modules(module) - below)} from above"
+
+
+def test_public_names_are_lazy_and_resolve() -> None:
+    assert set(dir(diymodel)) == set(diymodel.__all__)
+    for name in diymodel.__all__:
+        assert getattr(diymodel, name) is not None
+    with pytest.raises(AttributeError, match="module 'diymodel' has no attribute 'nothing'"):
+        _ = diymodel.nothing
+
+
+@pytest.mark.parametrize("module", ["config", "cost", "_files"])
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = f"import sys, diymodel.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_model_reads_in_one_sitting() -> None:
+    assert len((PACKAGE / "model.py").read_text(encoding="utf-8").splitlines()) < 400
