@@ -78,7 +78,6 @@ def generate(
             generator.manual_seed(seed)
 
     B = input_ids.shape[0]
-    rows = torch.arange(B, device=input_ids.device)
     ragged = bool((lengths != longest).any())
     with _eval_mode(model), torch.inference_mode():
         tokens = input_ids.new_full((B, longest + max_new_tokens), pad, dtype=torch.int64)
@@ -102,11 +101,12 @@ def generate(
             new = choose(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 new = new.masked_fill(finished, pad)
-            tokens[rows, lengths] = new
+            column = new[:, None]
+            tokens.scatter_(1, lengths[:, None], column)
             lengths = lengths + 1
-            fed, seq_lengths = (new[:, None], None) if use_cache else (tokens[:, :end], lengths if ragged else None)
+            fed, seq_lengths = (column, None) if use_cache else (tokens[:, :end], lengths if ragged else None)
             if seen is not None:
-                seen[rows, new] = True
+                seen.scatter_(1, column, True)
             if on_token is not None:
                 on_token(new)
             if eos is not None:
