@@ -13,19 +13,14 @@ settings.register_profile("quick", _COMMON, max_examples=10)
 settings.register_profile("standard", _COMMON, max_examples=40)
 settings.register_profile("thorough", _COMMON, max_examples=400)
 
+settings.load_profile("standard")  # pytest --hypothesis-profile quick overrides it
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--profile", choices=("quick", "standard", "thorough"), default="standard", help="examples a property")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile(config.getoption("--profile"))
-    torch.set_num_threads(1)  # two threads on two busy cores are 25 times slower on tiny models
+torch.set_num_threads(1)  # two threads on two busy cores are 25 times slower on tiny models
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return f"torch {torch.__version__}, CUDA device: {device}, profile {config.getoption('--profile')}"
+    return f"torch {torch.__version__}, CUDA device: {device}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ class LayerCache(Mapping[str, Tensor]):
         return self._buffer if newest and same else None
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where the T new positions of every row go; the same for all layers of one forward pass."""
 
     start: int | Tensor  # first new position: one for all rows, or (B,)
@@ -104,7 +103,8 @@ class Span:
         if seq_lengths is None:
             return cls(start, start + num_new, filled, filled + num_new, num_new)
         end = start + seq_lengths
-        return cls(start, end, filled, int(end.max()), num_new)
+        shortest, longest = (int(bound) for bound in end.aminmax())
+        return cls(start, longest if shortest == longest else end, filled, longest, num_new)
 
     def slots(self, device: torch.device) -> Tensor:
         """Position of every new token: (T,), or (B, T) where rows differ."""

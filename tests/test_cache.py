@@ -57,6 +57,13 @@ def test_rows_of_different_length_have_a_position_each(model: DIYForCausalLM) ->
     assert past[1][1].tolist() == [2, 6]
 
 
+def test_rows_of_equal_length_share_a_position(model: DIYForCausalLM) -> None:
+    _, past = model(IDS, attention_mask=torch.tensor([[1, 1, 0], [1, 1, 0]]), use_cache=True)
+    assert past[0][1] == 2
+    logits, _ = model(NEXT, past_key_values=past, use_cache=True)
+    torch.testing.assert_close(logits[:, 0], model(torch.cat((IDS[:, :2], NEXT), dim=1))[:, -1])
+
+
 def test_appending_at_the_tip_is_in_place_until_the_buffer_is_full(model: DIYForCausalLM, past: PastKeyValues) -> None:
     addresses = []
     for _ in range(150):
