@@ -12,7 +12,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 
 def _field(default: Any, doc: str) -> Any:
@@ -179,6 +179,8 @@ class TrainConfig(_Settings):
         positive = ("steps", "batch_size", "grad_accumulation", "eval_every", "eval_batches", "save_every", "log_every")
         self._check_at_least(1, *positive)
         self._check_at_least(0, "warmup_steps", "seed")
+        if self.seed >= 2**64:
+            self._refuse("seed", "must be below 2**64, torch's largest")
         self._check_finite_positive("learning_rate", "grad_clip")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             self._refuse("weight_decay", "must be a finite number, 0 or above")
@@ -189,3 +191,32 @@ class TrainConfig(_Settings):
                 self._refuse(name, "must be in [0, 1)")
         if self.warmup_steps > self.steps:
             self._refuse("warmup_steps", f"longer than the whole run of steps={self.steps}")
+
+
+class Preset(NamedTuple):
+    """Settings that go together. Whatever is not named has the configuration's own default."""
+
+    doc: str
+    model: Mapping[str, Any]  # DIYConfig fields; the vocabulary is the tokenizer's
+    train: Mapping[str, Any]  # TrainConfig fields
+
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset(
+        "0.8 million parameters; two minutes on two CPU cores",
+        {"num_layers": 4, "hidden_size": 128, "max_seq_len": 256, "dropout": 0.0, "tie_word_embeddings": True},
+        {"steps": 800, "batch_size": 8, "warmup_steps": 40, "eval_batches": 32},
+    ),
+    "quick": Preset(
+        "0.2 million parameters; twenty seconds: does it run?",
+        {"num_layers": 2, "hidden_size": 96, "max_seq_len": 128, "dropout": 0.0, "tie_word_embeddings": True},
+        {"steps": 300, "batch_size": 16, "learning_rate": 4e-3, "warmup_steps": 20, "eval_batches": 32},
+    ),
+}
+
+# For diymodel.train.overfit: a few dozen steps, a second or two.
+OVERFIT = Preset(
+    "the smallest proof that a model can learn",
+    {"num_layers": 2, "hidden_size": 64, "max_seq_len": 32, "dropout": 0.0},
+    {"steps": 300, "batch_size": 8},
+)

@@ -36,7 +36,7 @@ def decode_flops(config: DIYConfig, position: int, batch_size: int = 1) -> int:
 
 
 def kv_bytes_per_token(config: DIYConfig, bytes_per_value: int = 4) -> int:
-    """Bytes that one position of a row takes in the KV cache; ``bytes_per_value`` is 4 for float32, 2 for half types."""
+    """Bytes that one position of a row takes in the KV cache; ``bytes_per_value``: 4 for float32, 2 for half types."""
     return 2 * config.num_layers * config.kv_heads * config.head_size * bytes_per_value
 
 
