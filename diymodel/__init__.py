@@ -1,6 +1,7 @@
 """diymodel: a complete, compact causal language model, and a harness that verifies any causal language model.
 
 Names are imported on first use, so ``import diymodel`` and ``from diymodel import DIYConfig`` do not import torch.
+Functions that are called like their module are imported from it: ``from diymodel.train import train``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diymodel.checkpoint import load_checkpoint, load_pretrained, save_checkpoint, save_pretrained
     from diymodel.config import DIYConfig, TrainConfig
-    from diymodel.generate import generate
     from diymodel.loss import next_token_loss
     from diymodel.model import DIYForCausalLM, DIYModel
-    from diymodel.train import train
 
 __version__ = "0.1.0"
 
@@ -24,12 +23,10 @@ _HOME = {
     "DIYModel": "model",
     "DIYForCausalLM": "model",
     "next_token_loss": "loss",
-    "generate": "generate",
     "save_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_pretrained": "checkpoint",
     "load_pretrained": "checkpoint",
-    "train": "train",
 }
 
 __all__ = ["__version__", *_HOME]
