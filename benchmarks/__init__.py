@@ -1,0 +1,1 @@
+"""What the model costs, measured: see benchmarks/README.md."""
