@@ -10,10 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diymodel.checkpoint import load_checkpoint, load_pretrained, save_checkpoint, save_pretrained
-    from diymodel.config import DIYConfig, TrainConfig
-    from diymodel.loss import next_token_loss
-    from diymodel.model import DIYForCausalLM, DIYModel
+    from diymodel.checkpoint import load_checkpoint as load_checkpoint
+    from diymodel.checkpoint import load_pretrained as load_pretrained
+    from diymodel.checkpoint import save_checkpoint as save_checkpoint
+    from diymodel.checkpoint import save_pretrained as save_pretrained
+    from diymodel.config import DIYConfig as DIYConfig
+    from diymodel.config import TrainConfig as TrainConfig
+    from diymodel.loss import next_token_loss as next_token_loss
+    from diymodel.model import DIYForCausalLM as DIYForCausalLM
+    from diymodel.model import DIYModel as DIYModel
 
 __version__ = "0.1.0"
 

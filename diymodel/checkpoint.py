@@ -42,15 +42,7 @@ from diymodel import hf_form
 from diymodel._files import create_directory, replace_file
 from diymodel.config import DIYConfig
 from diymodel.model import DIYForCausalLM
-from diymodel.weights import (
-    build_model,
-    check_expected,
-    check_state_dict,
-    parts_of,
-    skeleton,
-    with_tied_head,
-    without_prefix,
-)
+from diymodel.weights import check_expected, check_state_dict, with_tied_head, without_prefix
 
 FORMAT = 1  # of both forms; a file of another format is refused
 
@@ -87,7 +79,7 @@ def save_checkpoint(path: _StrPath, model: nn.Module, training: dict[str, Any] |
             ``training`` an object that only code can restore.
         OSError: the file could not be written; what was there is unchanged.
     """
-    config, state_dict = parts_of(model)
+    config, state_dict = _parts_of(model)
     content = {"format": FORMAT, "config": config.to_dict(), "state_dict": state_dict}
     if training is not None:
         content["training"] = training
@@ -110,7 +102,7 @@ def load_checkpoint(
         ValueError: as :func:`read_checkpoint`, or its configuration is not ``expected``; names each field that differs.
     """
     config, state_dict, _ = read_checkpoint(path, expected)
-    return build_model(config, state_dict, device)
+    return _build(config, state_dict, device)
 
 
 def read_checkpoint(path: _StrPath, expected: DIYConfig | None = None) -> Checkpoint:
@@ -128,7 +120,7 @@ def read_checkpoint(path: _StrPath, expected: DIYConfig | None = None) -> Checkp
         config = DIYConfig.from_dict(content["config"])
         check_expected(config, expected)
         state_dict = without_prefix(content["state_dict"])
-        check_state_dict(state_dict, skeleton(config).state_dict(), config)
+        check_state_dict(state_dict, _skeleton(config).state_dict(), config)
     return Checkpoint(config, with_tied_head(state_dict, config), content.get("training"))
 
 
@@ -148,7 +140,7 @@ def save_pretrained(model: nn.Module, directory: _StrPath) -> None:
         OSError: a file could not be written; what was there is unchanged.
     """
     safetensors = hf_form.import_safetensors()
-    config, state_dict = parts_of(model)
+    config, state_dict = _parts_of(model)
     values = hf_form.config_to_hf(config, state_dict["model.norm.weight"].dtype)
     config_json = (json.dumps({**values, _MARKER: FORMAT}, indent=2) + "\n").encode()
     metadata = {"format": "pt", _SEAL_KEY: "0" * _DIGITS}
@@ -196,8 +188,8 @@ def load_pretrained(
         config = hf_form.config_from_hf(values)
         check_expected(config, expected)
         weights = hf_form.read_weights(shards)
-        check_state_dict(weights, hf_form.weights_to_hf(skeleton(config).state_dict(), config), config)
-    return build_model(config, with_tied_head(hf_form.weights_from_hf(weights, config), config), device)
+        check_state_dict(weights, hf_form.weights_to_hf(_skeleton(config).state_dict(), config), config)
+    return _build(config, with_tied_head(hf_form.weights_from_hf(weights, config), config), device)
 
 
 # --- the single file -------------------------------------------------------------------------------------------------
@@ -308,6 +300,34 @@ def _check_weights_seal(config: Mapping[str, Any], config_json: bytes, shard: Pa
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
+
+
+def _parts_of(model: nn.Module) -> tuple[DIYConfig, dict[str, Tensor]]:
+    """Configuration and state dict (on the CPU, detached, tied weights as one tensor) of a model about to be saved."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, DIYForCausalLM):
+        raise TypeError(f"a DIYForCausalLM can be saved, not a {type(model).__name__}")
+    config = model.config
+    # Blocks that were compiled one by one carry the prefix of torch.compile inside their names.
+    state_dict = {name.replace("_orig_mod.", ""): w.detach() for name, w in model.state_dict().items()}
+    check_state_dict(state_dict, _skeleton(config).state_dict(), config)
+    return config, with_tied_head({name: weight.cpu() for name, weight in state_dict.items()}, config)
+
+
+def _skeleton(config: DIYConfig) -> DIYForCausalLM:
+    """The model without memory: its names and shapes."""
+    with torch.device("meta"):
+        return DIYForCausalLM(config)
+
+
+def _build(config: DIYConfig, state_dict: Mapping[str, Tensor], device: str | torch.device) -> DIYForCausalLM:
+    """The model with these weights, which are known to fit, in their dtype; in eval mode."""
+    # By way of the skeleton, nothing is drawn that is overwritten at once, and the random state stays as it was.
+    dtype = state_dict["model.norm.weight"].dtype
+    model = _skeleton(config).to(dtype).to_empty(device=device)
+    model.load_state_dict(state_dict)
+    return model.eval()
+
 
 _DAMAGED = "the {} is damaged: its contents do not match its sha256 (changed, or cut short); restore it from a copy"
 

@@ -79,7 +79,7 @@ def generate(
 
     B = input_ids.shape[0]
     ragged = bool((lengths != longest).any())
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         tokens = input_ids.new_full((B, longest + max_new_tokens), pad, dtype=torch.int64)
         real = torch.arange(longest, device=tokens.device) < lengths[:, None]
         tokens[:, :longest] = torch.where(real, input_ids[:, :longest], pad)
@@ -102,8 +102,11 @@ def generate(
             if eos is not None:
                 new = new.masked_fill(finished, pad)
             column = new[:, None]
-            tokens.scatter_(1, lengths[:, None], column)
-            lengths = lengths + 1
+            if ragged:
+                tokens.scatter_(1, lengths[:, None], column)
+                lengths = lengths + 1
+            else:
+                tokens[:, end - 1] = new
             fed, seq_lengths = (column, None) if use_cache else (tokens[:, :end], lengths if ragged else None)
             if seen is not None:
                 seen.scatter_(1, column, True)
@@ -150,15 +153,16 @@ def _tokens_seen(prompt: Tensor, real: Tensor, vocab_size: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule is back in its own mode."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
 
 
 def _prompt_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from diymodel.cache import LayerPast, PastKeyValues, Span, append, check_cache
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
 from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
+from diymodel.weights import check_state_dict, check_tied, with_tied_head
 
 INIT_STD = 0.02  # GPT-2's: small enough that the first loss is near ln(V)
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -29,19 +30,25 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 class Linear(nn.Linear):
     """``x @ weight.T``, with a weight (out, in) drawn from N(0, std²).
 
-    A large weight lies in memory column by column: decoding multiplies it with one vector, which takes MKL about half
-    the time in that order, while matrices of many rows do not care.
+    In eval mode on a CPU, a large weight lies in memory column by column, its shape being the same: decoding multiplies
+    it with one vector, which takes MKL about half the time in that order. The fused optimizer wants it row by row.
     """
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
-        by_column = in_features * out_features >= 2**18
-        shape = (in_features, out_features) if by_column else (out_features, in_features)
-        weight = torch.empty(shape).normal_(std=std)
-        self.weight = nn.Parameter(weight.t() if by_column else weight)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=std))
 
     def reset_parameters(self) -> None:
         """Nothing: torch would draw the weight a first time here."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module``'s, and lays the weight out for what comes."""
+        weight = self.weight.data
+        if mode:
+            self.weight.data = weight.contiguous()
+        elif weight.device.type == "cpu" and weight.numel() >= 2**18:
+            self.weight.data = weight.t().contiguous().t()
+        return super().train(mode)
 
 
 class RMSNorm(nn.Module):
@@ -282,8 +289,11 @@ class DIYForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = DIYModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, INIT_STD)
-        self._tie()
+        if config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+            self._tie()
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, INIT_STD)
 
     generate = generate
 
@@ -326,18 +336,16 @@ class DIYForCausalLM(nn.Module):
         return (logits, output[1]) if use_cache else logits
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module``'s; tied weights stay tied.
+        """As ``nn.Module``'s, but nothing is changed unless all fits, and tied weights stay tied.
 
         Raises:
-            ValueError: the model ties its embedding and head, and the state dict holds two different ones.
+            ValueError: names what is missing, unexpected or misshapen and the configuration field that explains it; or
+                the model ties its embedding and head, and these weights hold two different ones.
         """
-        if self.config.tie_word_embeddings:
-            embedding, head = (state_dict.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-            if embedding is not None and head is not None and not torch.equal(embedding, head):
-                raise ValueError(
-                    "tie_word_embeddings=True, but model.embed_tokens.weight and lm_head.weight differ: these weights "
-                    "come from a model with tie_word_embeddings=False"
-                )
+        if strict:
+            check_state_dict(state_dict, self.state_dict(), self.config)
+            state_dict = with_tied_head(state_dict, self.config)
+        check_tied(state_dict, self.config)
         keys = super().load_state_dict(state_dict, strict, assign)
         self._tie()
         return keys

@@ -23,7 +23,7 @@ from diymodel._files import replace_file
 from diymodel.checkpoint import read_checkpoint, save_checkpoint
 from diymodel.config import DIYConfig, TrainConfig
 from diymodel.data import Batch, ByteTokenizer, Rows, Tokenizer, fingerprint, split_documents
-from diymodel.generate import _eval_mode
+from diymodel.generate import eval_mode
 from diymodel.loss import next_token_loss, num_scored
 from diymodel.model import DIYForCausalLM
 
@@ -184,7 +184,7 @@ def evaluate(model: DIYForCausalLM, rows: Rows, batch_size: int = 16, max_batche
     device = device_of(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_tokens = 0
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for batch in rows.in_order(batch_size, max_batches):
             num_tokens += int(num_scored(batch.labels))
             batch = batch.to(device)

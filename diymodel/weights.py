@@ -1,4 +1,4 @@
-"""The weights that belong to a configuration: taken out of a model, checked strictly, put into a new one."""
+"""Whether weights are exactly those that a configuration asks for, and which of its fields explains a misfit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diymodel.config import DIYConfig
-from diymodel.model import DIYForCausalLM
 
 # The configuration fields behind each dimension of a weight, by the last name before ".weight".
 _HEADS = "num_heads, num_kv_heads, hidden_size"
@@ -52,17 +51,26 @@ def check_state_dict(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], 
         if name in found and found[name].shape != weight.shape:
             is_, needs = tuple(found[name].shape), tuple(weight.shape)
             problems.append(f"shape: {name} is {is_}, and must be {needs}{_fields(name, is_, needs)}")
-    if config.tie_word_embeddings and not problems and "lm_head.weight" in found:
-        embedding, head = found["model.embed_tokens.weight"], found["lm_head.weight"]
-        if not torch.equal(_bits(embedding), _bits(head)):
-            problems.append("lm_head.weight is not model.embed_tokens.weight (tie_word_embeddings=True)")
     if problems:
         more = f"\n  … and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError("the weights do not fit the configuration:\n  " + "\n  ".join(problems[:_LISTED]) + more)
+    check_tied(found, config)
     dtypes = Counter(weight.dtype for weight in found.values())
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         listed = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
         raise ValueError(f"weights must all have one floating-point dtype; these are {listed}")
+
+
+def check_tied(found: Mapping[str, Tensor], config: DIYConfig) -> None:
+    """Refuse two different weights where the configuration ties them."""
+    embedding, head = found.get("model.embed_tokens.weight"), found.get("lm_head.weight")
+    if not config.tie_word_embeddings or embedding is None or head is None:
+        return
+    if not torch.equal(_bits(embedding), _bits(head)):
+        raise ValueError(
+            "lm_head.weight is not model.embed_tokens.weight: these weights come from a model with "
+            "tie_word_embeddings=False, and the configuration has tie_word_embeddings=True"
+        )
 
 
 def _blame(name: str, others: Mapping[str, Tensor], config: DIYConfig) -> str:
@@ -105,35 +113,8 @@ def without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, state_dict.values(), strict=True))
 
 
-def parts_of(model: nn.Module) -> tuple[DIYConfig, dict[str, Tensor]]:
-    """Configuration and state dict (on the CPU, detached, tied weights as one tensor) of a model about to be saved."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, DIYForCausalLM):
-        raise TypeError(f"a DIYForCausalLM can be saved, not a {type(model).__name__}")
-    config = model.config
-    # Blocks that were compiled one by one carry the prefix of torch.compile inside their names.
-    state_dict = {name.replace("_orig_mod.", ""): w.detach() for name, w in model.state_dict().items()}
-    check_state_dict(state_dict, skeleton(config).state_dict(), config)
-    return config, with_tied_head({name: weight.cpu() for name, weight in state_dict.items()}, config)
-
-
 def with_tied_head(state_dict: Mapping[str, Tensor], config: DIYConfig) -> dict[str, Tensor]:
     """The state dict with both names of a tied weight on one tensor, which ``torch.save`` then stores once."""
     if not config.tie_word_embeddings:
         return dict(state_dict)
     return {**state_dict, "lm_head.weight": state_dict["model.embed_tokens.weight"]}
-
-
-def skeleton(config: DIYConfig) -> DIYForCausalLM:
-    """The model without memory: its names and shapes."""
-    with torch.device("meta"):
-        return DIYForCausalLM(config)
-
-
-def build_model(config: DIYConfig, state_dict: Mapping[str, Tensor], device: str | torch.device) -> DIYForCausalLM:
-    """The model with these weights, which are known to fit, in their dtype; in eval mode."""
-    # By way of the skeleton, nothing is drawn that is overwritten at once, and the random state stays as it was.
-    dtype = state_dict["model.norm.weight"].dtype
-    model = skeleton(config).to(dtype).to_empty(device=device)
-    model.load_state_dict(state_dict)
-    return model.eval()

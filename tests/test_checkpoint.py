@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from diymodel import (
     save_checkpoint,
     save_pretrained,
 )
+from diymodel._files import create_directory
 from diymodel.checkpoint import read_checkpoint
 from diymodel.hf_form import config_to_hf, weights_to_hf
 
@@ -185,7 +187,7 @@ def test_saving_and_loading_touch_neither_the_model_nor_the_random_state(
 
 @both_forms
 def test_large_weights_keep_their_order_in_memory(tmp_path: Path, save: Save, load: Load) -> None:
-    model = DIYForCausalLM(DIYConfig(vocab_size=2048, num_layers=1, hidden_size=128, num_heads=4))
+    model = DIYForCausalLM(DIYConfig(vocab_size=2048, num_layers=1, hidden_size=128, num_heads=4)).eval()
     assert not model.lm_head.weight.is_contiguous()
     save(tmp_path / "model", model)
     loaded = load(tmp_path / "model")
@@ -521,7 +523,7 @@ def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
 def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
     model = make_model()  # untied
     tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
-    message = re.escape("lm_head.weight is not model.embed_tokens.weight (tie_word_embeddings=True)")
+    message = "lm_head.weight is not model.embed_tokens.weight.* has tie_word_embeddings=True"
     with pytest.raises(ValueError, match=message):
         load_checkpoint(write_by_hand(tmp_path / "m.pt", model, config=tied.to_dict()))
     with pytest.raises(ValueError, match=message):
@@ -652,6 +654,36 @@ def test_a_foreign_directory_is_not_saved_over(tmp_path: Path) -> None:
         save_pretrained(make_model(), tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged: it is not JSON"):
+        save_pretrained(make_model(), tmp_path / "m")
+
+
+def test_a_configuration_laid_out_in_another_way_is_not_saved_over(tmp_path: Path) -> None:
+    """Its seal is of the bytes: with the weights replaced, the directory would be refused."""
+    save_pretrained(make_model(), tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))
+    with pytest.raises(ValueError, match=r"holds another model \(config\.json is laid out in another way\)"):
+        save_pretrained(make_model(), tmp_path / "m")
+
+
+def test_another_writer_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory appears between the look and the rename."""
+    first, second = make_model(seed=1), make_model(seed=2)
+
+    def overtaken(directory: Path, files: dict[str, bytes]) -> None:
+        monkeypatch.undo()
+        save_pretrained(first, directory)
+        create_directory(directory, files)
+
+    monkeypatch.setattr("diymodel.checkpoint.create_directory", overtaken)
+    save_pretrained(second, tmp_path / "m")
+    assert_same_weights(load_pretrained(tmp_path / "m"), second)
+
+
+def test_without_safetensors_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.delitem(sys.modules, "safetensors")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'diymodel\[hf\]'"):
         save_pretrained(make_model(), tmp_path / "m")
 
 

@@ -87,13 +87,20 @@ def test_residual_projections_start_smaller() -> None:
         assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
 
 
-def test_large_weights_keep_their_shape_and_their_layout() -> None:
+def test_large_weights_are_laid_out_for_the_mode() -> None:
     linear = Linear(512, 1024, std=0.02)
-    assert linear.weight.shape == (1024, 512)
+    values = linear.weight.detach().clone()
+    assert linear.eval().weight.stride() == (1, 1024)
+    linear.load_state_dict({"weight": values + 1})
     assert linear.weight.stride() == (1, 1024)
-    linear.load_state_dict({"weight": torch.arange(1024 * 512.0).view(1024, 512)})
-    assert linear.weight.stride() == (1, 1024)
-    assert linear.weight[3, 5] == 3 * 512 + 5
+    assert linear.train().weight.stride() == (512, 1)
+    assert torch.equal(linear.weight, values + 1)
+
+
+def test_generating_in_training_leaves_the_layout_to_the_optimizer() -> None:
+    model = DIYForCausalLM(DIYConfig(num_layers=1, hidden_size=512))
+    model.generate(torch.tensor([[1]]), 1)
+    assert all(weight.is_contiguous() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -302,7 +302,7 @@ def tiled_heads(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **
 
 
 @contextlib.contextmanager
-def without_finally(_eval_mode: object, model: nn.Module) -> Iterator[None]:
+def without_finally(eval_mode: object, model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     yield
@@ -712,7 +712,7 @@ MUTATIONS: list[Mutation] = [
     ),
     (
         "mode-not-restored",
-        lambda: around(generate_module, "_eval_mode", lambda mode, model: contextlib.nullcontext(model.eval())),
+        lambda: around(generate_module, "eval_mode", lambda mode, model: contextlib.nullcontext(model.eval())),
         (generation.everything_is_left_as_it_was,),
     ),
     (
@@ -722,7 +722,7 @@ MUTATIONS: list[Mutation] = [
     ),
     (
         "mode restored on success only",
-        lambda: around(generate_module, "_eval_mode", without_finally),
+        lambda: around(generate_module, "eval_mode", without_finally),
         (generation.everything_is_left_as_it_was,),
     ),
     (
