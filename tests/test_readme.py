@@ -1,0 +1,46 @@
+"""What the two READMEs say of the code is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+
+ROADMAP_ROW = re.compile(r"^\| (\d\.\d) \| .* \| \[[\w.]+\]\(([\w/.]+)\) \| `(.*)` \|$", re.MULTILINE)
+CODE_BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+STEPS = ["1.1", "1.2", "1.3", "2.1", "2.2", "2.3", "3.1", "3.2", "3.3", "4.1", "4.2", "4.3", "5.1", "5.2", "5.3", "5.4"]
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["en", "zh"])
+def test_each_step_of_the_roadmap_names_a_line_that_exists(readme: Path) -> None:
+    rows = ROADMAP_ROW.findall(readme.read_text(encoding="utf-8"))
+    assert [step for step, _, _ in rows] == STEPS
+    for step, file, line in rows:
+        lines = [found.strip() for found in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+        assert line in lines, f"step {step}: {file} has no line {line!r}"
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["en", "zh"])
+def test_the_tree_lists_every_module(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    for path in (ROOT / "diymodel").glob("*.py"):
+        assert path.name.startswith("__") or f"\n  {path.name} " in text, f"{readme.name} does not list {path.name}"
+
+
+def test_both_languages_show_the_same_code() -> None:
+    def code(readme: Path) -> list[str]:
+        blocks = CODE_BLOCK.findall(readme.read_text(encoding="utf-8"))
+        return [re.sub(r"\s+#.*", "", block) for language, block in blocks if language in ("bash", "python")]
+
+    assert code(ENGLISH) == code(CHINESE)
+
+
+def test_the_python_example_runs() -> None:
+    (example,) = (block for language, block in CODE_BLOCK.findall(ENGLISH.read_text("utf-8")) if language == "python")
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["tokens"].shape == (2, 36)  # type: ignore[attr-defined]
