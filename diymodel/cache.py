@@ -185,17 +185,19 @@ def check_cache(
     expected = (batch_size, config.kv_heads, config.head_size)
     positions, lengths = [], []
     for layer, entry in enumerate(past_key_values):
-        if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], Mapping)):
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], (LayerCache, Mapping))):
             raise TypeError(f'past_key_values[{layer}] must be a pair ({{"k": …, "v": …}}, cached_pos), got {entry!r}')
-        shape, length, cached_device = _shape(entry[0])
-        if shape != expected:
+        cached, cached_pos = entry
+        keys, length = (cached._buffer.keys, cached.length) if isinstance(cached, LayerCache) else _foreign(cached)
+        B, K, _, D = keys.shape
+        if expected != (B, K, D):
             raise ValueError(
-                f"the cache of layer {layer} has (batch, kv_heads, head_size) = {shape} and this call needs "
+                f"the cache of layer {layer} has (batch, kv_heads, head_size) = {B, K, D} and this call needs "
                 f"{expected}: it belongs to another batch or configuration"
             )
-        if cached_device != device:
-            raise ValueError(f"the cache of layer {layer} is on {cached_device} and input_ids on {device}")
-        positions.append(entry[1])
+        if keys.device != device:
+            raise ValueError(f"the cache of layer {layer} is on {keys.device} and input_ids on {device}")
+        positions.append(cached_pos)
         lengths.append(length)
     filled = _largest(positions[0], past_key_values[0][0], batch_size, min(lengths), device)
     for layer, cached_pos in enumerate(positions):
@@ -226,22 +228,17 @@ def _largest(cached_pos: int | Tensor, cached: Mapping[str, Tensor], B: int, len
     return high
 
 
-def _shape(cached: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], int, torch.device]:
-    """(B, K, D), the positions held, and the device."""
-    if isinstance(cached, LayerCache):
-        keys, length = cached._buffer.keys, cached.length
-    else:
-        if set(cached) != {"k", "v"}:
-            raise ValueError(f"a layer's cache has exactly the entries 'k' and 'v', got {sorted(cached)}")
-        keys = cached["k"]
-        if keys.dim() != 4 or keys.shape != cached["v"].shape:
-            raise ValueError(
-                f"'k' and 'v' of a layer's cache must both be (batch, kv_heads, positions, head_size), got "
-                f"{tuple(keys.shape)} and {tuple(cached['v'].shape)}"
-            )
-        length = keys.shape[2]
-    B, K, _, D = keys.shape
-    return (B, K, D), length, keys.device
+def _foreign(cached: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The keys of a cache that somebody put together, and how many positions it holds."""
+    if set(cached) != {"k", "v"}:
+        raise ValueError(f"a layer's cache has exactly the entries 'k' and 'v', got {sorted(cached)}")
+    keys, values = cached["k"], cached["v"]
+    if keys.dim() != 4 or keys.shape != values.shape:
+        raise ValueError(
+            f"'k' and 'v' of a layer's cache must both be (batch, kv_heads, positions, head_size), got "
+            f"{tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    return keys, keys.shape[2]
 
 
 def _dtype(cached: Mapping[str, Tensor]) -> torch.dtype:

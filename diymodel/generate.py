@@ -85,29 +85,28 @@ def generate(
         tokens[:, :longest] = torch.where(real, input_ids[:, :longest], pad)
         seen = _tokens_seen(tokens[:, :longest], real, config.vocab_size) if repetition_penalty != 1 else None
         finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-        past = None
-        fed, seq_lengths = tokens[:, :longest], lengths if ragged else None
+        past = column = None
         end = longest
         for end in range(longest + 1, longest + max_new_tokens + 1):
-            if use_cache:
-                logits, past = model(
-                    fed, seq_lengths=seq_lengths, past_key_values=past, use_cache=True, logits_to_keep=1
-                )
+            seq_lengths = lengths if ragged else None
+            if not use_cache:
+                logits = model(tokens[:, : end - 1], seq_lengths=seq_lengths, logits_to_keep=1)
+            elif past is None:
+                logits, past = model(tokens[:, :longest], seq_lengths=seq_lengths, use_cache=True, logits_to_keep=1)
             else:
-                logits = model(fed, seq_lengths=seq_lengths, logits_to_keep=1)
-            logits = logits[:, -1]
+                logits, past = model.decode_step(column, past)
+            logits = logits.select(1, -1)
             if seen is not None:
                 logits = _penalise(logits, seen, repetition_penalty)
             new = choose(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 new = new.masked_fill(finished, pad)
-            column = new[:, None]
+            column = new.unsqueeze(1)
             if ragged:
                 tokens.scatter_(1, lengths[:, None], column)
                 lengths = lengths + 1
             else:
-                tokens[:, end - 1] = new
-            fed, seq_lengths = (column, None) if use_cache else (tokens[:, :end], lengths if ragged else None)
+                tokens.select(1, end - 1).copy_(new)
             if seen is not None:
                 seen.scatter_(1, column, True)
             if on_token is not None:

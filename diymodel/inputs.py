@@ -18,7 +18,8 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
     if not _readable(input_ids):
         return
-    low, high = (int(bound) for bound in input_ids.aminmax())
+    bounds = input_ids.aminmax()
+    low, high = int(bounds[0]), int(bounds[1])
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary [0, {vocab_size})")
 

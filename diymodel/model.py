@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diymodel.cache import LayerPast, PastKeyValues, Span, append, check_cache
+from diymodel._attributes import direct
+from diymodel.cache import LayerCache, LayerPast, PastKeyValues, Span, append, check_cache
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
 from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
@@ -27,6 +28,7 @@ INIT_STD = 0.02  # GPT-2's: small enough that the first loss is near ln(V)
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
+@direct(parameters=("weight", "bias"))
 class Linear(nn.Linear):
     """``x @ weight.T``, with a weight (out, in) drawn from N(0, std²).
 
@@ -51,6 +53,7 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
+@direct(parameters=("weight",))
 class RMSNorm(nn.Module):
     """``weight · x / sqrt(mean(x²) + eps)`` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 
@@ -126,6 +129,7 @@ class Step(NamedTuple):
     cached: Span | None  # where the new keys go in the cache; None: no cache
 
 
+@direct(modules=("qkv_proj", "o_proj"))
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head h reads key head h // (H / K)."""
 
@@ -160,6 +164,7 @@ class Attention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).reshape(B, T, H * D)), present
 
 
+@direct(modules=("gate_up_proj", "down_proj"))
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate(x)) · up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -174,6 +179,7 @@ class MLP(nn.Module):
         return down
 
 
+@direct(modules=("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
 class ModelBlock(nn.Module):
     """Attention and MLP, each reading a normalised copy of the residual stream and added back to it."""
 
@@ -195,6 +201,7 @@ class ModelBlock(nn.Module):
         return F.dropout(update, self.dropout) if self.training else update
 
 
+@direct(modules=("embed_tokens", "layers", "norm", "rotary"))
 class DIYModel(nn.Module):
     """The backbone: token ids to hidden states."""
 
@@ -234,13 +241,13 @@ class DIYModel(nn.Module):
             raise ValueError("a KV cache is for inference and the model is in training mode: call model.eval() first")
         span = self._span(input_ids, seq_lengths, past_key_values)
         if not caching:
-            hidden, _ = self._run(input_ids, seq_lengths, None, span, None)
+            hidden, _ = self.run(input_ids, seq_lengths, None, span, None)
             return hidden
         with torch.no_grad():
-            hidden, presents = self._run(input_ids, seq_lengths, past_key_values, span, span)
+            hidden, presents = self.run(input_ids, seq_lengths, past_key_values, span, span)
         return (hidden, presents) if use_cache else hidden
 
-    def _run(
+    def run(
         self,
         input_ids: Tensor,
         seq_lengths: Tensor | None,
@@ -248,6 +255,7 @@ class DIYModel(nn.Module):
         span: Span,
         cached: Span | None,
     ) -> tuple[Tensor, PastKeyValues]:
+        """``forward`` after its checks; ``cached`` says where the new keys go, None keeps none."""
         hidden = self.embed_tokens(input_ids)
         if self.training:
             hidden = F.dropout(hidden, self.config.dropout)
@@ -282,6 +290,7 @@ class DIYModel(nn.Module):
         return span
 
 
+@direct(modules=("model", "lm_head"))
 class DIYForCausalLM(nn.Module):
     """The language model: backbone and ``lm_head``, a score for every token of the vocabulary at every position."""
 
@@ -330,10 +339,22 @@ class DIYForCausalLM(nn.Module):
             check_logits_to_keep(logits_to_keep, input_ids, seq_lengths)
         output = self.model(input_ids, seq_lengths, past_key_values, use_cache)
         hidden: Tensor = output[0] if use_cache else output
-        if logits_to_keep:
+        if 0 < logits_to_keep < hidden.shape[1]:
             hidden = _last_positions(hidden, seq_lengths, logits_to_keep)
         logits: Tensor = self.lm_head(hidden)
         return (logits, output[1]) if use_cache else logits
+
+    def decode_step(self, tokens: Tensor, past_key_values: PastKeyValues) -> tuple[Tensor, PastKeyValues]:
+        """Logits (B, 1, V) after one more token a row, (B, 1), and the new cache: ``forward`` without its checks.
+
+        For loops that feed a model its own tokens on its own cache, where nothing can be wrong: reading values back to
+        check them costs a tiny model a tenth of the step, and makes a GPU wait. Call it without gradients.
+        """
+        cached, start = past_key_values[0]
+        assert isinstance(cached, LayerCache)
+        span = Span.after(start, cached.length, 1, None)
+        hidden, presents = self.model.run(tokens, None, past_key_values, span, span)
+        return self.lm_head(hidden), presents
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module``'s, but nothing is changed unless all fits, and tied weights stay tied.
