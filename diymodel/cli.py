@@ -1,4 +1,4 @@
-"""The command line: ``diymodel train`` and ``diymodel generate``.
+"""The command line: ``train`` and ``generate`` are here, ``verify``, ``list`` and ``explain`` in verify/command.py.
 
 Exit codes: 0 done, 1 it ran and did not succeed, 2 it could not start (one line on stderr says why), 130 Ctrl-C.
 Torch is imported by the commands only, so that ``--help`` is there at once.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from diymodel import __version__
 from diymodel.config import OVERFIT, PRESETS, DIYConfig, TrainConfig
+from diymodel.verify.command import add_commands
 
 if TYPE_CHECKING:
     from diymodel.data import Tokenizer
@@ -69,11 +70,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="diymodel", description="A compact causal language model: train it, generate with it.")
+    parser = _Parser(
+        prog="diymodel", description="Verify any causal language model; train a compact one, and generate with it."
+    )
     parser.add_argument("--version", action="version", version=f"diymodel {__version__}")
     commands = parser.add_subparsers(dest="command_name", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)
+    add_commands(commands)
     return parser
 
 

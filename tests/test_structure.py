@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ LAYERS = [
     {"model"},
     {"checkpoint"},
     {"train"},
+    {"verify"},
     {"cli"},
 ]
 
@@ -42,6 +44,14 @@ def test_imports_point_downwards(module: str) -> None:
     assert level is not None, f"diymodel/{module}.py is new: give it a place in LAYERS"
     below = set().union(*LAYERS[:level])
     assert imported_modules(module) <= below, f"{module} imports {sorted(imported_modules(module) - below)} from above"
+
+
+def test_the_harness_knows_the_model_in_one_place_only() -> None:
+    """No check imports the model, and the model never imports the harness; verify/adapters.py is the bridge."""
+    for path in (PACKAGE / "verify").rglob("*.py"):
+        imports = re.findall(r"from diymodel\.(\w+)", path.read_text(encoding="utf-8"))
+        allowed = {"config", "verify", "_files"} | ({"model", "loss"} if path.name == "adapters.py" else set())
+        assert set(imports) <= allowed, f"{path.name} imports {set(imports) - allowed}"
 
 
 def test_public_names_are_lazy_and_resolve() -> None:

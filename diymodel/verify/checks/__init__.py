@@ -1,0 +1,1 @@
+"""The properties, one file a concern; every module here registers its checks when it is imported."""

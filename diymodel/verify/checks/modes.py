@@ -1,0 +1,92 @@
+"""``train()`` and ``eval()`` switch dropout, at every depth, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+_CALLS = 24  # a tiny module may well drop the same few elements twice, but not in all these calls
+
+
+def _dropout_of(module: nn.Module) -> str | None:
+    """The first part of a module that holds a dropout probability above 0; None: none does."""
+    for name, part in module.named_modules():
+        held = {f"{key}": value for key, value in vars(part).items() if "drop" in key.lower()}
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            held["p"] = part.p
+        for key, value in held.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+                return f"{name}.{key}={value}".lstrip(".")
+    return None
+
+
+def _training_differs(lm: LM, ids: Tensor) -> bool:
+    first = lm.logits(ids)
+    return any(not torch.equal(lm.logits(ids), first) for _ in range(_CALLS))
+
+
+@check(
+    "modes.dropout_active_in_training",
+    title="with dropout above 0, two calls in training mode differ",
+    step="3.3",
+    causes=("dropout-never-active", "mode-flag-copied"),
+)
+def dropout_active_in_training(trial: Trial) -> None:
+    lm = trial.model(dropout=0.5)
+    ids = trial.tokens(lm, min_length=2)
+    lm.module.train()
+    if _training_differs(lm, ids):
+        return
+    held = _dropout_of(lm.module)
+    if held is None:
+        raise NotApplicable("the module has no dropout: training changes no logit and no part holds a probability")
+    raise CheckFailure(f"with {held}, calls in training mode must differ, saw {_CALLS + 1} equal ones")
+
+
+@check(
+    "modes.agree_without_dropout",
+    title="with dropout 0, training mode and eval mode give the same logits",
+    step="3.3",
+    causes=("training-branch-differs", "mask-dropped-with-dropout"),
+)
+def agree_without_dropout(trial: Trial) -> None:
+    lm = trial.model(dropout=0.0)
+    ids = trial.tokens(lm)
+    if (held := _dropout_of(lm.module)) is not None:
+        raise NotApplicable(f"the module keeps its dropout where config.dropout is 0: {held}")
+    evaluated = lm.logits(ids)
+    lm.module.train()
+    trained = lm.logits(ids)
+    lm.module.eval()
+    what = "with dropout 0, training mode must give the logits of eval mode"
+    trial.same(trained, evaluated, what, lm, lambda: lm.logits(ids))
+
+
+@check(
+    "modes.followed_at_every_depth",
+    title="train() and eval() reach every part, and can be called back and forth",
+    step="3.3",
+    causes=("mode-flag-copied", "dropout-active-in-eval", "mode-not-restored", "state-survives-calls"),
+)
+def followed_at_every_depth(trial: Trial) -> None:
+    lm = trial.model(dropout=0.5)
+    ids = trial.tokens(lm)
+    first = lm.logits(ids)
+    for mode in (True, False, True):
+        lm.module.train(mode)
+        if stuck := [
+            name or "the module itself" for name, part in lm.module.named_modules() if part.training is not mode
+        ]:
+            raise CheckFailure(
+                f"after train({mode}) every part must be in that mode, saw in the other: {', '.join(stuck)}"
+            )
+        lm.logits(ids)
+    lm.module.eval()
+    for _ in range(4):
+        what = "after train() and eval() again, eval mode must give what it gave before"
+        trial.same(lm.logits(ids), first, what, lm, lambda: lm.logits(ids))

@@ -1,0 +1,113 @@
+"""The narrow types stay finite and near what float64 gives: a gross check, after semantics were judged in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
+from diymodel.verify.registry import check
+from diymodel.verify.tolerance import estimate_noise
+from diymodel.verify.trial import Trial
+
+_LONG = 256  # positions, so that an angle kept in bfloat16 is off by whole radians at the end
+_VOCABULARY = _LONG + 16  # more than there are positions, so that a table with as many rows is the token embedding
+_SIZE: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 16}
+_GROSS = 1 / 16  # of the largest logit; what is further off is held against the module's own rounding
+_HALF_FACTOR = 4  # times the measured rounding; healthy modules stay below 1.3
+_FAST_THETA = 10.0  # every rotary pair turns fast, so that none is right by turning too little to matter
+_LARGE = 400.0  # its square overflows float16, whose largest number is 65504
+_FITS = 30000.0
+
+
+def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Hold the logits in ``dtype`` against float64 with the same weights, which are rounded to ``dtype`` first."""
+    narrow = LM(copy.deepcopy(lm.module).to(dtype), lm.config, lm.convention)
+    wide = LM(copy.deepcopy(narrow.module).double(), lm.config, lm.convention)
+    with torch.no_grad():
+        try:
+            seen = narrow.logits(ids)
+        except SubjectError:
+            raise
+        except Exception as error:  # kernels and modules refuse narrow types in ways of their own
+            raise NotApplicable(f"the module does not run in {dtype}: {type(error).__name__}: {error}") from error
+        seen, expected = seen.double(), wide.logits(ids)
+    if not bool(seen.isfinite().all()):
+        position = int((~seen.isfinite()).nonzero()[0][1])
+        raise CheckFailure(f"{what} must be finite, saw a NaN or infinity at position {position}")
+    difference = (seen - expected).abs()
+    largest, tolerance = float(difference.max()), _GROSS * float(expected.abs().max())
+    if largest > tolerance:
+        noise = estimate_noise(narrow.module, lambda: narrow.logits(ids), trial.values["weights"])
+        tolerance = max(tolerance, _HALF_FACTOR * noise)
+    if largest > tolerance:
+        position = int((difference > tolerance).nonzero()[0][1])
+        raise CheckFailure(
+            f"{what} must be those of float64 with the same weights up to rounding, which explains {tolerance:.3g}, "
+            f"saw {largest:.3g}; first too far at position {position}",
+            largest,
+            tolerance,
+        )
+
+
+def _row(trial: Trial, vocab_size: int, max_length: int) -> Tensor:
+    """A long row (1, T) from two drawn numbers."""
+    length = trial.draw("length", st.integers(1, max_length))
+    start = trial.draw("start", st.integers(0, vocab_size - 1))
+    stride = trial.draw("stride", st.integers(1, vocab_size - 1))
+    return (start + stride * torch.arange(length, device=trial.device)[None]) % vocab_size
+
+
+@check(
+    "numerics.bfloat16_near_float64",
+    title="bfloat16 logits are finite and near those of float64",
+    step="5.2",
+    causes=("rope-low-precision", "softmax-overflow-half", "mask-value-too-small"),
+)
+def bfloat16_near_float64(trial: Trial) -> None:
+    lm = trial.model(_LONG, 1, num_layers=1, vocab_size=_VOCABULARY, dropout=0.0, rope_theta=_FAST_THETA, **_SIZE)
+    ids = _row(trial, _VOCABULARY, _LONG)
+    _compare(trial, lm, ids, torch.bfloat16, "bfloat16 logits")
+
+
+@check(
+    "numerics.large_activations_finite",
+    title="float16 logits are right where the square of an activation overflows",
+    step="5.2",
+    causes=("rmsnorm-overflow-half", "softmax-overflow-half"),
+)
+def large_activations_finite(trial: Trial) -> None:
+    lm = trial.model(max_sharpness=1, tie_word_embeddings=False, vocab_size=_VOCABULARY, dropout=0.0, **_SIZE)
+    ids = _row(trial, _VOCABULARY, 8)
+    tables = [part for part in lm.module.modules() if isinstance(part, nn.Embedding)]
+    tables = [table for table in tables if table.num_embeddings == _VOCABULARY]
+    if not tables:
+        raise NotApplicable("no nn.Embedding with vocab_size rows was found")
+    with torch.no_grad():
+        for table in tables:
+            table.weight.mul_(_LARGE / table.weight.pow(2).mean().sqrt())
+    if not _fits(lm, ids):
+        raise NotApplicable("with large embeddings the module's own activations leave the range of float16")
+    _compare(trial, lm, ids, torch.float16, "float16 logits with activations around 400")
+
+
+def _fits(lm: LM, ids: Tensor) -> bool:
+    """Whether everything that passes between parts of the module has room in float16."""
+    sizes = [0.0]
+
+    def note(part: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            sizes.append(float(output.detach().abs().max()))
+
+    hooks = [part.register_forward_hook(note) for part in lm.module.modules()]
+    try:
+        lm.logits(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(sizes) < _FITS

@@ -1,0 +1,131 @@
+"""Facts that hold for any forward pass: shape, finiteness, determinism, rows that do not meet."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+
+@check(
+    "shape.logits",
+    title="logits are (batch, seq, vocab), finite, in the module's dtype",
+    step="1.1",
+    causes=("masked-row-nan", "softmax-overflow-half"),
+)
+def logits_shape(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm)
+    logits = lm.logits(ids)
+    expected = (*ids.shape, lm.config.vocab_size)
+    if tuple(logits.shape) != expected:
+        raise CheckFailure(f"logits must be (batch, seq, vocab) = {expected}, saw {tuple(logits.shape)}")
+    if logits.dtype != trial.dtype:
+        raise CheckFailure(f"a module in {trial.dtype} must give logits in it, saw {logits.dtype}")
+    if not bool(logits.isfinite().all()):
+        row, position = (int(i) for i in (~logits.isfinite()).nonzero()[0][:2])
+        raise CheckFailure(f"logits must be finite, saw a NaN or infinity at row {row}, position {position}")
+
+
+@check(
+    "shape.longest",
+    title="a sequence of max_seq_len tokens is accepted",
+    step="1.1",
+    causes=("position-table-clamped",),
+)
+def longest(trial: Trial) -> None:
+    lm = trial.model()
+    ids = torch.arange(lm.config.max_seq_len, device=trial.device)[None] % lm.config.vocab_size
+    try:
+        logits = lm.logits(ids)
+    except Exception as error:  # whatever a stranger's forward raises
+        what = f"{ids.shape[1]} tokens are max_seq_len and must be accepted, saw {type(error).__name__}: {error}"
+        raise CheckFailure(what) from error
+    if logits.shape[1] != ids.shape[1] or not bool(logits.isfinite().all()):
+        raise CheckFailure(
+            f"{ids.shape[1]} tokens are max_seq_len and must give finite logits, saw shape {tuple(logits.shape)}"
+        )
+
+
+@check(
+    "forward.deterministic",
+    title="in eval mode, two equal calls give equal logits, whatever was called in between",
+    step="3.3",
+    causes=("state-survives-calls", "dropout-active-in-eval"),
+)
+def deterministic(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm)
+    other = trial.draw("other_length", st.integers(1, ids.shape[1]))
+    first = lm.logits(ids)
+    lm.logits(ids[:1, :other].flip(1))
+    trial.same(
+        lm.logits(ids), first, "a repeated call in eval mode must give the same logits", lm, lambda: lm.logits(ids)
+    )
+
+
+@check(
+    "forward.inputs_unchanged",
+    title="the token ids are not written to",
+    step="1.3",
+    causes=("inputs-written-in-place",),
+)
+def inputs_unchanged(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm)
+    before = ids.clone()
+    lm.logits(ids)
+    if not torch.equal(ids, before):
+        raise CheckFailure(f"input_ids must stay {before.tolist()}, saw {ids.tolist()} after the call")
+
+
+@check(
+    "batch.row_alone",
+    title="a row gives the same logits alone as in a batch",
+    step="1.1",
+    causes=("statistic-over-batch", "cache-rows-shared"),
+)
+def row_alone(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, rows=trial.draw("batch", st.integers(2, 3)))
+    row = trial.draw("row", st.integers(0, ids.shape[0] - 1))
+    alone = lm.logits(ids[row : row + 1])
+    what = f"row {row} of a batch of {ids.shape[0]} must give what it gives alone"
+    trial.same(lm.logits(ids)[row : row + 1], alone, what, lm, lambda: lm.logits(ids[row : row + 1]))
+
+
+@check(
+    "batch.permutation",
+    title="permuting the rows of a batch permutes its logits",
+    step="1.1",
+    causes=("cache-rows-shared", "padded-batch-shared-position", "statistic-over-batch", "beam-reorder-skipped"),
+)
+def permutation(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, rows=trial.draw("batch", st.integers(2, 3)))
+    order = trial.draw("order", st.permutations(range(ids.shape[0])))
+    what = f"rows in the order {order} must give their logits in that order"
+    trial.same(lm.logits(ids[order]), lm.logits(ids)[order], what, lm, lambda: lm.logits(ids))
+
+
+@check(
+    "context.overlong_refused",
+    title="more than max_seq_len tokens are refused, on a cache as well",
+    step="4.1",
+    needs=("strict_context",),
+    causes=("position-table-clamped", "generation-overflow"),
+)
+def overlong_refused(trial: Trial) -> None:
+    lm = trial.model()
+    longest = lm.config.max_seq_len
+    ids = torch.arange(longest + 1, device=trial.device)[None] % lm.config.vocab_size
+    trial.refuses(
+        lambda: lm.logits(ids), f"{longest + 1} tokens are more than max_seq_len={longest} and must be refused"
+    )
+    if trial.subject.missing("cache") is None:
+        _, past = lm.extend(ids[:, :-1])
+        what = f"one token more on a cache of {longest} is more than max_seq_len={longest} and must be refused"
+        trial.refuses(lambda: lm.extend(ids[:, -1:], past), what)

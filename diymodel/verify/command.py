@@ -1,0 +1,158 @@
+"""``diymodel verify``, ``list`` and ``explain``. Torch is imported once a command runs, not for its ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diymodel._files import replace_file
+
+if TYPE_CHECKING:
+    from diymodel.verify.report import Report, Result
+
+EXAMPLES = """\
+examples:
+  diymodel verify                          our own model
+  diymodel verify my_model.py:MyLM         a class or a function config -> nn.Module
+  diymodel verify my_model.py:MyLM --step 3 --only 'decode.*'
+  diymodel explain decode.cached_equals_full --lang zh
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the harness's commands to the parser of ``diymodel``."""
+    verify = commands.add_parser(
+        "verify",
+        help="prove or refute that a causal language model behaves",
+        description="Run every property on SUBJECT. Exit code: 0 all passed (or skipped, or expected to fail), "
+        "1 a check failed, 2 SUBJECT cannot be found, built or called.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.set_defaults(command=_verify)
+    verify.add_argument(
+        "subject", nargs="?", help="path/to/file.py:name or package.module:name (default: diymodel's own model)"
+    )
+    verify.add_argument("--profile", choices=("quick", "standard", "thorough"), default="standard")
+    verify.add_argument("--seed", type=int, default=0, help="the same seed gives the same report (default: 0)")
+    verify.add_argument("--step", help="one step of the roadmap, 3 or 3.2 (default: all)")
+    verify.add_argument("--only", metavar="GLOB", action="append", default=[], help="checks to run; repeatable")
+    verify.add_argument("--skip", metavar="GLOB", action="append", default=[], help="checks to leave out; repeatable")
+    verify.add_argument(
+        "--expect-fail",
+        metavar="ID=REASON",
+        action="append",
+        default=[],
+        help="run it, and do not count its failure; repeatable",
+    )
+    verify.add_argument("--device", default="cpu", help="where the modules are built (default: cpu)")
+    verify.add_argument("--time-budget", type=float, metavar="SECONDS", help="begin no further check after this time")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write the report as one JSON document")
+    verify.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
+    verify.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the HTML page (default: en)")
+    verify.add_argument("--replay", metavar="JSON", help="run the one check of --only on these recorded values")
+
+    listing = commands.add_parser("list", help="list the checks")
+    listing.set_defaults(command=_list)
+
+    explain = commands.add_parser("explain", help="what a check means, why it matters, and how to fix a failure")
+    explain.set_defaults(command=_explain)
+    explain.add_argument("check", metavar="CHECK", help="the id of a check; diymodel list shows them")
+    explain.add_argument("--lang", choices=("en", "zh"), default="en", help="(default: en)")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import torch
+
+    from diymodel.verify.runner import check_causal_lm
+
+    torch.set_num_threads(1)  # the modules are tiny: more threads only wait for each other
+    if args.replay is not None:
+        return _replay(args)
+    report = check_causal_lm(
+        args.subject,
+        profile=args.profile,
+        seed=args.seed,
+        only=args.only,
+        skip=args.skip,
+        step=args.step,
+        expected_failures=dict(_expectation(text) for text in args.expect_fail),
+        device=args.device,
+        time_budget=args.time_budget,
+        on_result=_progress,
+    )
+    _clear_progress()
+    print(report.to_text(color=_wants_color()), end="")
+    _write(report, args)
+    return 1 if report.verdict == "failed" else 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from diymodel.verify.registry import select_checks
+    from diymodel.verify.report import failure_lines
+    from diymodel.verify.runner import replay
+
+    checks = select_checks(args.only)
+    if len(checks) != 1:
+        raise ValueError("--replay needs one check: name it with --only ID")
+    try:
+        values = json.loads(args.replay)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--replay takes the JSON that the report printed: {error}") from None
+    result = replay(args.subject, checks[0], values)
+    if result.failure is None:
+        print(f"{result.status}: {checks[0].id} {result.reason or ''}".rstrip())
+        return 0
+    print("\n".join(failure_lines(result, _wants_color())))
+    return 1
+
+
+def _list(args: argparse.Namespace) -> int:
+    from diymodel.verify.registry import list_checks
+
+    for check in list_checks():
+        needs = f"  (needs {', '.join(check.needs)})" if check.needs else ""
+        print(f"{check.step}  {check.id:<36} {check.title}{needs}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from diymodel.verify.explain import explain
+
+    print(explain(args.check, args.lang))
+    return 0
+
+
+def _expectation(text: str) -> tuple[str, str]:
+    id, equals, reason = text.partition("=")
+    if not equals or not reason:
+        raise ValueError(f"--expect-fail {text!r}: write ID=REASON")
+    return id, reason
+
+
+def _progress(result: Result) -> None:
+    """On a terminal, say which check was last; a pipe gets the report alone."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{result.check.id}: {result.status}", end="", file=sys.stderr, flush=True)
+
+
+def _clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _wants_color() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _write(report: Report, args: argparse.Namespace) -> None:
+    if args.json is not None:
+        replace_file(args.json, lambda file: file.write(report.to_json().encode()))
+    if args.html is not None:
+        from diymodel.verify.html import to_html
+
+        replace_file(args.html, lambda file: file.write(to_html(report, args.lang).encode()))

@@ -1,0 +1,35 @@
+"""One text a check, for a person: what it means, why it matters, likely causes, how to fix it, an example.
+
+``<check id>.md`` holds the English text and, below the marker line, the Chinese one.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Literal
+
+from diymodel.verify.registry import list_checks, nearest
+
+Lang = Literal["en", "zh"]
+
+_MARKER = "\n<!-- zh -->\n"
+_SUFFIX = ".md"
+
+
+def explain(check_id: str, lang: Lang = "en") -> str:
+    """The text on a check, as Markdown.
+
+    Raises:
+        ValueError: there is no such check; the message names the nearest.
+    """
+    if check_id not in explained():
+        raise ValueError(f"no check is called {check_id!r}{nearest(check_id, list_checks())}")
+    text = resources.files(__name__).joinpath(check_id + _SUFFIX).read_text(encoding="utf-8")
+    english, _, chinese = text.partition(_MARKER)
+    return (chinese if lang == "zh" else english).strip() + "\n"
+
+
+def explained() -> list[str]:
+    """The ids of the checks that have a text."""
+    names = (entry.name for entry in resources.files(__name__).iterdir())
+    return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))

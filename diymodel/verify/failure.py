@@ -1,0 +1,33 @@
+"""What a check can say besides "passed": it failed, it does not apply, or the effect is too small to tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class CheckFailure(AssertionError):
+    """A property is refuted.
+
+    ``message`` says what was expected, what was seen, and where first. ``max_abs_diff`` and ``tolerance`` are None
+    where the property is no comparison of numbers.
+    """
+
+    message: str
+    max_abs_diff: float | None = None
+    tolerance: float | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NotApplicable(Exception):
+    """The subject lacks what the check needs, or promises nothing about it; the text is the reason."""
+
+
+class Inconclusive(Exception):
+    """A violation could not have been told from rounding; the text says why."""
+
+
+class SubjectError(ValueError):
+    """The subject cannot be found, built or called; the text is one line for its author."""

@@ -1,0 +1,342 @@
+"""The report as one self-contained page: no network, no scripts, light and dark, readable on a phone.
+
+Messages of failures and reasons come from the checks and stay English; everything else speaks the page's language.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from diymodel.verify.explain import Lang, explain, explained
+from diymodel.verify.registry import Check
+from diymodel.verify.report import Failure, Report, Result, Status
+
+_MARKS: dict[Status, str] = {
+    "passed": "✓",
+    "failed": "✗",
+    "error": "!",
+    "inconclusive": "?",
+    "expected_failure": "≈",
+    "skipped": "–",
+}
+_STATUS: dict[Lang, dict[Status, str]] = {
+    "en": {
+        "passed": "passed",
+        "failed": "failed",
+        "error": "error",
+        "inconclusive": "inconclusive",
+        "expected_failure": "expected failure",
+        "skipped": "skipped",
+    },
+    "zh": {
+        "passed": "通过",
+        "failed": "失败",
+        "error": "出错",
+        "inconclusive": "无法判定",
+        "expected_failure": "预期失败",
+        "skipped": "跳过",
+    },
+}
+_STEPS: dict[str, tuple[str, str]] = {
+    "1.1": ("Logits from a language-model head", "加 lm_head，得到 logits"),
+    "1.2": ("The next-token loss", "用 logits 算 loss 并反传"),
+    "1.3": ("One class for the whole model", "封装成完整的语言模型类"),
+    "2.1": ("Toy data", "准备玩具数据"),
+    "2.2": ("The training loop", "极简训练循环"),
+    "2.3": ("Overfitting a few tokens", "过拟合一小段数据"),
+    "3.1": ("Generation without a cache", "无 cache 的逐 token 生成"),
+    "3.2": ("Decoding with a KV cache", "用 KV cache 做增量解码"),
+    "3.3": ("Train and eval mode", "用 self.training 控制分支"),
+    "4.1": ("A configuration", "引入 Config"),
+    "4.2": ("Saving and loading weights", "保存与加载 state_dict"),
+    "4.3": ("The configuration in the checkpoint", "把 config 存进 checkpoint"),
+    "5.1": ("attention_mask and padding", "支持 attention_mask"),
+    "5.2": ("RMSNorm's epsilon and numerics", "RMSNorm 的 eps 与数值稳定"),
+    "5.3": ("Tied weights", "embed 与 lm_head 共享权重"),
+    "5.4": ("Types and docstrings", "类型注解与 docstring"),
+}
+_WORDS: dict[Lang, dict[str, str]] = {
+    "en": {
+        "title": "Verification of",
+        "device": "Device",
+        "dtype": "Dtype",
+        "profile": "Profile",
+        "seed": "Seed",
+        "time": "Time",
+        "seconds": "s",
+        "checks": "Checks",
+        "step": "Step",
+        "failures": "Failures",
+        "cause": "Most likely cause",
+        "others": "Other causes",
+        "difference": "Largest difference",
+        "tolerance": "explained by rounding",
+        "traceback": "Where in the subject's own code",
+        "config": "Smallest configuration",
+        "input": "Smallest input",
+        "replay": "Replay (a click selects the whole command)",
+        "explain": "What this check means and how to fix it",
+        "refused": "configurations were refused by the subject",
+    },
+    "zh": {
+        "title": "验证报告：",
+        "device": "设备",
+        "dtype": "精度",
+        "profile": "强度",
+        "seed": "随机种子",
+        "time": "用时",
+        "seconds": "秒",
+        "checks": "检查项",
+        "step": "路线",
+        "failures": "失败详情",
+        "cause": "最可能的原因",
+        "others": "其他可能",
+        "difference": "最大差异",
+        "tolerance": "舍入误差可解释",
+        "traceback": "出错位置（被测代码）",
+        "config": "最小配置",
+        "input": "最小输入",
+        "replay": "重放命令（点一下即可全选）",
+        "explain": "这项检查的含义与修法",
+        "refused": "个配置被模型拒绝构建",
+    },
+}
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #1c2127; --soft: #5b6570; --line: #dde1e6;
+  --code: #eef0f3; --good: #17693a; --bad: #b3261e; --unsure: #835400; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1d2125; --text: #e5e8eb; --soft: #a0a9b2;
+  --line: #363c42; --code: #2a2f35; --good: #6fce92; --bad: #ff8a80; --unsure: #e9b44c; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.55; overflow-wrap: anywhere;
+  font-family: system-ui, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.25rem 1rem 4rem; }
+h1 { font-size: 1.4rem; line-height: 1.3; margin: 0 0 .75rem; }
+h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 0; }
+h4 { font-size: .875rem; color: var(--soft); margin: 1.1rem 0 .3rem; }
+p, ul { margin: .4rem 0; }
+ul { padding-left: 1.2rem; }
+code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .85em; }
+code { background: var(--code); border-radius: .25rem; padding: .1em .3em; }
+pre { background: var(--code); border-radius: .4rem; padding: .7rem .8rem; margin: .4rem 0; overflow-x: auto;
+  overflow-wrap: normal; line-height: 1.45; }
+pre code { background: none; padding: 0; font-size: 1em; }
+pre.replay { white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; border: 1px solid var(--line); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; margin: .75rem 0; }
+.verdict { font-size: 1.1rem; font-weight: 700; }
+.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; margin: .6rem 0 0; font-size: .9rem; }
+.facts div { display: flex; gap: .4rem; }
+.facts dt, .soft { color: var(--soft); }
+.facts dd { margin: 0; }
+.soft { font-size: .85rem; }
+.checks { list-style: none; margin: .6rem 0 0; padding: 0; }
+.checks li { display: grid; grid-template-columns: 6.5rem 1fr; gap: .1rem .6rem; padding: .45rem 0;
+  border-top: 1px solid var(--line); }
+.checks p { margin: .1rem 0 0; }
+.status { font-weight: 600; white-space: nowrap; font-size: .9rem; }
+.status.wide { white-space: normal; }
+.status b { display: inline-block; width: 1.2em; }
+.passed { color: var(--good); } .failed, .error { color: var(--bad); }
+.inconclusive, .expected_failure { color: var(--unsure); } .skipped { color: var(--soft); }
+.failure { border-left: .3rem solid var(--bad); }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 0 1.5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; }
+th, td { text-align: left; vertical-align: top; border-top: 1px solid var(--line); padding: .25rem .5rem .25rem 0; }
+th { font-weight: 400; color: var(--soft); white-space: nowrap; width: 1%; padding-right: 1.2rem; }
+details { margin-top: 1.1rem; border-top: 1px solid var(--line); padding-top: .6rem; }
+summary { cursor: pointer; font-weight: 600; }
+a { color: inherit; }
+@media (max-width: 34rem) { .checks li { grid-template-columns: 5.2rem 1fr; } .card { padding: .8rem; } }
+@media print { body { background: none; } .card { break-inside: avoid; } }
+"""
+
+
+def to_html(report: Report, lang: Lang = "en") -> str:
+    """The page, complete from the doctype on."""
+    words = _WORDS[lang]
+    parts = [
+        "<!doctype html>",
+        f'<html lang="{"zh-CN" if lang == "zh" else "en"}">',
+        '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{words['title']} {escape(report.subject)}</title>",
+        f"<style>{_STYLE}</style></head>",
+        "<body><main>",
+        _header(report, lang),
+        f"<h2>{words['checks']}</h2>",
+        *(_step(step, list(results), lang) for step, results in itertools.groupby(report.results, _step_of)),
+    ]
+    if report.failed:
+        parts.append(f"<h2>{words['failures']}</h2>")
+        parts += [_failure(result, lang) for result in report.failed]
+    return "\n".join([*parts, "</main></body>", "</html>"]) + "\n"
+
+
+def _header(report: Report, lang: Lang) -> str:
+    words, names = _WORDS[lang], _STATUS[lang]
+    counts = {status: sum(result.status == status for result in report.results) for status in _MARKS}
+    said = " · ".join(f"{count} {names[status]}" for status, count in counts.items() if count)
+    facts = {
+        "torch": report.torch,
+        words["device"]: report.device,
+        words["dtype"]: report.dtype,
+        words["profile"]: report.profile,
+        words["seed"]: str(report.seed),
+        words["time"]: f"{report.seconds:.1f} {words['seconds']}",
+    }
+    notes = [f"{len(report.refused)} {words['refused']}"] if report.refused else []
+    notes += [report.interrupted] if report.interrupted else []
+    return "\n".join(
+        [
+            f"<h1>{words['title']} <code>{escape(report.subject)}</code></h1>",
+            '<div class="card">',
+            f'<div class="verdict {report.verdict}">{_MARKS[report.verdict]} {names[report.verdict]}</div>',
+            f"<p>{said}</p>",
+            *(f'<p class="soft">{escape(note)}</p>' for note in notes),
+            *(f"<p>{_jump(result)}</p>" for result in report.failed),
+            '<dl class="facts">',
+            *(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
+            "</dl></div>",
+        ]
+    )
+
+
+def _step_of(result: Result) -> str:
+    return result.check.step
+
+
+def _step(step: str, results: Iterable[Result], lang: Lang) -> str:
+    english, chinese = _STEPS.get(step, ("", ""))
+    heading = f"{_WORDS[lang]['step']} {escape(step)} {chinese if lang == 'zh' else english}"
+    lines = ['<section class="card">', f"<h3>{heading}</h3>", '<ul class="checks">']
+    for result in results:
+        where = _jump(result) if result.status in ("failed", "error") else f"<code>{escape(result.check.id)}</code>"
+        reason = f'<p class="soft">{escape(result.reason)}</p>' if result.reason else ""
+        title = escape(_title(result.check, lang))
+        lines.append(f'<li>{_status(result, lang)}<div>{title}<p class="soft">{where}</p>{reason}</div></li>')
+    return "\n".join([*lines, "</ul></section>"])
+
+
+def _status(result: Result, lang: Lang) -> str:
+    name = _STATUS[lang][result.status]
+    wide = " wide" if " " in name else ""
+    return f'<span class="status {result.status}{wide}"><b aria-hidden="true">{_MARKS[result.status]}</b>{name}</span>'
+
+
+def _jump(result: Result) -> str:
+    name = escape(result.check.id)
+    return f'<a href="#{name}"><code>{name}</code></a>'
+
+
+def _failure(result: Result, lang: Lang) -> str:
+    words, check, failure = _WORDS[lang], result.check, result.failure
+    lines = [
+        f'<section class="card failure" id="{escape(check.id)}">',
+        f"<h3>{_status(result, lang)} {escape(_title(check, lang))}</h3>",
+        f'<p class="soft"><code>{escape(check.id)}</code> · {words["step"]} {escape(check.step)}</p>',
+    ]
+    if result.reason:
+        lines.append(f"<p>{escape(result.reason)}</p>")
+    if failure is not None:
+        lines += [f'<p lang="en">{escape(failure.message)}</p>', *_evidence(failure, check, lang)]
+    if check.id in explained():
+        text = _without_title(explain(check.id, lang))
+        lines.append(f"<details><summary>{words['explain']}</summary>\n{render_markdown(text)}\n</details>")
+    return "\n".join([*lines, "</section>"])
+
+
+def _evidence(failure: Failure, check: Check, lang: Lang) -> list[str]:
+    words = _WORDS[lang]
+    lines = []
+    if failure.max_abs_diff is not None and failure.tolerance is not None:
+        lines.append(
+            f'<p class="soft">{words["difference"]} {failure.max_abs_diff:.3g} · {words["tolerance"]} '
+            f"{failure.tolerance:.3g}</p>"
+        )
+    if failure.traceback:
+        lines.append(f"<h4>{words['traceback']}</h4><pre><code>{escape(failure.traceback)}</code></pre>")
+    if failure.likely_causes:
+        first, *others = [_cause(slug, check, lang) for slug in failure.likely_causes]
+        lines.append(f"<h4>{words['cause']}</h4><p>{first}</p>")
+        if others:
+            items = "".join(f"<li>{cause}</li>" for cause in others)
+            lines.append(f"<details><summary>{words['others']} ({len(others)})</summary><ul>{items}</ul></details>")
+    rest = {name: value for name, value in failure.values.items() if name != "config"}
+    tables = [
+        f"<div><h4>{words[name]}</h4>{_table(values)}</div>"
+        for name, values in (("config", failure.config), ("input", rest))
+        if values
+    ]
+    if tables:
+        lines.append(f'<div class="pair">{"".join(tables)}</div>')
+    lines.append(f'<h4>{words["replay"]}</h4><pre class="replay"><code>{escape(failure.reproduce)}</code></pre>')
+    return lines
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = (
+        f'<tr><th scope="row">{escape(name)}</th><td><code>{escape(_json(value))}</code></td></tr>'
+        for name, value in values.items()
+    )
+    return f"<table><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def _title(check: Check, lang: Lang) -> str:
+    """The check's title; in Chinese the heading of its text."""
+    if lang == "en" or check.id not in explained():
+        return check.title
+    return explain(check.id, lang).partition("\n")[0].removeprefix("# ")
+
+
+def _without_title(text: str) -> str:
+    return text.partition("\n")[2]
+
+
+def _cause(slug: str, check: Check, lang: Lang) -> str:
+    """A bug's slug, and what the check's text says about it."""
+    text = explain(check.id, lang) if check.id in explained() else ""
+    found = re.search(rf"^- (`{re.escape(slug)}`.*)$", text, re.MULTILINE)
+    return _inline(found[1] if found else f"`{slug}`")
+
+
+# --- Markdown, as far as the texts on the checks use it --------------------------------------------------------------
+
+
+def render_markdown(text: str) -> str:
+    """HTML of headings, paragraphs, bullet lists and fenced code, with bold and code in the line."""
+    blocks = re.split(r"^```\w*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    html: list[str] = []
+    for index, block in enumerate(blocks):  # every second one is what stood in a fence
+        if index % 2:
+            html.append(f"<pre><code>{escape(block.rstrip())}</code></pre>")
+        else:
+            html += [_block(lines) for lines in re.split(r"\n\s*\n", block.strip()) if lines]
+    return "\n".join(html)
+
+
+def _block(text: str) -> str:
+    if text.startswith("#"):
+        return f"<h4>{_inline(text.lstrip('#').strip())}</h4>"
+    if text.startswith("- "):
+        items = "".join(f"<li>{_inline(item)}</li>" for item in re.split(r"^- ", text, flags=re.MULTILINE) if item)
+        return f"<ul>{items}</ul>"
+    return f"<p>{_inline(text)}</p>"
+
+
+def _inline(text: str) -> str:
+    """Code first, so that a star in it stays a star."""
+    parts = re.split(r"`([^`]+)`", text.strip())
+    for index, part in enumerate(parts):
+        if index % 2:
+            parts[index] = f"<code>{escape(part)}</code>"
+        else:
+            parts[index] = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(part), flags=re.DOTALL)
+    return "".join(parts)

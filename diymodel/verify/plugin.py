@@ -1,0 +1,152 @@
+"""``pytest --lm SUBJECT``: every check a test, with a stable id. Part of every pytest run, so it imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from diymodel.verify.registry import Check
+    from diymodel.verify.report import Result
+    from diymodel.verify.subject import Factory, Subject
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("diymodel", "verify a causal language model")
+    group.addoption("--lm", metavar="SUBJECT", help="path/to/file.py:name or package.module:name; 'diymodel' is ours")
+    group.addoption("--lm-profile", choices=("quick", "standard", "thorough"), default="standard")
+    group.addoption("--lm-seed", type=int, default=0, help="the same seed gives the same verdicts (default: 0)")
+    group.addoption("--lm-device", default="cpu", help="where the modules are built (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--lm") and config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args[:] = []  # SUBJECT alone, unless files were named as well
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    spec = config.getoption("--lm")
+    if not spec:
+        return None
+    import torch
+
+    options = {name: config.getoption(f"--lm-{name}") for name in ("device", "profile", "seed")}
+    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"lm: {spec}, torch {torch.__version__}, dtype float64, {settings}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--lm"):
+        checks = ChecksCollector.from_parent(session, name="lm", nodeid="lm", spec=config.getoption("--lm"))
+        items[:0] = checks.collect()
+
+
+class ChecksCollector(pytest.Collector):
+    """The checks on one subject."""
+
+    def __init__(self, *, spec: str, **node: Any) -> None:
+        super().__init__(**node)
+        self.spec = spec
+
+    def collect(self) -> Iterator[CheckItem]:
+        from diymodel.verify.failure import SubjectError
+        from diymodel.verify.registry import list_checks
+        from diymodel.verify.subject import resolve
+
+        try:
+            subject = resolve(None if self.spec == "diymodel" else self.spec)
+            _ = subject.convention
+        except SubjectError as error:
+            raise pytest.UsageError(f"--lm {self.spec}: {error}") from None
+        for check in list_checks():
+            yield CheckItem.from_parent(self, name=check.id, check=check, subject=subject)
+
+
+class CheckItem(pytest.Item):
+    """One check as a test."""
+
+    def __init__(self, *, check: Check, subject: Subject, **node: Any) -> None:
+        super().__init__(**node)
+        self.check = check
+        self.subject = subject
+
+    def runtest(self) -> None:
+        options = self.config.getoption
+        run_one(self.subject, self.check, options("--lm-profile"), options("--lm-seed"), options("--lm-device"))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if isinstance(excinfo.value, CheckFailed):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Any, int | None, str]:
+        return self.path, None, f"{self.subject.name} {self.check.id}"
+
+
+class CheckFailed(Exception):
+    """A check failed; the text is what the report says of it."""
+
+
+def run_one(subject: Subject, check: Check, profile: str = "standard", seed: int = 0, device: str = "cpu") -> Result:
+    """Run one check inside a pytest test: skip it with its reason, or fail with the report's words."""
+    import torch
+
+    from diymodel.verify.report import failure_lines
+    from diymodel.verify.runner import verify_one
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = verify_one(subject, check, profile, seed, device)
+    finally:
+        torch.set_num_threads(threads)
+    if result.status in ("skipped", "inconclusive"):
+        pytest.skip(f"{result.status}: {result.reason}")
+    if result.failure is not None:
+        raise CheckFailed("\n".join(failure_lines(result, color=False)))
+    return result
+
+
+def parametrize_with_checks(
+    subjects: Iterable[str | Subject | Factory], *, expected_failures: dict[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that turns a test into one for every subject and check.
+
+    The test takes ``lm`` and ``check`` and calls ``check(lm)``::
+
+        @parametrize_with_checks([MyLM])
+        def test_my_model(lm, check):
+            check(lm)
+
+    Args:
+        subjects: what ``check_causal_lm`` takes.
+        expected_failures: ``{id: reason}``; such a check is marked xfail.
+
+    Raises:
+        ValueError: an id in ``expected_failures`` is no check's; the message names the nearest.
+    """
+    from diymodel.verify.registry import list_checks, nearest
+    from diymodel.verify.subject import resolve
+
+    checks, expected = list_checks(), dict(expected_failures or {})
+    for id in expected:
+        if id not in {check.id for check in checks}:
+            raise ValueError(f"no check is called {id!r}{nearest(id, checks)}")
+
+    def call(check: Check) -> Callable[[Subject], Result]:
+        return lambda lm: run_one(lm, check)
+
+    cases = [
+        pytest.param(
+            lm,
+            call(check),
+            id=f"{lm.name}-{check.id}",
+            marks=[pytest.mark.xfail(reason=expected[check.id], strict=True)] if check.id in expected else [],
+        )
+        for lm in map(resolve, subjects)
+        for check in checks
+    ]
+    return pytest.mark.parametrize(("lm", "check"), cases)

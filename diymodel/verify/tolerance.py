@@ -1,0 +1,55 @@
+"""How much two results that should be equal may differ.
+
+Semantics are judged in float64. There, rounding stays below 1e-12 of the largest logit and bugs begin above 1e-9 in
+healthy modules, so 1e-11 decides nearly always. But ``.double()`` is not always float64: many modules keep float32 in
+their norms or rotary tables. Where a difference is larger than 1e-11, the module's own rounding is therefore measured,
+and 16 times that is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ROUNDING = 1e-11  # times the largest value: more than float64 rounding, less than any bug
+NOISE_FACTOR = 16
+_STEPS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16}
+_BINOMIAL = (1.0, -4.0, 6.0, -4.0, 1.0)  # of a fourth difference; on noise of size n it has size n · √70
+_GAIN = 70**0.5
+
+
+def estimate_noise(module: nn.Module, run: Callable[[], Tensor], seed: int) -> float:
+    """The rounding error in ``run()``, as an absolute size.
+
+    Along a random direction in weight space the exact result is smooth, so its fourth differences at tiny steps vanish
+    and what is left is rounding (ECnoise, Moré and Wild 2011). The larger of two directions counts. The weights are
+    left as they were.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return max(_fourth_difference(module, run, 2 * seed + i) for i in range(2))
+
+
+def _fourth_difference(module: nn.Module, run: Callable[[], Tensor], seed: int) -> float:
+    parameters = list(module.parameters())
+    originals = [parameter.detach().clone() for parameter in parameters]
+    directions = [
+        torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1000 * seed + i)).to(parameter)
+        for i, parameter in enumerate(parameters)
+    ]
+    h = _STEPS.get(parameters[0].dtype, 2.0**-5)
+    results = []
+    try:
+        for t in range(7):
+            for parameter, original, direction in zip(parameters, originals, directions, strict=True):
+                parameter.copy_(original * (1 + t * h * direction))
+            torch.manual_seed(0)  # dropout left on is no rounding
+            results.append(run().double())
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.copy_(original)
+    differences = [
+        sum(weight * results[start + i] for i, weight in enumerate(_BINOMIAL)) for start in range(len(results) - 4)
+    ]
+    return max(float(torch.as_tensor(difference).abs().max()) for difference in differences) / _GAIN

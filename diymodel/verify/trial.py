@@ -1,0 +1,183 @@
+"""One trial of a check: everything drawn, by name, and the comparisons that decide it.
+
+A value is drawn under a name and recorded, and a recorded trial replays from the names alone, in any version of
+Hypothesis. Small values come first in every choice, so failures shrink to one layer, one head and two tokens. Torch's
+random state is not Hypothesis's: weights follow from a drawn seed, with one Generator a tensor.
+
+Shapes: B batch, T query length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from hypothesis import reject
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import LM
+from diymodel.verify.failure import CheckFailure, SubjectError
+from diymodel.verify.tolerance import NOISE_FACTOR, ROUNDING, estimate_noise
+
+if TYPE_CHECKING:
+    from diymodel.verify.subject import Subject
+
+T = TypeVar("T")
+
+MAX_LENGTH = 8
+MAX_ROWS = 3
+
+
+class Trial:
+    """What a check draws from and compares with.
+
+    Args:
+        subject: what is verified.
+        draw: Hypothesis's draw, or None to replay ``recorded``.
+        recorded: values by name.
+        dtype: of the modules that are built.
+        device: where they are built.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        draw: Callable[[st.SearchStrategy[Any]], Any] | None,
+        recorded: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+    ) -> None:
+        self.subject = subject
+        self.values: dict[str, Any] = dict(recorded or {})
+        self.dtype = dtype
+        self.device = device
+        self._draw = draw
+        self._builds = 0
+        self.seen_difference: float | None = None  # the largest effect that a guard saw; None: no guard
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def draw(self, name: str, strategy: st.SearchStrategy[T]) -> T:
+        """A value, recorded under ``name``; on a replay the recorded one."""
+        if self._draw is None:
+            if name not in self.values:
+                raise ValueError(f"this replay has no value {name!r}: it belongs to another check or version")
+            recorded: T = self.values[name]
+            return recorded
+        value: T = self._draw(strategy)
+        self.values[name] = value
+        return value
+
+    def model(self, length: int = MAX_LENGTH, max_sharpness: int = 3, **fixed: Any) -> LM:
+        """A module of the subject over a drawn configuration that holds ``length`` positions, in eval mode.
+
+        Args:
+            max_sharpness: 1 where the property needs a softmax that is not saturated.
+            fixed: configuration fields that are not drawn.
+        """
+        values = {**self.draw("config", self.subject.configs(length)), **fixed}
+        self.values["config"] = values  # what the report shows is what was built
+        config = DIYConfig.from_dict(values)
+        seed = self.draw("weights", st.integers(0, 2**16))
+        sharpness = self.draw("sharpness", st.integers(1, max_sharpness))
+        return self.build(config, seed, sharpness)
+
+    def build(self, config: DIYConfig, seed: int, sharpness: int) -> LM:
+        """The subject's module of a configuration with drawn weights; a configuration it refuses ends the trial."""
+        try:
+            module = self.subject.build(config)
+        except NotImplementedError:
+            self.subject.refused.add(str(config))
+            reject()
+        module = module.to(self.device, self.dtype).eval()
+        draw_weights(module, seed, sharpness)
+        return LM(module, config, self.subject.convention)
+
+    def tokens(self, lm: LM, min_length: int = 1, max_length: int = MAX_LENGTH, rows: int | None = None) -> Tensor:
+        """Token ids (B, T); neighbours differ, so that no two positions are exchangeable by accident."""
+        B = rows or self.draw("rows", st.integers(1, MAX_ROWS))
+        length = self.draw("length", st.integers(min_length, min(max_length, lm.config.max_seq_len)))
+        token = st.integers(0, lm.config.vocab_size - 1)
+        drawn = self.draw("tokens", st.lists(st.lists(token, min_size=length, max_size=length), min_size=B, max_size=B))
+        return torch.tensor(drawn, device=self.device)
+
+    # --- deciding ----------------------------------------------------------------------------------------------------
+
+    def same(
+        self,
+        seen: Tensor,
+        expected: Tensor,
+        what: str,
+        lm: LM,
+        rerun: Callable[[], Tensor],
+        scale: Tensor | None = None,
+    ) -> None:
+        """Fail unless ``seen`` is ``expected`` up to the subject's own rounding.
+
+        Args:
+            what: the property, as "… must …".
+            lm: the module both came from.
+            rerun: computes ``expected`` again, for measuring the rounding where a difference calls for it.
+            scale: what the numbers were computed from, where its size and not that of ``expected`` sets the rounding
+                (a loss near 0 is a difference of large logits).
+        """
+        seen, expected = seen.detach(), expected.detach()
+        if seen.shape != expected.shape:
+            raise CheckFailure(f"{what}: expected shape {tuple(expected.shape)}, saw {tuple(seen.shape)}")
+        if not expected.numel():
+            return
+        difference = (seen.double() - expected.double()).abs()
+        largest = float((expected if scale is None else scale.detach()).abs().max())
+        tolerance = ROUNDING * largest
+        if not bool((difference <= tolerance).all()):
+            noise = estimate_noise(lm.module, rerun, self.values.get("weights", 0))
+            tolerance = max(tolerance, NOISE_FACTOR * noise)
+        wrong = ~(difference <= tolerance)  # a NaN is wrong
+        if bool(wrong.any()):
+            raise CheckFailure(
+                f"{what}: {_first_wrong(wrong, seen, expected)}; the largest difference is "
+                f"{float(difference.nan_to_num(torch.inf).max()):.3g}, rounding explains {tolerance:.3g}",
+                float(difference.nan_to_num(torch.inf).max()),
+                tolerance,
+            )
+
+    def varies(self, seen: Tensor, other: Tensor) -> None:
+        """Note how far two results are apart that a bug would confuse; where they never are, nothing is proved."""
+        largest = float(other.detach().abs().max())
+        effect = float((seen - other).detach().abs().max()) / largest if largest > 0 else 0.0
+        self.seen_difference = max(self.seen_difference or 0.0, effect)
+
+    def refuses(self, call: Callable[[], object], what: str) -> None:
+        """Fail unless the call raises an error."""
+        try:
+            call()
+        except SubjectError:
+            raise
+        except Exception:  # any error a stranger chooses is a refusal
+            return
+        raise CheckFailure(f"{what}: expected an error, saw none")
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
+    """Weights sharp enough that a bug shows: matrices from N(0, (sharpness/√d)²), vectors a little off their start.
+
+    The usual 0.02 makes every distribution near-uniform; N(0, 1) saturates attention, which hides masks.
+    """
+    for index, parameter in enumerate(module.parameters()):
+        generator = torch.Generator().manual_seed(1000 * seed + index)
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if parameter.dim() < 2:
+            parameter.add_(noise / 4)
+        else:
+            parameter.copy_(noise * sharpness / parameter.shape[-1] ** 0.5)
+
+
+def _first_wrong(wrong: Tensor, seen: Tensor, expected: Tensor) -> str:
+    first = tuple(wrong.nonzero()[0].tolist()) if wrong.dim() else ()
+    names = {3: ("row", "position", "token"), 2: ("row", "token")}.get(wrong.dim(), ("index",) * wrong.dim())
+    where = ", ".join(f"{name} {index}" for name, index in zip(names, first, strict=True)) or "the value"
+    return f"first wrong at {where}: expected {float(expected[first]):.9g}, saw {float(seen[first]):.9g}"

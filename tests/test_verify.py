@@ -1,0 +1,275 @@
+"""The harness as its users meet it: verdicts, reports, replay, bad subjects, the command and the pytest plugin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diymodel.cli import main
+from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
+from diymodel.verify.registry import select_checks
+from diymodel.verify.runner import replay
+
+pytest_plugins = ["pytester"]
+
+# A small rotary model with a tuple cache, as somebody would write it from memory. POSITION is where a bug goes.
+MODEL = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def rope(x, position):
+    half = x.shape[-1] // 2
+    angle = position[:, None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
+
+
+class LM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads, h = config.num_heads, config.hidden_size
+        self.embed = nn.Embedding(config.vocab_size, h)
+        self.qkv = nn.ModuleList(nn.Linear(h, 3 * h) for _ in range(config.num_layers))
+        self.out = nn.ModuleList(nn.Linear(h, h) for _ in range(config.num_layers))
+        self.head = nn.Linear(h, config.vocab_size)
+
+    def forward(self, input_ids, past_key_values=None, use_cache=False):
+        B, T = input_ids.shape
+        P = past_key_values[0][0].shape[2] if past_key_values else 0
+        position = POSITION
+        x, new = self.embed(input_ids), []
+        for i, (qkv, out) in enumerate(zip(self.qkv, self.out)):
+            q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            q, k = rope(q, position), rope(k, position)
+            if past_key_values:
+                k, v = (torch.cat(pair, 2) for pair in zip(past_key_values[i], (k, v)))
+            new.append((k, v))
+            mask = torch.ones(T, P + T, dtype=torch.bool).tril(P)
+            x = x + out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1))
+        return (self.head(x), new) if use_cache else self.head(x)
+"""
+CACHED = "decode.cached_equals_full"
+
+
+def write_model(path: Path, position: str = "torch.arange(T) + P") -> str:
+    path.write_text(MODEL.replace("POSITION", position), encoding="utf-8")
+    return f"{path}:LM"
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> str:
+    return write_model(tmp_path / "healthy_lm.py")
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> str:
+    """The classic: positions restart at 0 in decode."""
+    return write_model(tmp_path / "broken_lm.py", "torch.arange(T)")
+
+
+def test_our_model_passes() -> None:
+    report = check_causal_lm(profile="quick")
+    assert report.verdict == "passed", report.to_text()
+    assert {result.status for result in report.results} <= {"passed", "skipped"}
+
+
+def test_a_strangers_model_passes_and_what_it_lacks_is_said(healthy: str) -> None:
+    report = check_causal_lm(healthy, profile="quick")
+    assert report.verdict == "passed", report.to_text()
+    skipped = {result.check.id: result.reason for result in report.results if result.status == "skipped"}
+    assert skipped["padding.right_changes_nothing"] == "forward has no attention_mask and no seq_lengths"
+    assert skipped["loss.value"] == "forward has no labels"
+
+
+def test_a_planted_bug_is_found_shrunk_named_and_replayed(broken: str) -> None:
+    report = check_causal_lm(broken, profile="quick", only=["decode.*"])
+    assert [result.check.id for result in report.failed] == [CACHED, "decode.chunks"]
+    failure = report.failed[0].failure
+    assert failure is not None
+    assert failure.likely_causes[0] == "position-restarts-in-decode"
+    assert (failure.config["num_layers"], failure.config["num_heads"]) == (1, 1)
+    assert len(failure.values["tokens"]) == 1
+    assert len(failure.values["tokens"][0]) == 2
+
+    again = replay(broken, report.failed[0].check, failure.values)
+    assert again.failure is not None
+    assert again.failure.message == failure.message
+
+
+def test_the_same_seed_gives_the_same_report(broken: str) -> None:
+    def run() -> dict[str, Any]:
+        document = check_causal_lm(broken, profile="quick", seed=7, only=["decode.*", "causality.*"]).to_dict()
+        del document["seconds"]
+        for check in document["checks"]:
+            del check["seconds"]
+        return document
+
+    assert run() == run()
+
+
+def test_an_expected_failure_does_not_count(broken: str) -> None:
+    expected = {CACHED: "known", "decode.chunks": "known"}
+    report = check_causal_lm(broken, profile="quick", only=["decode.c*"], expected_failures=expected)
+    assert report.verdict == "passed"
+    assert {result.check.id for result in report.results if result.status == "expected_failure"} == set(expected)
+
+
+def test_an_exception_in_the_subject_fails_the_check_with_its_own_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "raising_lm.py"
+    path.write_text(MODEL.replace("POSITION", "torch.arange(T) + P if T < 3 else self.missing"), encoding="utf-8")
+    with pytest.raises(SubjectError, match="forward failed on token ids: AttributeError"):
+        check_causal_lm(f"{path}:LM", profile="quick", only=["shape.logits"])
+    path.write_text(MODEL.replace("POSITION", "torch.arange(T) + P if T != 7 else self.missing"), encoding="utf-8")
+    (result,) = check_causal_lm(f"{path}:LM", profile="standard", only=["shape.logits"]).failed
+    assert result.failure is not None
+    assert "AttributeError" in result.failure.message
+    assert "self.missing" in (result.failure.traceback or "")
+    assert "hypothesis" not in (result.failure.traceback or "")
+
+
+def test_a_configuration_the_factory_refuses_is_skipped_and_counted() -> None:
+    own = Subject()
+
+    def one_layer_only(config: Any) -> Any:
+        if config.num_layers > 1:
+            raise NotImplementedError("one layer only")
+        from diymodel import DIYForCausalLM
+
+        return DIYForCausalLM(config)
+
+    assert own.name == "Subject"
+    report = check_causal_lm(one_layer_only, profile="quick", only=["shape.logits"])
+    assert report.verdict == "passed"
+    assert report.refused
+    assert f"{len(report.refused)} configurations refused" in report.to_text()
+
+
+def test_a_time_budget_stops_between_checks() -> None:
+    report = check_causal_lm(profile="quick", only=["shape.*", "causality.*"], time_budget=0.0)
+    assert not report.results or len(report.results) < 5
+    assert report.interrupted is not None
+    assert "time budget" in report.interrupted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"only": ["decode.cached_equal_full"]}, f"no check matches .*; the nearest is '{CACHED}'"),
+        ({"skip": ["nothing*"]}, r"no check matches 'nothing\*'"),
+        ({"step": "9"}, "no check belongs to step '9': steps are 1 to 5"),
+        ({"profile": "slow"}, "profile='slow': must be one of quick, standard, thorough"),
+        (
+            {"expected_failures": {"decode.branches": "x"}},
+            "names no check that runs: 'decode.branches'; the nearest is",
+        ),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_causal_lm(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (None, "LM", "there is no file"),
+        ("import nothing_like_it", "LM", "does not import: ModuleNotFoundError"),
+        (MODEL.replace("POSITION", "0"), "Lm", "has no 'Lm'; it has LM"),
+        ("LM = 3", "LM", "is a int: expected a factory"),
+        ("from torch import nn\nLM = nn.Linear(1, 1)", "LM", "is a built module: name the class"),
+        ("LM = lambda config: 3", "LM", r"returned int: expected an nn.Module"),
+        ("def LM(config): raise KeyError('x')", "LM", r"LM\(config\) failed: KeyError"),
+        ("def LM(config): raise NotImplementedError('never')", "LM", "refused every configuration .* never"),
+        ("from torch import nn\nLM = lambda config: nn.Embedding(16, 4)", "LM", r"gave logits of shape|no logits"),
+    ],
+)
+def test_a_bad_subject_is_one_clear_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, name: str, message: str
+) -> None:
+    path = tmp_path / "subject.py"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(SubjectError, match=message):
+        check_causal_lm(f"{path}:{name}", profile="quick")
+    assert main(["verify", f"{path}:{name}", "--profile", "quick"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diymodel verify: error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_command_prints_writes_and_exits(broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, page = tmp_path / "r.json", tmp_path / "r.html"
+    options = ["--profile", "quick", "--only", "decode.c*", "--json", str(report), "--html", str(page)]
+    assert main(["verify", broken, *options]) == 1
+    text = capsys.readouterr().out
+    assert "most likely cause: position-restarts-in-decode" in text
+    assert "\033" not in text
+    document = json.loads(report.read_text(encoding="utf-8"))
+    assert document["schema"] == 1
+    assert document["verdict"] == "failed"
+    failed = next(check for check in document["checks"] if check["id"] == CACHED)
+    assert failed["status"] == "failed"
+    assert failed["failure"]["max_abs_diff"] > failed["failure"]["tolerance"]
+    assert "position-restarts-in-decode" in page.read_text(encoding="utf-8")
+
+    values = json.dumps(failed["failure"]["values"])
+    assert main(["verify", broken, "--only", CACHED, "--replay", values]) == 1
+    assert failed["failure"]["message"] in capsys.readouterr().out
+
+
+def test_list_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(list_checks())
+    assert main(["explain", CACHED, "--lang", "zh"]) == 0
+    assert "含义" in capsys.readouterr().out
+    assert main(["explain", "decode.cached"]) == 2
+
+
+def test_checks_come_in_the_order_of_the_roadmap() -> None:
+    steps = [check.step for check in list_checks()]
+    assert steps == sorted(steps)
+    assert {check.id for check in select_checks(step="3.2")} == {c.id for c in list_checks() if c.step == "3.2"}
+
+
+def test_pytest_lm_gives_the_same_verdicts(pytester: pytest.Pytester, broken: str) -> None:
+    result = pytester.runpytest_subprocess(
+        "--lm", broken, "--lm-profile", "quick", "-k", "decode.", "-p", "no:cacheprovider"
+    )
+    expected = check_causal_lm(broken, profile="quick", only=["decode.*"])
+    result.assert_outcomes(
+        passed=sum(r.status == "passed" for r in expected.results),
+        failed=sum(r.status == "failed" for r in expected.results),
+        skipped=sum(r.status == "skipped" for r in expected.results),
+    )
+    result.stdout.fnmatch_lines(["lm: *dtype float64*profile quick*seed 0*", "*most likely cause: position-restarts*"])
+
+
+def test_parametrize_with_checks(pytester: pytest.Pytester, broken: str) -> None:
+    pytester.makepyfile(
+        f"""
+        from diymodel.verify import parametrize_with_checks
+
+        @parametrize_with_checks([{broken!r}], expected_failures={{"{CACHED}": "positions restart"}})
+        def test_model(lm, check):
+            check(lm)
+        """
+    )
+    result = pytester.runpytest_subprocess("-k", "cached_equals or row_alone", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, xfailed=1)
+
+
+def test_the_plugin_does_not_import_torch() -> None:
+    code = "import sys, diymodel.verify.plugin; sys.exit('torch' in sys.modules or 'hypothesis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_report_keeps_what_was_interrupted() -> None:
+    report = Report("x", 0, "quick", "2.13", "cpu", "float64", interrupted="interrupted in shape.logits")
+    assert report.to_text().splitlines()[-1] == "passed:  in 0.0 s; interrupted in shape.logits"
