@@ -204,6 +204,22 @@ def test_a_bad_subject_is_one_clear_line_and_exit_2(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_transformers_model_passes(model_type: str) -> None:
+    pytest.importorskip("transformers")
+    report = check_causal_lm(
+        f"hf:{model_type}", profile="quick", only=["decode.*", "causality.*", "loss.*", "padding.*"]
+    )
+    assert report.verdict == "passed", report.to_text()
+    assert sum(result.status == "passed" for result in report.results) >= 12
+
+
+def test_an_unknown_transformers_type_names_the_nearest() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(SubjectError, match="no causal language model of type 'lama'; the nearest is 'llama'"):
+        check_causal_lm("hf:lama")
+
+
 def test_the_command_prints_writes_and_exits(broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, page = tmp_path / "r.json", tmp_path / "r.html"
     options = ["--profile", "quick", "--only", "decode.c*", "--json", str(report), "--html", str(page)]

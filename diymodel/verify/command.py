@@ -18,6 +18,7 @@ EXAMPLES = """\
 examples:
   diymodel verify                          our own model
   diymodel verify my_model.py:MyLM         a class or a function config -> nn.Module
+  diymodel verify hf:llama                 a tiny random transformers model of that type
   diymodel verify my_model.py:MyLM --step 3 --only 'decode.*'
   diymodel explain decode.cached_equals_full --lang zh
 """
@@ -35,7 +36,9 @@ def add_commands(commands: Any) -> None:
     )
     verify.set_defaults(command=_verify)
     verify.add_argument(
-        "subject", nargs="?", help="path/to/file.py:name or package.module:name (default: diymodel's own model)"
+        "subject",
+        nargs="?",
+        help="path/to/file.py:name, package.module:name, or hf:MODEL_TYPE (default: diymodel's own model)",
     )
     verify.add_argument("--profile", choices=("quick", "standard", "thorough"), default="standard")
     verify.add_argument("--seed", type=int, default=0, help="the same seed gives the same report (default: 0)")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("diymodel", "verify a causal language model")
-    group.addoption("--lm", metavar="SUBJECT", help="path/to/file.py:name or package.module:name; 'diymodel' is ours")
+    group.addoption("--lm", metavar="SUBJECT", help="what diymodel verify takes; 'diymodel' is ours")
     group.addoption("--lm-profile", choices=("quick", "standard", "thorough"), default="standard")
     group.addoption("--lm-seed", type=int, default=0, help="the same seed gives the same verdicts (default: 0)")
     group.addoption("--lm-device", default="cpu", help="where the modules are built (default: cpu)")

@@ -132,8 +132,8 @@ def _configs(draw: st.DrawFn, length: int) -> dict[str, Any]:
 
 
 def resolve(spec: str | Subject | Factory | None) -> Subject:
-    """The subject that SUBJECT names: ``package.module:name``, ``path/to/file.py:name``, a Subject, a factory, or None
-    for our own model.
+    """The subject that SUBJECT names: ``package.module:name``, ``path/to/file.py:name``, ``hf:MODEL_TYPE`` (a tiny
+    random transformers model), a Subject, a factory, or None for our own model.
 
     Raises:
         SubjectError: it does not exist, does not import, or is no factory; one line that says what to write instead.
@@ -141,6 +141,10 @@ def resolve(spec: str | Subject | Factory | None) -> Subject:
     if spec is None:
         model, loss = own_model()
         return Subject(model, "diymodel", ("cache_value", "strict_context", "finite_loss"), loss)
+    if isinstance(spec, str) and spec.startswith("hf:"):
+        from diymodel.verify.hf import factory_of
+
+        return Subject(factory_of(spec.removeprefix("hf:")), spec)
     if isinstance(spec, str):
         return _subject_of(_import(spec), spec)
     return _subject_of(spec, getattr(spec, "__name__", type(spec).__name__))
