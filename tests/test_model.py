@@ -97,6 +97,17 @@ def test_large_weights_are_laid_out_for_the_mode() -> None:
     assert torch.equal(linear.weight, values + 1)
 
 
+def test_a_mode_set_in_inference_mode_leaves_weights_that_train() -> None:
+    model = DIYForCausalLM(DIYConfig(num_layers=1, hidden_size=512))
+    with torch.inference_mode():
+        model.eval()
+    assert model.lm_head.weight.stride() == (1, 6400)
+    for mode in (False, True, False):  # a gradient goes along, or torch warns of its other layout
+        next_token_loss(model.train(mode)(IDS), IDS).backward()
+        assert model.lm_head.weight.grad is not None
+        assert model.lm_head.weight.grad.stride() == model.lm_head.weight.stride()
+
+
 def test_generating_in_training_leaves_the_layout_to_the_optimizer() -> None:
     model = DIYForCausalLM(DIYConfig(num_layers=1, hidden_size=512))
     model.generate(torch.tensor([[1]]), 1)
