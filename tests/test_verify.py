@@ -103,6 +103,12 @@ def test_a_planted_bug_is_found_shrunk_named_and_replayed(broken: str) -> None:
     assert again.failure.message == failure.message
 
 
+def test_our_own_model_goes_by_a_name_so_that_its_failures_replay() -> None:
+    report = check_causal_lm("diymodel", profile="quick", only=iter(["shape.logits"]))
+    assert [result.status for result in report.results] == ["passed"]
+    assert report.subject == check_causal_lm(None, profile="quick", only=["shape.logits"]).subject == "diymodel"
+
+
 def test_the_same_seed_gives_the_same_report(broken: str) -> None:
     def run() -> dict[str, Any]:
         document = check_causal_lm(broken, profile="quick", seed=7, only=["decode.*", "causality.*"]).to_dict()

@@ -8,7 +8,6 @@ Shapes: B batch, T query length, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -88,10 +87,6 @@ class LM:
         if output.past is None:
             raise NotApplicable("forward returned no cache")
         return self._shaped(output.logits, input_ids.shape[1]), output.past
-
-    def fork(self, past: Any) -> Any:
-        """A cache to continue while ``past`` is continued elsewhere; a copy, unless caches are values."""
-        return past if self.convention.cache_is_value else copy.deepcopy(past)
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """The subject's own loss; ``labels`` (B, T) are unshifted, with -100 where they are not scored."""

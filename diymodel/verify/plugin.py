@@ -57,7 +57,7 @@ class ChecksCollector(pytest.Collector):
         from diymodel.verify.subject import resolve
 
         try:
-            subject = resolve(None if self.spec == "diymodel" else self.spec)
+            subject = resolve(self.spec)
             _ = subject.convention
         except SubjectError as error:
             raise pytest.UsageError(f"--lm {self.spec}: {error}") from None

@@ -55,14 +55,14 @@ def select_checks(only: Iterable[str] = (), skip: Iterable[str] = (), step: str 
     Raises:
         ValueError: a glob or step matches no check; the message names the nearest.
     """
-    checks = list_checks()
+    checks, only, skip = list_checks(), tuple(only), tuple(skip)
     for pattern in (*only, *skip):
         if not any(fnmatch.fnmatchcase(check.id, pattern) for check in checks):
             raise ValueError(f"no check matches {pattern!r}{nearest(pattern, checks)}")
     chosen = [
         check
         for check in checks
-        if (not list(only) or any(fnmatch.fnmatchcase(check.id, pattern) for pattern in only))
+        if (not only or any(fnmatch.fnmatchcase(check.id, pattern) for pattern in only))
         and not any(fnmatch.fnmatchcase(check.id, pattern) for pattern in skip)
         and (step is None or check.step == step or check.step.startswith(f"{step}."))
     ]

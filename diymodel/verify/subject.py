@@ -20,6 +20,8 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import Convention, Loss, find_convention, own_model
 from diymodel.verify.failure import SubjectError
 
+OWN = "diymodel"  # how our own model is called
+
 Factory = Callable[[Any], nn.Module]
 
 # Tried in this order until the factory builds one: what it is called with for finding its convention.
@@ -133,14 +135,14 @@ def _configs(draw: st.DrawFn, length: int) -> dict[str, Any]:
 
 def resolve(spec: str | Subject | Factory | None) -> Subject:
     """The subject that SUBJECT names: ``package.module:name``, ``path/to/file.py:name``, ``hf:MODEL_TYPE`` (a tiny
-    random transformers model), a Subject, a factory, or None for our own model.
+    random transformers model), a Subject, a factory, or None (or "diymodel") for our own model.
 
     Raises:
         SubjectError: it does not exist, does not import, or is no factory; one line that says what to write instead.
     """
-    if spec is None:
+    if spec is None or spec == OWN:
         model, loss = own_model()
-        return Subject(model, "diymodel", ("cache_value", "strict_context", "finite_loss"), loss)
+        return Subject(model, OWN, ("cache_value", "strict_context", "finite_loss"), loss)
     if isinstance(spec, str) and spec.startswith("hf:"):
         from diymodel.verify.hf import factory_of
 
