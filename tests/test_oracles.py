@@ -10,43 +10,44 @@ from hypothesis import given
 from torch import Tensor
 
 from diymodel import DIYConfig
+from diymodel.verify import reference
 from tests import oracles
 from tests.properties import shapes
 from tests.properties.strategies import Case, cases
 
 
 def test_rms_norm() -> None:
-    assert oracles.rms_norm([3.0, 4.0], [1.0, 2.0], 0.0) == pytest.approx([3 / math.sqrt(12.5), 8 / math.sqrt(12.5)])
-    assert oracles.rms_norm([0.0, 2.0], [1.0, 1.0], 2.0) == pytest.approx([0.0, 1.0])  # sqrt(4/2 + 2) = 2
+    assert reference.rms_norm([3.0, 4.0], [1.0, 2.0], 0.0) == pytest.approx([3 / math.sqrt(12.5), 8 / math.sqrt(12.5)])
+    assert reference.rms_norm([0.0, 2.0], [1.0, 1.0], 2.0) == pytest.approx([0.0, 1.0])  # sqrt(4/2 + 2) = 2
 
 
 def test_rotate_turns_pairs_half_a_head_apart() -> None:
     # Angles at position 100, theta 10000: 100 for pair (0, 2), and 100 · 10000^(-1/2) = 1 for pair (1, 3).
-    turned = oracles.rotate([1.0, 1.0, 0.0, 0.0], 100, 10000.0)
+    turned = reference.rotate([1.0, 1.0, 0.0, 0.0], 100, 10000.0)
     assert turned == pytest.approx([math.cos(100), math.cos(1), math.sin(100), math.sin(1)])
-    assert oracles.rotate([1.0, 2.0], 0, 10000.0) == [1.0, 2.0]
+    assert reference.rotate([1.0, 2.0], 0, 10000.0) == [1.0, 2.0]
 
 
 def test_rotation_depends_on_the_distance_only() -> None:
     query, key = [0.3, -1.2, 0.7, 2.0], [1.1, 0.4, -0.5, 0.9]
-    near = oracles.dot(oracles.rotate(query, 5, 10.0), oracles.rotate(key, 2, 10.0))
-    far = oracles.dot(oracles.rotate(query, 8, 10.0), oracles.rotate(key, 5, 10.0))
+    near = reference.dot(reference.rotate(query, 5, 10.0), reference.rotate(key, 2, 10.0))
+    far = reference.dot(reference.rotate(query, 8, 10.0), reference.rotate(key, 5, 10.0))
     assert near == pytest.approx(far)
 
 
 def test_attend() -> None:
     # Scores ln 3 and 0 after the division by sqrt(4) = 2: weights 3/4 and 1/4.
     keys = [[2 * math.log(3), 0.0, 0.0, 0.0], [0.0] * 4]
-    assert oracles.attend([1.0, 0.0, 0.0, 0.0], keys, [[4.0] * 4, [8.0] * 4]) == pytest.approx([5.0] * 4)
+    assert reference.attend([1.0, 0.0, 0.0, 0.0], keys, [[4.0] * 4, [8.0] * 4]) == pytest.approx([5.0] * 4)
 
 
 def test_swiglu() -> None:
     # gate = x, up = 2x, down = 1: silu(1) · 2.
-    assert oracles.swiglu([1.0], [[1.0], [2.0]], [[1.0]]) == pytest.approx([2 / (1 + math.exp(-1))])
+    assert reference.swiglu([1.0], [[1.0], [2.0]], [[1.0]]) == pytest.approx([2 / (1 + math.exp(-1))])
 
 
 def test_softmax_of_large_scores() -> None:
-    assert oracles.softmax([1000.0, 1000.0]) == [0.5, 0.5]
+    assert reference.softmax([1000.0, 1000.0]) == [0.5, 0.5]
 
 
 CONFIG = DIYConfig(
@@ -72,21 +73,21 @@ def hand_made_state(value_weight: float) -> dict[str, Tensor]:
 
 def test_logits_without_attention() -> None:
     # RMSNorm of a unit vector of two components is sqrt(2) times it; the head triples the second component.
-    logits = oracles.oracle_logits(CONFIG, hand_made_state(0.0), [0, 1])
+    logits = reference.logits_of_row(CONFIG, hand_made_state(0.0), [0, 1])
     assert logits == [pytest.approx([math.sqrt(2), 0.0]), pytest.approx([0.0, 3 * math.sqrt(2)])]
 
 
 def test_logits_with_uniform_attention() -> None:
     # Values are 1/sqrt(2) · sqrt(2) · token = token. Position 0 gets (1, 0) + (1, 0); position 1 gets (0, 1) + the mean
     # (1/2, 1/2) of both tokens = (1/2, 3/2), whose root mean square is sqrt(5)/2.
-    logits = oracles.oracle_logits(CONFIG, hand_made_state(1 / math.sqrt(2)), [0, 1])
+    logits = reference.logits_of_row(CONFIG, hand_made_state(1 / math.sqrt(2)), [0, 1])
     assert logits[0] == pytest.approx([math.sqrt(2), 0.0], rel=1e-6)
     assert logits[1] == pytest.approx([1 / math.sqrt(5), 9 / math.sqrt(5)], rel=1e-6)
 
 
 def test_tied_logits_use_the_embedding() -> None:
     tied = DIYConfig.from_dict({**CONFIG.to_dict(), "tie_word_embeddings": True})
-    assert oracles.oracle_logits(tied, hand_made_state(0.0), [1]) == [pytest.approx([0.0, math.sqrt(2)])]
+    assert reference.logits_of_row(tied, hand_made_state(0.0), [1]) == [pytest.approx([0.0, math.sqrt(2)])]
 
 
 def test_loss_by_hand() -> None:
@@ -115,6 +116,6 @@ def test_model_equals_the_oracle(case: Case) -> None:
     model = case.model()
     state = model.state_dict()
     expected = torch.tensor(
-        [oracles.oracle_logits(case.config, state, row) for row in case.tokens], dtype=torch.float64
+        [reference.logits_of_row(case.config, state, row) for row in case.tokens], dtype=torch.float64
     )
     shapes.logits_equal(model, case.input_ids, expected, tolerance=1e-10)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.failure import SubjectError
+from diymodel.verify.failure import NotApplicable, SubjectError
+from diymodel.verify.subject import Subject
 
 
-def factory_of(model_type: str) -> Any:
-    """A factory ``DIYConfig -> transformers model`` of the type; it raises NotImplementedError for what does not fit.
+def subject_of_type(model_type: str) -> Subject:
+    """Tiny random transformers models of the type; configurations that do not fit it are refused.
 
     Raises:
         SubjectError: transformers is not installed, or has no causal language model of that type.
@@ -37,7 +40,17 @@ def factory_of(model_type: str) -> Any:
             raise NotImplementedError(f"{type(error).__name__}: {error}") from error
         return model
 
-    return build
+    return Subject(build, f"hf:{model_type}", claims=("left_padding",), shifted=_shifted)
+
+
+def _shifted(module: nn.Module, input_ids: Tensor, offset: int) -> Tensor:
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        raise NotApplicable("forward has no position_ids")
+    if getattr(module.config, "rope_parameters", None) is None:
+        raise NotApplicable("the positions are not rotary")
+    positions = torch.arange(offset, offset + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    logits: Tensor = module(input_ids, position_ids=positions).logits
+    return logits
 
 
 def _fields(config: DIYConfig, known: Any) -> dict[str, Any]:

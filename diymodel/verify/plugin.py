@@ -10,6 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from diymodel.verify.registry import Check
     from diymodel.verify.report import Result
+    from diymodel.verify.runner import Settings
     from diymodel.verify.subject import Factory, Subject
 
 
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lm-profile", choices=("quick", "standard", "thorough"), default="standard")
     group.addoption("--lm-seed", type=int, default=0, help="the same seed gives the same verdicts (default: 0)")
     group.addoption("--lm-device", default="cpu", help="where the modules are built (default: cpu)")
+    group.addoption("--lm-dtype", help="float64, float32 … (default: float64, or what the subject runs in)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,9 +34,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     import torch
 
-    options = {name: config.getoption(f"--lm-{name}") for name in ("device", "profile", "seed")}
+    options = {name: config.getoption(f"--lm-{name}") or "the subject's" for name in ("device", "dtype", "profile")}
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
-    return f"lm: {spec}, torch {torch.__version__}, dtype float64, {settings}"
+    return f"lm: {spec}, torch {torch.__version__}, {settings}, seed {config.getoption('--lm-seed')}"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
@@ -74,8 +76,12 @@ class CheckItem(pytest.Item):
         self.subject = subject
 
     def runtest(self) -> None:
-        options = self.config.getoption
-        run_one(self.subject, self.check, options("--lm-profile"), options("--lm-seed"), options("--lm-device"))
+        from diymodel.verify.runner import Settings
+
+        names = ("profile", "seed", "device", "dtype")
+        run_one(
+            self.subject, self.check, Settings.of(**{name: self.config.getoption(f"--lm-{name}") for name in names})
+        )
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, CheckFailed):
@@ -90,7 +96,7 @@ class CheckFailed(Exception):
     """A check failed; the text is what the report says of it."""
 
 
-def run_one(subject: Subject, check: Check, profile: str = "standard", seed: int = 0, device: str = "cpu") -> Result:
+def run_one(subject: Subject, check: Check, settings: Settings) -> Result:
     """Run one check inside a pytest test: skip it with its reason, or fail with the report's words."""
     import torch
 
@@ -100,13 +106,15 @@ def run_one(subject: Subject, check: Check, profile: str = "standard", seed: int
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = verify_one(subject, check, profile, seed, device)
+        result = verify_one(subject, check, settings)
     finally:
         torch.set_num_threads(threads)
     if result.status in ("skipped", "inconclusive"):
         pytest.skip(f"{result.status}: {result.reason}")
     if result.failure is not None:
         raise CheckFailed("\n".join(failure_lines(result, color=False)))
+    if result.status == "error":
+        raise CheckFailed(f"{check.id}: {result.reason}")
     return result
 
 
@@ -129,6 +137,7 @@ def parametrize_with_checks(
         ValueError: an id in ``expected_failures`` is no check's; the message names the nearest.
     """
     from diymodel.verify.registry import list_checks, nearest
+    from diymodel.verify.runner import Settings
     from diymodel.verify.subject import resolve
 
     checks, expected = list_checks(), dict(expected_failures or {})
@@ -137,7 +146,7 @@ def parametrize_with_checks(
             raise ValueError(f"no check is called {id!r}{nearest(id, checks)}")
 
     def call(check: Check) -> Callable[[Subject], Result]:
-        return lambda lm: run_one(lm, check)
+        return lambda lm: run_one(lm, check, Settings.of())
 
     cases = [
         pytest.param(

@@ -7,23 +7,60 @@ import shlex
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import hypothesis
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
-from hypothesis.errors import Unsatisfiable
+from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
 from diymodel.verify.failure import CheckFailure, Inconclusive, NotApplicable
 from diymodel.verify.registry import Check, nearest, select_checks
-from diymodel.verify.report import Failure, Report, Result
+from diymodel.verify.report import Failure, Report, Result, Status
 from diymodel.verify.subject import Factory, Subject, resolve
-from diymodel.verify.tolerance import ROUNDING
+from diymodel.verify.timing import OutOfTime, time_limit
+from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import Trial
 
 PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
+CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
+_SHRINKS = 400  # trials spent on making a failure smaller
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a check is run."""
+
+    examples: int = PROFILES["standard"]  # trials
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None  # None: the subject's own
+    check_seconds: float = CHECK_SECONDS
+
+    @classmethod
+    def of(
+        cls,
+        profile: str = "standard",
+        seed: int = 0,
+        device: str = "cpu",
+        dtype: str | None = None,
+        check_seconds: float = CHECK_SECONDS,
+    ) -> Settings:
+        """From what users write; the arguments are those of :func:`check_causal_lm`.
+
+        Raises:
+            ValueError: there is no such profile or dtype.
+        """
+        if profile not in PROFILES:
+            raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+        return cls(PROFILES[profile], seed, device, DTYPES[dtype] if dtype else None, check_seconds)
 
 
 def check_causal_lm(
@@ -36,7 +73,9 @@ def check_causal_lm(
     step: str | None = None,
     expected_failures: Mapping[str, str] | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
     time_budget: float | None = None,
+    check_seconds: float = CHECK_SECONDS,
     on_result: Callable[[Result], object] | None = None,
 ) -> Report:
     """Verify a causal language model.
@@ -51,25 +90,38 @@ def check_causal_lm(
         step: a step of the roadmap, "3" or "3.2"; None means all.
         expected_failures: ``{id: reason}``; such a check is run, and its failure does not count.
         device: where the modules are built.
+        dtype: of the modules: "float64", "float32", "bfloat16" or "float16". None: float64, in which rounding and bugs
+            are worlds apart, or float32 where the subject refuses it.
         time_budget: seconds after which no further check is begun.
+        check_seconds: seconds after which a check begins no further trial; a single trial that takes as long is an
+            error of that check, and the others go on.
         on_result: called after each check.
 
     Raises:
         SubjectError: the subject cannot be found, built or called.
-        ValueError: an id, step or profile is unknown.
+        ValueError: an id, step, profile or dtype is unknown.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
+    settings = Settings.of(profile, seed, device, dtype, check_seconds)
     expected_failures = dict(expected_failures or {})
     chosen = select_checks(only, skip, step)
     for id in expected_failures:
         if not any(check.id == id for check in chosen):
             raise ValueError(f"expected_failures names no check that runs: {id!r}{nearest(id, chosen)}")
     resolved = resolve(subject)
-    _ = resolved.convention  # found before the first check, so that a subject that cannot be called says so at once
-    report = Report(resolved.name, seed, profile, torch.__version__, device, "float64")
+    own_dtype = resolved.convention.dtype  # found first, so that a subject that cannot be called says so at once
+    report = Report(resolved.name, seed, profile, torch.__version__, device, _name(settings.dtype or own_dtype))
     started = time.perf_counter()
-    for result in _results(resolved, chosen, profile, seed, device, expected_failures, time_budget, report):
+    for check in chosen:
+        if time_budget is not None and time.perf_counter() - started > time_budget:
+            report.interrupted = f"the time budget of {time_budget:g} s ran out before {check.id}"
+            break
+        try:
+            result = verify_one(resolved, check, settings)
+        except KeyboardInterrupt:
+            report.interrupted = f"interrupted in {check.id}"
+            break
+        if result.status in ("failed", "error") and check.id in expected_failures:
+            result = replace(result, status="expected_failure", reason=expected_failures[check.id])
         report.results.append(result)
         if on_result is not None:
             on_result(result)
@@ -96,111 +148,136 @@ def _rank_causes(results: list[Result]) -> list[Result]:
 
 
 def replay(subject: str | Subject | Factory | None, check: Check, values: Mapping[str, Any]) -> Result:
-    """Run one check once on recorded values."""
+    """Run one check once on recorded values.
+
+    Raises:
+        SubjectError: the subject cannot be found, built or called.
+        ValueError: the values are not those of this check.
+    """
     resolved = resolve(subject)
-    trial = Trial(resolved, None, values)
-    return _judge(check, lambda: _run_trial(check, trial), lambda: (1, trial), resolved)
+    dtype = DTYPES.get(values.get("dtype", ""))
+    trial = Trial(resolved, None, values, dtype)
+    run = _Run(resolved, check, Settings(1, dtype=dtype))
+    result = run.judged(lambda: run.trial(trial))
+    if trial.unknown:
+        raise ValueError(f"this replay has no value {trial.unknown!r}: it belongs to another check or version")
+    return result
 
 
-def _results(
-    subject: Subject,
-    checks: Iterable[Check],
-    profile: str,
-    seed: int,
-    device: str,
-    expected_failures: Mapping[str, str],
-    time_budget: float | None,
-    report: Report,
-) -> Iterator[Result]:
-    started = time.perf_counter()
-    for check in checks:
-        if time_budget is not None and time.perf_counter() - started > time_budget:
-            report.interrupted = f"the time budget of {time_budget:g} s ran out before {check.id}"
-            return
-        try:
-            result = verify_one(subject, check, profile, seed, device)
-        except KeyboardInterrupt:
-            report.interrupted = f"interrupted in {check.id}"
-            return
-        if result.status in ("failed", "error") and check.id in expected_failures:
-            result = Result(
-                check, "expected_failure", result.examples, result.seconds, expected_failures[check.id], result.failure
-            )
-        yield result
-
-
-def verify_one(subject: Subject, check: Check, profile: str, seed: int, device: str = "cpu") -> Result:
-    """The verdict of one check: skipped where the subject lacks what it needs, else run at the profile."""
+def verify_one(subject: Subject, check: Check, settings: Settings) -> Result:
+    """The verdict of one check: skipped where the subject lacks what it needs, else run."""
     reason = next((why for need in check.needs if (why := subject.missing(need))), None)
     if reason is not None:
         return Result(check, "skipped", reason=reason)
-    return run_check(subject, check, PROFILES[profile], seed, device)
+    return run_check(subject, check, settings)
 
 
-def run_check(subject: Subject, check: Check, examples: int, seed_: int, device: str = "cpu") -> Result:
-    """Draw trials until one fails, or ``examples`` have passed; a failing one is shrunk."""
-    last: list[Trial] = []
-    count = 0
-    effects: list[float] = []
+def run_check(subject: Subject, check: Check, settings: Settings) -> Result:
+    """Draw trials until one fails, or enough have passed; a failing one is shrunk."""
+    run = _Run(subject, check, settings)
+    return run.judged(run.trials)
 
-    @seed(seed_)
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-        report_multiple_bugs=False,
-    )
-    @given(st.data())
-    def trials(data: st.DataObject) -> None:
-        nonlocal count
-        trial = Trial(subject, data.draw, device=device)
-        last[:] = [trial]
-        count += 1
-        _run_trial(check, trial)
-        if trial.seen_difference is not None:
-            effects.append(trial.seen_difference)
 
-    def run() -> None:
-        trials()
-        if effects and max(effects) <= ROUNDING:
+class _Enough(BaseException):
+    """No further trial is needed. Hypothesis lets through what is no Exception, and does not try to shrink it."""
+
+
+class _Run:
+    """The trials of one check on one subject, and what is known of them so far."""
+
+    def __init__(self, subject: Subject, check: Check, settings: Settings) -> None:
+        self.subject = subject
+        self.check = check
+        self.settings = settings
+        self.started = time.perf_counter()
+        self.count = 0
+        self.not_applicable: list[str] = []  # the reason of every trial that did not apply
+        self.effects: list[float] = []
+        self.failed: tuple[Trial, Exception] | None = None  # the last, which is the smallest
+        self.shrinks = 0
+
+    def trials(self) -> None:
+        """All of them."""
+        draw = hypothesis.given(st.data())(self._draw)
+        draw = hypothesis.settings(
+            max_examples=self.settings.examples,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            verbosity=Verbosity.quiet,
+            report_multiple_bugs=False,
+        )(draw)
+        hypothesis.seed(self.settings.seed)(draw)()
+        if self.not_applicable and len(self.not_applicable) == self.count:
+            raise NotApplicable(self.not_applicable[0])
+        if self.effects and max(self.effects) <= rounding(torch.float64):
             raise Inconclusive(
-                f"in {count} trials, what a bug would change never changed by more than {max(effects):.1g} of its size"
+                f"in {self.count} trials, what a bug would change never changed by more than {max(self.effects):.1g} "
+                "of its size"
             )
 
-    return _judge(check, run, lambda: (count, last[0] if last else None), subject)
+    def _draw(self, data: st.DataObject) -> None:
+        self.shrinks += self.failed is not None
+        patience = self.settings.check_seconds * (2 if self.shrinks else 1)  # a failure at the end is shrunk as well
+        if self.shrinks > _SHRINKS or time.perf_counter() - self.started > patience:
+            raise _Enough
+        self.trial(Trial(self.subject, data.draw, dtype=self.settings.dtype, device=self.settings.device))
+
+    def trial(self, trial: Trial) -> None:
+        """One, with the global random state and gradient mode as they were afterwards."""
+        self.count += 1
+        try:
+            with torch.random.fork_rng(devices=[]), time_limit(self.settings.check_seconds):
+                torch.manual_seed(0)
+                self.check.function(trial)
+        except NotApplicable as stop:
+            self.not_applicable.append(str(stop))
+            if len(self.not_applicable) == self.count >= _NOT_APPLICABLE:
+                raise _Enough from None
+            return
+        except (Inconclusive, UnsatisfiedAssumption, StopTest):
+            raise
+        except Exception as error:
+            self.failed = trial, error
+            raise
+        if trial.seen_difference is not None:
+            self.effects.append(trial.seen_difference)
+
+    def judged(self, run: Callable[[], object]) -> Result:
+        """Call ``run`` and name what came of it."""
+        status: Status = "passed"
+        reason = failure = None
+        try:
+            run()
+        except _Enough:
+            if self.not_applicable:
+                status, reason = "skipped", self.not_applicable[0]
+            elif self.failed is None:
+                reason = f"stopped after {self.count} of {self.settings.examples} trials: {self.limit} are over"
+        except OutOfTime:
+            status, reason = "error", f"no answer within {self.limit}, in trial {self.count}: it hangs, or is too slow"
+        except NotApplicable as stop:
+            status, reason = "skipped", str(stop)
+        except (Inconclusive, Unsatisfiable) as stop:
+            status, reason = "inconclusive", str(stop)
+        except Exception as raised:  # a failed check, or whatever a stranger's module raises
+            if self.failed is None:
+                status, reason = "error", f"the check itself failed: {type(raised).__name__}: {raised}"
+        if self.failed is not None:
+            status, reason = "failed", None
+            failure = _failure(self.check, self.subject, *self.failed)
+        return Result(self.check, status, self.count, time.perf_counter() - self.started, reason, failure)
+
+    @property
+    def limit(self) -> str:
+        return f"{self.settings.check_seconds:g} s"
 
 
-def _run_trial(check: Check, trial: Trial) -> None:
-    """One trial, with the global random state and gradient mode as they were afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        check.function(trial)
-
-
-def _judge(
-    check: Check, run: Callable[[], object], after: Callable[[], tuple[int, Trial | None]], subject: Subject
-) -> Result:
-    """Call ``run`` and name what came of it; ``after`` then tells the trials made and the last of them."""
-    started = time.perf_counter()
-    status, reason, error = "passed", None, None
-    try:
-        run()
-    except NotApplicable as stop:
-        status, reason = "skipped", str(stop)
-    except (Inconclusive, Unsatisfiable) as stop:
-        status, reason = "inconclusive", str(stop)
-    except Exception as raised:  # a failed check, or whatever a stranger's module raises
-        status, error = "failed", raised
-    examples, trial = after()
-    failure = None if error is None else _failure(check, error, trial, subject)
-    return Result(check, status, examples, time.perf_counter() - started, reason, failure)  # type: ignore[arg-type]
-
-
-def _failure(check: Check, error: Exception, trial: Trial | None, subject: Subject) -> Failure:
-    values = trial.values if trial is not None else {}
+def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> Failure:
+    values = trial.values
+    if trial.dtype != subject.convention.dtype:
+        values = {**values, "dtype": _name(trial.dtype)}
     recorded = json.dumps(values, separators=(",", ":"))
     command = f"diymodel verify {shlex.quote(subject.name)} --only {check.id} --replay {shlex.quote(recorded)}"
     if isinstance(error, CheckFailure):
@@ -213,3 +290,7 @@ def _failure(check: Check, error: Exception, trial: Trial | None, subject: Subje
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

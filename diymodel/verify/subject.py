@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import Convention, Loss, find_convention, own_model
+from diymodel.verify.adapters import Convention, Reference, Shifted, own_model
 from diymodel.verify.failure import SubjectError
+from diymodel.verify.probing import find_convention
+from diymodel.verify.strategies import configs
 
 OWN = "diymodel"  # how our own model is called
 
@@ -32,6 +35,21 @@ _FIRST_CONFIGS = (
 )
 
 
+CLAIMS = {  # promises that no trying can find
+    "cache_value": "a cache never changes once it is returned",
+    "strict_context": "more than max_seq_len tokens are refused",
+    "finite_loss": "with every label ignored the loss is 0, not NaN",
+    "left_padding": "a row may be padded on the left",
+}
+_FOUND = ("cache", "chunks", "padding", "ragged_cache", "loss", "gradient")
+_GIVEN = {
+    "reference": "names no reference: Subject(…, reference=…)",
+    "shifted": "does not say how to shift its positions: Subject(…, shifted=…)",
+    "window": "has no sliding window: Subject(…, window=…)",
+}
+_CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, "causal")
+
+
 class Subject:
     """A factory of causal language models, and what it claims.
 
@@ -41,27 +59,48 @@ class Subject:
         factory: ``config -> nn.Module``; a class will do. It raises NotImplementedError for a configuration that it
             cannot build. ``config`` is a :class:`diymodel.DIYConfig`, whose fields are its attributes.
         name: how the report calls it.
-        claims: promises beyond what is found by trying: "cache_value" (a cache never changes once returned),
-            "strict_context" (over-long input is refused), "finite_loss" (0, not NaN, with every label ignored).
-        loss: of logits (B, T, V) and unshifted labels (B, T), where the module leaves it to its caller.
-        convention: how to call the module; None: found by trying.
+        claims: promises beyond what is found by trying, of :data:`CLAIMS`.
+        lacks: ``{capability: reason}``: what it does not have although trying says otherwise, such as
+            ``{"causal": "a prefix language model"}``. The checks that need it are skipped with the reason.
+        reference: an independent implementation, ``(config, state_dict, ids (B, T)) -> logits (B, T, V)`` in float64.
+            A bug that is on the cached and on the uncached path alike shows against nothing else.
+        shifted: ``(module, ids, offset) -> logits`` with every position moved by ``offset``, of a model with rotary
+            or other relative positions, whose logits do not change by that.
+        window: a position sees itself and the ``window - 1`` before it, in each layer; None: all before it.
+        no_gradient: globs of parameter names that rightly get no gradient.
+        declared: fields of :class:`Convention` that are stated rather than found, such as ``ignore_index=-1`` or
+            ``new_cache=lambda module, config, rows: KVCache(rows, …)``.
+
+    Raises:
+        ValueError: a claim, capability or field is unknown; the message names the nearest.
     """
 
     def __init__(
         self,
         factory: Factory | None = None,
         name: str = "",
-        claims: tuple[str, ...] = (),
-        loss: Loss | None = None,
-        convention: Convention | None = None,
+        *,
+        claims: Iterable[str] = (),
+        lacks: Mapping[str, str] | None = None,
+        reference: Reference | None = None,
+        shifted: Shifted | None = None,
+        window: int | None = None,
+        no_gradient: Iterable[str] = (),
+        **declared: Any,
     ) -> None:
         self._factory = factory
         self.name = name or getattr(factory, "__name__", type(self).__name__)
         self.claims = frozenset(claims)
-        self._loss = loss
+        self.lacks = dict(lacks or {})
+        self.reference = reference
+        self.shifted = shifted
+        self.window = window
+        self.no_gradient = tuple(no_gradient)
+        self.declared = declared
         self.refused: set[str] = set()  # configurations that the factory could not build
-        if convention is not None:
-            self.convention = convention  # shadows the cached property
+        _check_known("claim", self.claims, CLAIMS)
+        _check_known("capability", self.lacks, _CAPABILITIES)
+        _check_known("field of Convention", declared, [field.name for field in fields(Convention)])
 
     def build(self, config: DIYConfig) -> nn.Module:
         """A new module; overridden by subclasses that have no factory."""
@@ -71,31 +110,45 @@ class Subject:
 
     def configs(self, length: int) -> st.SearchStrategy[dict[str, Any]]:
         """Configurations to try, as dicts of DIYConfig's fields, each holding ``length`` positions."""
-        return _configs(length)
+        return configs(length)
 
     @functools.cached_property
     def convention(self) -> Convention:
-        """How the module wants to be called, found by building and calling a tiny one."""
+        """How the module wants to be called, found by building and calling a tiny one.
+
+        Raises:
+            SubjectError: it cannot be built, or called with token ids.
+        """
         with torch.random.fork_rng(devices=[]):  # the first trial starts from the same state as a replay
-            module, config = self._first_module()
-            convention = find_convention(module, config)
-        if self._loss is None:
-            return convention
-        missing = {name: reason for name, reason in convention.missing.items() if name != "loss"}
-        return replace(convention, loss=self._loss, missing=missing)
+            config = self._first_config()
+            return find_convention(lambda: self.build(config), config, self.declared)
 
     def missing(self, capability: str) -> str | None:
         """Why the subject lacks a capability; None if it has it."""
-        if capability in ("cache", "chunks", "padding", "loss"):
-            return self.convention.missing.get(capability)
-        if capability == "cache_value" and self.missing("cache") is None and self.convention.cache_is_value:
+        assert capability in _CAPABILITIES, capability
+        convention = self.convention
+        if capability in self.lacks:
+            return self.lacks[capability]
+        if capability in _FOUND:
+            return convention.missing.get(capability)
+        if capability in _GIVEN:
+            return f"the subject {_GIVEN[capability]}" if getattr(self, capability) is None else None
+        if capability == "causal" or capability in self.claims:
             return None
-        return None if capability in self.claims else f"the subject does not claim {capability!r}"
+        if capability == "cache_value":
+            if convention.missing.get("cache") or convention.cache_is_value:
+                return convention.missing.get("cache")
+            kind = "kept on the module" if convention.cache_on_module else "an object that changes"
+            return f"its cache is {kind}, and the subject does not claim 'cache_value'"
+        if capability == "left_padding" and convention.left:
+            return None
+        return f"the subject does not claim {capability!r}: {CLAIMS[capability]}"
 
-    def _first_module(self) -> tuple[nn.Module, DIYConfig]:
+    def _first_config(self) -> DIYConfig:
+        """The first configuration that the factory builds a module of."""
         refusal: Exception | None = None
-        for fields in _FIRST_CONFIGS:
-            config = DIYConfig(vocab_size=16, max_seq_len=16, dropout=0.0, **fields)  # type: ignore[arg-type]
+        for sizes in _FIRST_CONFIGS:
+            config = DIYConfig(vocab_size=16, max_seq_len=16, dropout=0.0, **sizes)  # type: ignore[arg-type]
             try:
                 module = self.build(config)
             except NotImplementedError as error:
@@ -108,29 +161,8 @@ class Subject:
                     f"{self.name}(config) returned {type(module).__name__}: expected an nn.Module; SUBJECT names a "
                     "factory config -> nn.Module, and a class will do"
                 )
-            return module, config
+            return config
         raise SubjectError(f"{self.name} refused every configuration that was tried, the last with: {refusal}")
-
-
-@st.composite
-def _configs(draw: st.DrawFn, length: int) -> dict[str, Any]:
-    """Tiny configurations; one layer and several, grouped queries, tying, other epsilons and thetas all turn up."""
-    kv_heads = draw(st.integers(1, 2))
-    heads = kv_heads * draw(st.integers(1, 3))
-    head_size = 2 * draw(st.integers(1, 2))
-    return {
-        "vocab_size": draw(st.integers(length + 2, length + 6)),
-        "num_layers": draw(st.integers(1, 3)),
-        "hidden_size": heads * head_size,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "intermediate_size": draw(st.integers(1, 9)),
-        "max_seq_len": length + draw(st.integers(0, 3)),
-        "dropout": draw(st.sampled_from((0.0, 0.1, 0.5))),
-        "rms_norm_eps": draw(st.sampled_from((1e-6, 1e-5, 1e-2))),
-        "rope_theta": draw(st.sampled_from((10000.0, 10.0, 500000.0))),
-        "tie_word_embeddings": draw(st.booleans()),
-    }
 
 
 def resolve(spec: str | Subject | Factory | None) -> Subject:
@@ -141,12 +173,11 @@ def resolve(spec: str | Subject | Factory | None) -> Subject:
         SubjectError: it does not exist, does not import, or is no factory; one line that says what to write instead.
     """
     if spec is None or spec == OWN:
-        model, loss = own_model()
-        return Subject(model, OWN, ("cache_value", "strict_context", "finite_loss"), loss)
+        return Subject(name=OWN, claims=("cache_value", "strict_context", "finite_loss"), **own_model())
     if isinstance(spec, str) and spec.startswith("hf:"):
-        from diymodel.verify.hf import factory_of
+        from diymodel.verify.hf import subject_of_type
 
-        return Subject(factory_of(spec.removeprefix("hf:")), spec)
+        return subject_of_type(spec.removeprefix("hf:"))
     if isinstance(spec, str):
         return _subject_of(_import(spec), spec)
     return _subject_of(spec, getattr(spec, "__name__", type(spec).__name__))
@@ -195,3 +226,10 @@ def _import_file(path: Path) -> Any:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+            raise ValueError(f"no {what} is called {name!r}; the nearest is {nearest!r}")

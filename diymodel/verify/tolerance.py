@@ -3,7 +3,7 @@
 Semantics are judged in float64. There, rounding stays below 1e-12 of the largest logit and bugs begin above 1e-9 in
 healthy modules, so 1e-11 decides nearly always. But ``.double()`` is not always float64: many modules keep float32 in
 their norms or rotary tables. Where a difference is larger than 1e-11, the module's own rounding is therefore measured,
-and 16 times that is allowed.
+and 16 times that is allowed. In float32 the same factor holds; half types get 4 times, as a gross check.
 """
 
 from __future__ import annotations
@@ -13,11 +13,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-11  # times the largest value: more than float64 rounding, less than any bug
-NOISE_FACTOR = 16
+BEYOND_ROUNDING = 1e-3  # times the largest value: forty times the worst rounding ever measured in a float64 module
 _STEPS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16}
 _BINOMIAL = (1.0, -4.0, 6.0, -4.0, 1.0)  # of a fourth difference; on noise of size n it has size n · √70
 _GAIN = 70**0.5
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The share of the largest value that needs no measuring: in float64 more than rounding, less than any bug."""
+    return 1e-11 if dtype == torch.float64 else noise_factor(dtype) * torch.finfo(dtype).eps
+
+
+def noise_factor(dtype: torch.dtype) -> int:
+    """How many times the measured rounding is allowed."""
+    return 16 if dtype in (torch.float64, torch.float32) else 4
 
 
 def estimate_noise(module: nn.Module, run: Callable[[], Tensor], seed: int) -> float:

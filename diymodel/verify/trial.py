@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, SubjectError
-from diymodel.verify.tolerance import NOISE_FACTOR, ROUNDING, estimate_noise
+from diymodel.verify.strategies import real_lengths
+from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, noise_factor, rounding
 
 if TYPE_CHECKING:
     from diymodel.verify.subject import Subject
@@ -38,7 +39,7 @@ class Trial:
         subject: what is verified.
         draw: Hypothesis's draw, or None to replay ``recorded``.
         recorded: values by name.
-        dtype: of the modules that are built.
+        dtype: of the modules that are built; None: the subject's own, float64 unless it refuses that.
         device: where they are built.
     """
 
@@ -47,16 +48,16 @@ class Trial:
         subject: Subject,
         draw: Callable[[st.SearchStrategy[Any]], Any] | None,
         recorded: Mapping[str, Any] | None = None,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
         device: str = "cpu",
     ) -> None:
         self.subject = subject
         self.values: dict[str, Any] = dict(recorded or {})
-        self.dtype = dtype
+        self.dtype = dtype or subject.convention.dtype
         self.device = device
         self._draw = draw
-        self._builds = 0
         self.seen_difference: float | None = None  # the largest effect that a guard saw; None: no guard
+        self.unknown: str | None = None  # a value that a replay lacks
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -64,7 +65,8 @@ class Trial:
         """A value, recorded under ``name``; on a replay the recorded one."""
         if self._draw is None:
             if name not in self.values:
-                raise ValueError(f"this replay has no value {name!r}: it belongs to another check or version")
+                self.unknown = name
+                raise KeyError(name)
             recorded: T = self.values[name]
             return recorded
         value: T = self._draw(strategy)
@@ -97,12 +99,19 @@ class Trial:
         return LM(module, config, self.subject.convention)
 
     def tokens(self, lm: LM, min_length: int = 1, max_length: int = MAX_LENGTH, rows: int | None = None) -> Tensor:
-        """Token ids (B, T); neighbours differ, so that no two positions are exchangeable by accident."""
+        """Token ids (B, T)."""
         B = rows or self.draw("rows", st.integers(1, MAX_ROWS))
-        length = self.draw("length", st.integers(min_length, min(max_length, lm.config.max_seq_len)))
+        shortest = max(min_length, lm.convention.shortest)
+        length = self.draw("length", st.integers(shortest, max(shortest, min(max_length, lm.config.max_seq_len))))
         token = st.integers(0, lm.config.vocab_size - 1)
         drawn = self.draw("tokens", st.lists(st.lists(token, min_size=length, max_size=length), min_size=B, max_size=B))
         return torch.tensor(drawn, device=self.device)
+
+    def right_padding(self, ids: Tensor, shortest: int = 1) -> Tensor:
+        """Which tokens of each row are real, (B, T) bool; padding stands on the right."""
+        B, T = ids.shape
+        lengths = self.draw("lengths", real_lengths(B, T, shortest))
+        return torch.arange(T, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
@@ -131,16 +140,17 @@ class Trial:
             return
         difference = (seen.double() - expected.double()).abs()
         largest = float((expected if scale is None else scale.detach()).abs().max())
-        tolerance = ROUNDING * largest
-        if not bool((difference <= tolerance).all()):
+        tolerance = rounding(self.dtype) * largest
+        worst = float(difference.nan_to_num(torch.inf).max())
+        if tolerance < worst <= BEYOND_ROUNDING * largest or (worst > tolerance and self.dtype != torch.float64):
             noise = estimate_noise(lm.module, rerun, self.values.get("weights", 0))
-            tolerance = max(tolerance, NOISE_FACTOR * noise)
+            tolerance = max(tolerance, noise_factor(self.dtype) * noise)
         wrong = ~(difference <= tolerance)  # a NaN is wrong
         if bool(wrong.any()):
             raise CheckFailure(
                 f"{what}: {_first_wrong(wrong, seen, expected)}; the largest difference is "
-                f"{float(difference.nan_to_num(torch.inf).max()):.3g}, rounding explains {tolerance:.3g}",
-                float(difference.nan_to_num(torch.inf).max()),
+                f"{worst:.3g}, rounding explains {tolerance:.3g}",
+                worst,
                 tolerance,
             )
 

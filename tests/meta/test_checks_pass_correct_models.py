@@ -7,26 +7,19 @@ import functools
 import pytest
 
 from diymodel.verify.registry import Check, list_checks
-from diymodel.verify.runner import run_check
-from diymodel.verify.subject import Subject, resolve
-from tests.meta import bases
+from diymodel.verify.runner import Settings, run_check
+from diymodel.verify.subject import OWN, Subject, resolve
+from diymodel.zoo.base import BASES
 
 EXAMPLES = 3
-LACKS = {  # what each base does not have; nothing else may be skipped
-    "diymodel": {"loss"},
-    "NanoGPT": {"cache", "padding"},
-    "Rotary": {"padding", "loss"},
-    "Hub": {"cache_value"},
-    "Plain": {"cache", "padding", "loss"},
-}
-NOT_APPLICABLE = {("Plain", "state.tied_weights_stay_tied")}  # it never shares a weight
+LACKS = {OWN: frozenset({"left_padding", "window"}), **{name: base.lacks for name, base in BASES.items()}}
+GIVEN = {"reference", "shifted", "window"}  # arguments of Subject, which most bases do without
+NOT_APPLICABLE = {("plain", "state.tied_weights_stay_tied")}  # it never shares a weight
 
 
 @functools.cache
 def subject(name: str) -> Subject:
-    if name == "diymodel":
-        return resolve(None)
-    return Subject(getattr(bases, name), name, ("strict_context", "finite_loss"))
+    return resolve(None) if name == OWN else BASES[name].subject()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -35,10 +28,10 @@ def subject(name: str) -> Subject:
 def test_a_correct_model_passes(name: str, check: Check, seed: int) -> None:
     lacks = {need: why for need in check.needs if (why := subject(name).missing(need))}
     if lacks:
-        assert lacks.keys() & LACKS[name]
+        assert lacks.keys() & (LACKS[name] | GIVEN)
         assert all(lacks.values())
         return
-    result = run_check(subject(name), check, EXAMPLES, seed)
+    result = run_check(subject(name), check, Settings(EXAMPLES, seed))
     expected = "skipped" if (name, check.id) in NOT_APPLICABLE else "passed"
     assert result.status == expected, result
     assert (result.reason is not None) == (expected == "skipped")

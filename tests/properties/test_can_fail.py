@@ -29,7 +29,8 @@ import diymodel.model
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.cache import LayerCache, Span
 from diymodel.model import MLP, DIYModel, ModelBlock, RMSNorm, RotaryEmbedding
-from tests.oracles import oracle_logits, oracle_num_parameters
+from diymodel.verify.reference import logits_of_row
+from tests.oracles import oracle_num_parameters
 from tests.properties import causality, decode, generation, gradients, loss, modes, padding, shapes, state
 from tests.properties.strategies import Case, cases
 from tests.properties.test_state import TIED
@@ -68,7 +69,7 @@ def objective(model: nn.Module) -> Tensor:
 
 def oracle() -> Tensor:
     weights = CASE.model().state_dict()
-    return torch.tensor([oracle_logits(CONFIG, weights, row) for row in CASE.tokens], dtype=torch.float64)
+    return torch.tensor([logits_of_row(CONFIG, weights, row) for row in CASE.tokens], dtype=torch.float64)
 
 
 def embedding_gradient_run() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.registry import check
-from diymodel.verify.tolerance import ROUNDING
+from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import Trial, draw_weights
 
 _WEIGHTS = 4  # draws, before saying that something has no effect
@@ -127,6 +127,6 @@ def _differs_for_some_weights(trial: Trial, lm: LM, ids: Tensor, other: Tensor, 
     for i in range(_WEIGHTS):
         draw_weights(lm.module, trial.values["weights"] + i, sharpness=1)
         before, after = lm.logits(ids)[:, position], lm.logits(other)[:, position]
-        if float((after - before).detach().abs().max()) > ROUNDING * float(before.detach().abs().max()):
+        if float((after - before).detach().abs().max()) > rounding(trial.dtype) * float(before.detach().abs().max()):
             return True
     return False

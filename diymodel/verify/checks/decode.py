@@ -129,7 +129,7 @@ def no_graph(trial: Trial) -> None:
     ids = trial.tokens(lm)
     with torch.no_grad():
         _, past = lm.extend(ids)
-    for tensor in _tensors(past):
+    for tensor in _tensors(past.cache):
         if tensor.requires_grad:
             raise CheckFailure("a cache made under torch.no_grad() must hold plain tensors, saw one that requires grad")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.failure import CheckFailure
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -77,12 +77,11 @@ def finite(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
     if trial.subject.missing("padding") is None:
-        lengths = trial.draw("lengths", st.lists(st.integers(1, ids.shape[1]), min_size=len(ids), max_size=len(ids)))
-        logits = lm.logits(ids, torch.tensor(lengths, device=trial.device))
-        real = torch.cat([row[:length] for row, length in zip(logits, lengths, strict=True)])
+        real = trial.right_padding(ids)
+        logits = lm.logits(ids, real)[real]
     else:
-        real = lm.logits(ids).flatten(0, 1)
-    for name, gradient in _gradients(real.logsumexp(-1).sum(), _trainable(lm)).items():
+        logits = lm.logits(ids)
+    for name, gradient in _gradients(logits.logsumexp(-1).sum(), _trainable(lm)).items():
         if gradient is not None and not bool(gradient.isfinite().all()):
             raise CheckFailure(f"the gradient of finite logits must be finite, saw a NaN or infinity at {name}")
 
@@ -96,25 +95,18 @@ def finite(trial: Trial) -> None:
 def absent_tokens_zero(trial: Trial) -> None:
     lm = trial.model(vocab_size=_VOCABULARY)
     ids = trial.tokens(lm)
-    tables = [
-        part for part in lm.module.modules() if isinstance(part, nn.Embedding) and part.num_embeddings == _VOCABULARY
-    ]
-    if not tables:
-        raise NotApplicable("no nn.Embedding with vocab_size rows was found")
+    table = lm.embedding()
     present = torch.tensor(sorted(set(ids.flatten().tolist())), device=trial.device)
     absent = [token for token in range(_VOCABULARY) if token not in set(present.tolist())]
     logits = lm.logits(ids)[..., present]  # a tied row has a right to its own logit
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-    for table in tables:
-        (gradient,) = torch.autograd.grad((logits * weights).sum(), table.weight, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            continue
-        if bool(gradient[absent].any()):
-            token = absent[int(gradient[absent].any(1).nonzero()[0])]
-            raise CheckFailure(
-                f"token {token} does not occur in {ids.tolist()}: its embedding must get gradient 0 from the logits of "
-                f"those that do, saw {float(gradient[token].abs().max()):.3g}"
-            )
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), table.weight, allow_unused=True)
+    if gradient is not None and bool(gradient[absent].any()):
+        token = absent[int(gradient[absent].any(1).nonzero()[0])]
+        raise CheckFailure(
+            f"token {token} does not occur in {ids.tolist()}: its embedding must get gradient 0 from the logits of "
+            f"those that do, saw {float(gradient[token].abs().max()):.3g}"
+        )
 
 
 @check(

@@ -6,12 +6,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diymodel.verify.adapters import LM
+from diymodel.verify.adapters import IGNORED, LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_IGNORED = -100
 _CAUSES = (
     "labels-not-shifted",
     "labels-shifted-twice",
@@ -27,7 +26,7 @@ def _labels(trial: Trial, ids: Tensor) -> Tensor:
     places = st.sampled_from([[row, position] for row in range(B) for position in range(1, T)])
     live = trial.draw("live", st.lists(places, min_size=1, max_size=B * T))
     shift = trial.draw("label_shift", st.integers(0, int(ids.max()) or 1))
-    labels = torch.full_like(ids, _IGNORED)
+    labels = torch.full_like(ids, IGNORED)
     for row, position in live:
         labels[row, position] = (ids[row, position] + shift) % (int(ids.max()) + 1)
     if trial.draw("label_of_first", st.booleans()):  # no position predicts it
@@ -42,7 +41,7 @@ def _oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
         logits[row, position - 1].logsumexp(0) - logits[row, position - 1, labels[row, position]]
         for row in range(ids.shape[0])
         for position in range(1, ids.shape[1])
-        if labels[row, position] != _IGNORED
+        if labels[row, position] != IGNORED
     ]
     return torch.stack(losses).mean()
 
@@ -109,14 +108,12 @@ def gradient(trial: Trial) -> None:
 def all_ignored(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
-    loss = lm.loss(ids, torch.full_like(ids, _IGNORED))
+    loss = lm.loss(ids, torch.full_like(ids, IGNORED))
     if not bool(loss.isfinite()):
         message = (
             f"with every label ignored the loss must be finite, saw {loss.item()}: such a batch poisons the weights"
         )
-        if (
-            "finite_loss" not in trial.subject.claims
-        ):  # torch's own mean gives NaN here, and much code leaves it at that
+        if trial.subject.missing("finite_loss"):  # torch's own mean gives NaN here, and much code leaves it at that
             raise NotApplicable(f"{message}; the subject does not claim 'finite_loss'")
         raise CheckFailure(message)
     if not loss.requires_grad:

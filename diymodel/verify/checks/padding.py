@@ -6,18 +6,11 @@ from functools import partial
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
-
-
-def _lengths(trial: Trial, ids: Tensor) -> Tensor:
-    """How many tokens of each row are real, at least one; (B,)."""
-    B, T = ids.shape
-    return torch.tensor(trial.draw("lengths", st.lists(st.integers(1, T), min_size=B, max_size=B)), device=trial.device)
 
 
 @check(
@@ -30,9 +23,9 @@ def _lengths(trial: Trial, ids: Tensor) -> Tensor:
 def right_changes_nothing(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    lengths = _lengths(trial, ids)
-    padded = lm.logits(ids, lengths)
-    for row, length in enumerate(lengths.tolist()):
+    real = trial.right_padding(ids, lm.convention.shortest)
+    padded = lm.logits(ids, real)
+    for row, length in enumerate(real.sum(1).tolist()):
         alone = ids[row : row + 1, :length]
         what = (
             f"row {row} with {length} real tokens and {ids.shape[1] - length} of padding must give what it gives alone"
@@ -50,14 +43,11 @@ def right_changes_nothing(trial: Trial) -> None:
 def content_irrelevant(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    lengths = _lengths(trial, ids)
-    real = torch.arange(ids.shape[1], device=trial.device) < lengths[:, None]
+    real = trial.right_padding(ids)
     shift = trial.draw("shift", st.integers(1, lm.config.vocab_size - 1))
     other = torch.where(real, ids, (ids + shift) % lm.config.vocab_size)
-    what = f"other tokens at the padding (real lengths {lengths.tolist()}) must change no logit of a real position"
-    trial.same(
-        lm.logits(other, lengths)[real], lm.logits(ids, lengths)[real], what, lm, lambda: lm.logits(ids, lengths)
-    )
+    what = f"other tokens at the padding (real lengths {real.sum(1).tolist()}) must change no logit of a real position"
+    trial.same(lm.logits(other, real)[real], lm.logits(ids, real)[real], what, lm, lambda: lm.logits(ids, real))
 
 
 @check(
@@ -71,17 +61,17 @@ def all_padding_finite(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, rows=trial.draw("batch", st.integers(2, 3)))
     empty = trial.draw("empty_row", st.integers(0, ids.shape[0] - 1))
-    lengths = torch.full((ids.shape[0],), ids.shape[1], device=trial.device)
-    lengths[empty] = 0
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[empty] = False
     try:
-        logits = lm.logits(ids, lengths)
+        logits = lm.logits(ids, real)
     except SubjectError:
         raise
     except Exception as error:  # any error a stranger chooses is a refusal
         raise NotApplicable(f"a row without a real token is refused: {type(error).__name__}: {error}") from error
     if not bool(logits.isfinite().all()):
         # float64's smallest number is -inf once cast to the float32 that many a softmax works in: judge in float32.
-        logits = LM(lm.module.float(), lm.config, lm.convention).logits(ids, lengths)
+        logits = LM(lm.module.float(), lm.config, lm.convention).logits(ids, real)
     if not bool(logits.isfinite().all()):
         row, position = (int(i) for i in (~logits.isfinite()).nonzero()[0][:2])
         raise CheckFailure(

@@ -1,0 +1,65 @@
+"""The correct models: which there are, and what each promises and lacks."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from diymodel.verify.subject import Subject
+
+STRICT = ("strict_context", "finite_loss")  # what every base that can promises
+
+_loaded = itertools.count()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A correct model."""
+
+    name: str  # its file in bases/
+    factory: str  # class or function in it: config -> nn.Module
+    lacks: frozenset[str]  # capabilities that it does not have, as trying must find
+    claims: tuple[str, ...] = STRICT
+    declared: Mapping[str, Callable[[types.ModuleType], Any]] = field(default_factory=dict)
+    # further arguments of its Subject, made from the loaded file
+
+    @property
+    def source(self) -> str:
+        """The text of its file."""
+        return resources.files("diymodel.zoo.bases").joinpath(f"{self.name}.py").read_text(encoding="utf-8")
+
+    def subject(self, source: str | None = None, name: str = "", claims: tuple[str, ...] = ()) -> Subject:
+        """The model, or what it becomes with another ``source``, as a subject with further ``claims``."""
+        module = load(self.source if source is None else source, self.name)
+        declared = {key: make(module) for key, make in self.declared.items()}
+        return Subject(
+            getattr(module, self.factory), name or f"zoo:{self.name}", claims=(*self.claims, *claims), **declared
+        )
+
+
+def load(source: str, name: str) -> types.ModuleType:
+    """A module of this text; a traceback shows its lines."""
+    filename = f"<zoo {name} {next(_loaded)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    module = types.ModuleType(f"zoo_{name}")
+    exec(compile(source, filename, "exec"), module.__dict__)
+    return module
+
+
+_NO_CACHE = frozenset({"cache", "chunks", "cache_value"})
+_NO_PADDING = frozenset({"padding", "ragged_cache", "left_padding"})
+
+BASES = {
+    base.name: base
+    for base in (
+        Base("nanogpt", "NanoGPT", _NO_CACHE | _NO_PADDING),
+        Base("rotary", "Rotary", _NO_PADDING | {"loss"}),
+        Base("hub", "Hub", frozenset({"cache_value", "ragged_cache", "left_padding"})),
+        Base("plain", "Plain", _NO_CACHE | _NO_PADDING | {"loss"}),
+    )
+}

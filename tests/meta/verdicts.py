@@ -1,0 +1,21 @@
+"""What the checks say of the zoo's bugs, run once for all tests that ask."""
+
+from __future__ import annotations
+
+import functools
+
+from diymodel.verify.registry import list_checks
+from diymodel.verify.report import Result
+from diymodel.verify.runner import Settings, verify_one
+from diymodel.zoo.bug import Bug, list_bugs
+
+EXAMPLES = 20  # trials in which a bug must show
+CHECKS = {check.id: check for check in list_checks()}
+KILLS = [(bug, id) for bug in list_bugs() for id in bug.kills]
+KILL_IDS = [f"{id}-{bug.slug}-{bug.base}" for bug, id in KILLS]
+
+
+@functools.cache
+def verdict(bug: Bug, check_id: str) -> Result:
+    """Of one check on one broken model, shrunk."""
+    return verify_one(bug.subject(), CHECKS[check_id], Settings(EXAMPLES))
