@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diymodel.verify.runner import Settings
     from diymodel.verify.subject import Factory, Subject
 
+_SUBJECT: pytest.StashKey[Subject] = pytest.StashKey()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("diymodel", "verify a causal language model")
@@ -29,42 +31,45 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    spec = config.getoption("--lm")
-    if not spec:
+    if not config.getoption("--lm"):
         return None
     import torch
 
-    options = {name: config.getoption(f"--lm-{name}") or "the subject's" for name in ("device", "dtype", "profile")}
-    settings = ", ".join(f"{name} {value}" for name, value in options.items())
-    return f"lm: {spec}, torch {torch.__version__}, {settings}, seed {config.getoption('--lm-seed')}"
+    subject = _subject(config)
+    dtype = config.getoption("--lm-dtype") or str(subject.convention.dtype).removeprefix("torch.")
+    options = ", ".join(f"{name} {config.getoption(f'--lm-{name}')}" for name in ("device", "profile", "seed"))
+    return f"lm: {subject.name}, torch {torch.__version__}, dtype {dtype}, {options}"
+
+
+def _subject(config: pytest.Config) -> Subject:
+    """What --lm names, found once a run."""
+    from diymodel.verify.failure import SubjectError
+    from diymodel.verify.subject import resolve
+
+    if _SUBJECT not in config.stash:
+        try:
+            config.stash[_SUBJECT] = resolve(config.getoption("--lm"))
+            _ = config.stash[_SUBJECT].convention
+        except SubjectError as error:
+            raise pytest.UsageError(f"--lm {config.getoption('--lm')}: {error}") from None
+    return config.stash[_SUBJECT]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--lm"):
-        checks = ChecksCollector.from_parent(session, name="lm", nodeid="lm", spec=config.getoption("--lm"))
+        checks = ChecksCollector.from_parent(session, name="lm", nodeid="lm")
         items[:0] = checks.collect()
 
 
 class ChecksCollector(pytest.Collector):
     """The checks on one subject."""
 
-    def __init__(self, *, spec: str, **node: Any) -> None:
-        super().__init__(**node)
-        self.spec = spec
-
     def collect(self) -> Iterator[CheckItem]:
-        from diymodel.verify.failure import SubjectError
         from diymodel.verify.registry import list_checks
-        from diymodel.verify.subject import resolve
 
-        try:
-            subject = resolve(self.spec)
-            _ = subject.convention
-        except SubjectError as error:
-            raise pytest.UsageError(f"--lm {self.spec}: {error}") from None
         for check in list_checks():
-            yield CheckItem.from_parent(self, name=check.id, check=check, subject=subject)
+            yield CheckItem.from_parent(self, name=check.id, check=check, subject=_subject(self.config))
 
 
 class CheckItem(pytest.Item):

@@ -1,4 +1,4 @@
-"""As in nanoGPT: ``(idx, targets) -> (logits, loss)``, learned positions, no cache; targets come shifted, -1 ignored."""
+"""As in nanoGPT: ``(idx, targets) -> (logits, loss)``, learned positions, no cache; shifted targets, -1 ignored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NanoBlock(nn.Module):
         q, k, v = self.c_attn(self.ln_1(x)).split(C, 2)
         q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in (q, k, v))
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])
-        scores = scores.masked_fill(self.mask[:T, :T] == 0, -math.inf)
+        scores = scores.masked_fill(self.mask[:T, :T] == 0, -torch.inf)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         x = x + self.c_proj((weights @ v).transpose(1, 2).reshape(B, T, C))
         return x + F.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)))), self.dropout, self.training)

@@ -52,7 +52,7 @@ BUGS = [
         "mask-hides-self",
         "plain",
         "return self.head(self.encoder(self.embed(x) + self.positions[:T], mask=future))",
-        "return self.head(self.encoder(self.embed(F.pad(x[:, :-1], (1, 0))) + self.positions[:T], mask=future))",
+        "return self.head(self.encoder(self.embed(nn.functional.pad(x[:, :-1], (1, 0))) + self.positions[:T], mask=future))",
         kills=("sensitivity.sees_itself_and_its_past",),
         where="Plain",
     ),
