@@ -7,8 +7,9 @@ from importlib import resources
 
 import pytest
 
-from diymodel.verify.explain import Lang, explain, explained
+from diymodel.verify.explain import explain, explained
 from diymodel.verify.registry import Check, list_checks
+from diymodel.verify.report import Lang
 
 CHECKS = list_checks()
 SECTIONS: dict[Lang, list[str]] = {

@@ -53,10 +53,22 @@ def add_commands(commands: Any) -> None:
         help="run it, and do not count its failure; repeatable",
     )
     verify.add_argument("--device", default="cpu", help="where the modules are built (default: cpu)")
-    verify.add_argument("--time-budget", type=float, metavar="SECONDS", help="begin no further check after this time")
+    verify.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        help="of the modules (default: float64, in which bugs and rounding are worlds apart, or what SUBJECT runs in)",
+    )
+    verify.add_argument("--time-budget", type=float, metavar="SECONDS", help="report what is known after this time")
+    verify.add_argument(
+        "--check-seconds",
+        type=float,
+        metavar="SECONDS",
+        default=60.0,
+        help="begin no further trial of a check after this time; a trial that takes as long hangs (default: 60)",
+    )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the report as one JSON document")
     verify.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
-    verify.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the HTML page (default: en)")
+    verify.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the report (default: en)")
     verify.add_argument("--replay", metavar="JSON", help="run the one check of --only on these recorded values")
 
     listing = commands.add_parser("list", help="list the checks")
@@ -85,19 +97,22 @@ def _verify(args: argparse.Namespace) -> int:
         step=args.step,
         expected_failures=dict(_expectation(text) for text in args.expect_fail),
         device=args.device,
+        dtype=args.dtype,
         time_budget=args.time_budget,
+        check_seconds=args.check_seconds,
+        isolate=True,
         on_result=_progress,
     )
     _clear_progress()
-    print(report.to_text(color=_wants_color()), end="")
+    print(report.to_text(_wants_color(), args.lang), end="")
     _write(report, args)
     return 1 if report.verdict == "failed" else 0
 
 
 def _replay(args: argparse.Namespace) -> int:
     from diymodel.verify.registry import select_checks
-    from diymodel.verify.report import failure_lines
     from diymodel.verify.runner import replay
+    from diymodel.verify.text import failure_lines
 
     checks = select_checks(args.only)
     if len(checks) != 1:
@@ -107,10 +122,10 @@ def _replay(args: argparse.Namespace) -> int:
     except json.JSONDecodeError as error:
         raise ValueError(f"--replay takes the JSON that the report printed: {error}") from None
     result = replay(args.subject, checks[0], values)
-    if result.failure is None:
+    if result.status not in ("failed", "error"):
         print(f"{result.status}: {checks[0].id} {result.reason or ''}".rstrip())
         return 0
-    print("\n".join(failure_lines(result, _wants_color())))
+    print("\n".join(failure_lines(result, _wants_color(), args.lang)))
     return 1
 
 

@@ -12,100 +12,11 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from diymodel.verify.explain import Lang, explain, explained
+from diymodel.verify.explain import cause, explain, title
 from diymodel.verify.registry import Check
-from diymodel.verify.report import Failure, Report, Result, Status
+from diymodel.verify.report import Failure, Lang, Report, Result
+from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS
 
-_MARKS: dict[Status, str] = {
-    "passed": "✓",
-    "failed": "✗",
-    "error": "!",
-    "inconclusive": "?",
-    "expected_failure": "≈",
-    "skipped": "–",
-}
-_STATUS: dict[Lang, dict[Status, str]] = {
-    "en": {
-        "passed": "passed",
-        "failed": "failed",
-        "error": "error",
-        "inconclusive": "inconclusive",
-        "expected_failure": "expected failure",
-        "skipped": "skipped",
-    },
-    "zh": {
-        "passed": "通过",
-        "failed": "失败",
-        "error": "出错",
-        "inconclusive": "无法判定",
-        "expected_failure": "预期失败",
-        "skipped": "跳过",
-    },
-}
-_STEPS: dict[str, tuple[str, str]] = {
-    "1.1": ("Logits from a language-model head", "加 lm_head，得到 logits"),
-    "1.2": ("The next-token loss", "用 logits 算 loss 并反传"),
-    "1.3": ("One class for the whole model", "封装成完整的语言模型类"),
-    "2.1": ("Toy data", "准备玩具数据"),
-    "2.2": ("The training loop", "极简训练循环"),
-    "2.3": ("Overfitting a few tokens", "过拟合一小段数据"),
-    "3.1": ("Generation without a cache", "无 cache 的逐 token 生成"),
-    "3.2": ("Decoding with a KV cache", "用 KV cache 做增量解码"),
-    "3.3": ("Train and eval mode", "用 self.training 控制分支"),
-    "4.1": ("A configuration", "引入 Config"),
-    "4.2": ("Saving and loading weights", "保存与加载 state_dict"),
-    "4.3": ("The configuration in the checkpoint", "把 config 存进 checkpoint"),
-    "5.1": ("attention_mask and padding", "支持 attention_mask"),
-    "5.2": ("RMSNorm's epsilon and numerics", "RMSNorm 的 eps 与数值稳定"),
-    "5.3": ("Tied weights", "embed 与 lm_head 共享权重"),
-    "5.4": ("Types and docstrings", "类型注解与 docstring"),
-}
-_WORDS: dict[Lang, dict[str, str]] = {
-    "en": {
-        "title": "Verification of",
-        "device": "Device",
-        "dtype": "Dtype",
-        "profile": "Profile",
-        "seed": "Seed",
-        "time": "Time",
-        "seconds": "s",
-        "checks": "Checks",
-        "step": "Step",
-        "failures": "Failures",
-        "cause": "Most likely cause",
-        "others": "Other causes",
-        "difference": "Largest difference",
-        "tolerance": "explained by rounding",
-        "traceback": "Where in the subject's own code",
-        "config": "Smallest configuration",
-        "input": "Smallest input",
-        "replay": "Replay (a click selects the whole command)",
-        "explain": "What this check means and how to fix it",
-        "refused": "configurations were refused by the subject",
-    },
-    "zh": {
-        "title": "验证报告：",
-        "device": "设备",
-        "dtype": "精度",
-        "profile": "强度",
-        "seed": "随机种子",
-        "time": "用时",
-        "seconds": "秒",
-        "checks": "检查项",
-        "step": "路线",
-        "failures": "失败详情",
-        "cause": "最可能的原因",
-        "others": "其他可能",
-        "difference": "最大差异",
-        "tolerance": "舍入误差可解释",
-        "traceback": "出错位置（被测代码）",
-        "config": "最小配置",
-        "input": "最小输入",
-        "replay": "重放命令（点一下即可全选）",
-        "explain": "这项检查的含义与修法",
-        "refused": "个配置被模型拒绝构建",
-    },
-}
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #1c2127; --soft: #5b6570; --line: #dde1e6;
   --code: #eef0f3; --good: #17693a; --bad: #b3261e; --unsure: #835400; }
@@ -158,7 +69,7 @@ a { color: inherit; }
 
 def to_html(report: Report, lang: Lang = "en") -> str:
     """The page, complete from the doctype on."""
-    words = _WORDS[lang]
+    words = WORDS[lang]
     parts = [
         "<!doctype html>",
         f'<html lang="{"zh-CN" if lang == "zh" else "en"}">',
@@ -177,8 +88,8 @@ def to_html(report: Report, lang: Lang = "en") -> str:
 
 
 def _header(report: Report, lang: Lang) -> str:
-    words, names = _WORDS[lang], _STATUS[lang]
-    counts = {status: sum(result.status == status for result in report.results) for status in _MARKS}
+    words, names = WORDS[lang], STATUS[lang]
+    counts = {status: sum(result.status == status for result in report.results) for status in MARKS}
     said = " · ".join(f"{count} {names[status]}" for status, count in counts.items() if count)
     facts = {
         "torch": report.torch,
@@ -194,10 +105,11 @@ def _header(report: Report, lang: Lang) -> str:
         [
             f"<h1>{words['title']} <code>{escape(report.subject)}</code></h1>",
             '<div class="card">',
-            f'<div class="verdict {report.verdict}">{_MARKS[report.verdict]} {names[report.verdict]}</div>',
+            f'<div class="verdict {report.verdict}">{MARKS[report.verdict]} {names[report.verdict]}</div>',
             f"<p>{said}</p>",
             *(f'<p class="soft">{escape(note)}</p>' for note in notes),
             *(f"<p>{_jump(result)}</p>" for result in report.failed),
+            f'<p class="soft">{words["called"]} <code>{escape(report.called)}</code></p>',
             '<dl class="facts">',
             *(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
             "</dl></div>",
@@ -210,21 +122,21 @@ def _step_of(result: Result) -> str:
 
 
 def _step(step: str, results: Iterable[Result], lang: Lang) -> str:
-    english, chinese = _STEPS.get(step, ("", ""))
-    heading = f"{_WORDS[lang]['step']} {escape(step)} {chinese if lang == 'zh' else english}"
+    english, chinese = STEPS.get(step, ("", ""))
+    heading = f"{WORDS[lang]['step']} {escape(step)} {chinese if lang == 'zh' else english}"
     lines = ['<section class="card">', f"<h3>{heading}</h3>", '<ul class="checks">']
     for result in results:
         where = _jump(result) if result.status in ("failed", "error") else f"<code>{escape(result.check.id)}</code>"
         reason = f'<p class="soft">{escape(result.reason)}</p>' if result.reason else ""
-        title = escape(_title(result.check, lang))
-        lines.append(f'<li>{_status(result, lang)}<div>{title}<p class="soft">{where}</p>{reason}</div></li>')
+        name = escape(title(result.check, lang))
+        lines.append(f'<li>{_status(result, lang)}<div>{name}<p class="soft">{where}</p>{reason}</div></li>')
     return "\n".join([*lines, "</ul></section>"])
 
 
 def _status(result: Result, lang: Lang) -> str:
-    name = _STATUS[lang][result.status]
+    name = STATUS[lang][result.status]
     wide = " wide" if " " in name else ""
-    return f'<span class="status {result.status}{wide}"><b aria-hidden="true">{_MARKS[result.status]}</b>{name}</span>'
+    return f'<span class="status {result.status}{wide}"><b aria-hidden="true">{MARKS[result.status]}</b>{name}</span>'
 
 
 def _jump(result: Result) -> str:
@@ -233,24 +145,29 @@ def _jump(result: Result) -> str:
 
 
 def _failure(result: Result, lang: Lang) -> str:
-    words, check, failure = _WORDS[lang], result.check, result.failure
+    words, check, failure = WORDS[lang], result.check, result.failure
     lines = [
         f'<section class="card failure" id="{escape(check.id)}">',
-        f"<h3>{_status(result, lang)} {escape(_title(check, lang))}</h3>",
+        f"<h3>{_status(result, lang)} {escape(title(check, lang))}</h3>",
         f'<p class="soft"><code>{escape(check.id)}</code> · {words["step"]} {escape(check.step)}</p>',
     ]
     if result.reason:
         lines.append(f"<p>{escape(result.reason)}</p>")
     if failure is not None:
-        lines += [f'<p lang="en">{escape(failure.message)}</p>', *_evidence(failure, check, lang)]
-    if check.id in explained():
-        text = _without_title(explain(check.id, lang))
-        lines.append(f"<details><summary>{words['explain']}</summary>\n{render_markdown(text)}\n</details>")
+        lines += [*_message(failure, lang), *_evidence(failure, check, lang)]
+    text = _without_title(explain(check.id, lang))
+    lines.append(f"<details><summary>{words['explain']}</summary>\n{render_markdown(text)}\n</details>")
     return "\n".join([*lines, "</section>"])
 
 
+def _message(failure: Failure, lang: Lang) -> list[str]:
+    expected, seen = failure.expected_and_seen
+    parts = {"expected": expected, "seen": seen} if seen else {"raised": expected}
+    return [f'<h4>{WORDS[lang][name]}</h4><p lang="en">{escape(text)}</p>' for name, text in parts.items()]
+
+
 def _evidence(failure: Failure, check: Check, lang: Lang) -> list[str]:
-    words = _WORDS[lang]
+    words = WORDS[lang]
     lines = []
     if failure.max_abs_diff is not None and failure.tolerance is not None:
         lines.append(
@@ -273,7 +190,8 @@ def _evidence(failure: Failure, check: Check, lang: Lang) -> list[str]:
     ]
     if tables:
         lines.append(f'<div class="pair">{"".join(tables)}</div>')
-    lines.append(f'<h4>{words["replay"]}</h4><pre class="replay"><code>{escape(failure.reproduce)}</code></pre>')
+    replay = f'{words["replay"]} <span class="soft">({words["select"]})</span>'
+    lines.append(f'<h4>{replay}</h4><pre class="replay"><code>{escape(failure.reproduce)}</code></pre>')
     return lines
 
 
@@ -289,22 +207,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=repr)
 
 
-def _title(check: Check, lang: Lang) -> str:
-    """The check's title; in Chinese the heading of its text."""
-    if lang == "en" or check.id not in explained():
-        return check.title
-    return explain(check.id, lang).partition("\n")[0].removeprefix("# ")
-
-
 def _without_title(text: str) -> str:
     return text.partition("\n")[2]
 
 
 def _cause(slug: str, check: Check, lang: Lang) -> str:
     """A bug's slug, and what the check's text says about it."""
-    text = explain(check.id, lang) if check.id in explained() else ""
-    found = re.search(rf"^- (`{re.escape(slug)}`.*)$", text, re.MULTILINE)
-    return _inline(found[1] if found else f"`{slug}`")
+    said = cause(slug, check, lang).removeprefix(slug)
+    return f"<code>{escape(slug)}</code>{_inline(said)}"
 
 
 # --- Markdown, as far as the texts on the checks use it --------------------------------------------------------------

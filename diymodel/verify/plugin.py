@@ -105,8 +105,8 @@ def run_one(subject: Subject, check: Check, settings: Settings) -> Result:
     """Run one check inside a pytest test: skip it with its reason, or fail with the report's words."""
     import torch
 
-    from diymodel.verify.report import failure_lines
     from diymodel.verify.runner import verify_one
+    from diymodel.verify.text import failure_lines
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,10 +116,8 @@ def run_one(subject: Subject, check: Check, settings: Settings) -> Result:
         torch.set_num_threads(threads)
     if result.status in ("skipped", "inconclusive"):
         pytest.skip(f"{result.status}: {result.reason}")
-    if result.failure is not None:
-        raise CheckFailed("\n".join(failure_lines(result, color=False)))
-    if result.status == "error":
-        raise CheckFailed(f"{check.id}: {result.reason}")
+    if result.status in ("failed", "error"):
+        raise CheckFailed("\n".join(failure_lines(result)))
     return result
 
 

@@ -8,16 +8,8 @@ from typing import Any, Literal
 
 from diymodel.verify.registry import Check
 
+Lang = Literal["en", "zh"]
 Status = Literal["passed", "failed", "skipped", "inconclusive", "expected_failure", "error"]
-
-_MARKS: dict[Status, tuple[str, str]] = {
-    "passed": ("✓", "32"),
-    "failed": ("✗", "31"),
-    "error": ("!", "31"),
-    "inconclusive": ("?", "33"),
-    "expected_failure": ("x", "33"),
-    "skipped": ("-", "90"),
-}
 
 
 @dataclass(frozen=True)
@@ -28,10 +20,16 @@ class Failure:
     likely_causes: tuple[str, ...]
     config: dict[str, Any]
     values: dict[str, Any]  # everything drawn, by name
-    reproduce: str
+    reproduce: str  # the command that replays it
     max_abs_diff: float | None = None
     tolerance: float | None = None
     traceback: str | None = None  # the subject's own frames, where it raised
+
+    @property
+    def expected_and_seen(self) -> tuple[str, str]:
+        """The two halves of the message; all of it, and nothing, where the subject raised."""
+        expected, _, seen = self.message.partition(", saw ")
+        return expected, seen
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
     refused: tuple[str, ...] = ()  # configurations that the subject could not build
     interrupted: str | None = None  # why some checks were not run
+    called: str = ""  # how the subject was called
 
     @property
     def failed(self) -> list[Result]:
@@ -80,6 +79,7 @@ class Report:
             "torch": self.torch,
             "device": self.device,
             "dtype": self.dtype,
+            "called": self.called,
             "seconds": round(self.seconds, 3),
             "interrupted": self.interrupted,
             "configurations_refused": len(self.refused),
@@ -89,22 +89,11 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
-    def to_text(self, color: bool = False) -> str:
+    def to_text(self, color: bool = False, lang: Lang = "en") -> str:
         """The report for a person: one line a check, then each failure."""
-        lines = [
-            f"{self.subject} · torch {self.torch} · {self.device} · {self.dtype} · profile {self.profile} · "
-            f"seed {self.seed}"
-        ]
-        step = ""
-        for result in self.results:
-            if result.check.step != step:
-                step = result.check.step
-                lines.append(f"\n  step {step}")
-            lines.append(_line(result, color))
-        for result in self.failed:
-            lines += ["", *failure_lines(result, color)]
-        lines += ["", _summary(self)]
-        return "\n".join(lines) + "\n"
+        from diymodel.verify.text import to_text
+
+        return to_text(self, color, lang)
 
 
 def _result_dict(result: Result) -> dict[str, Any]:
@@ -129,37 +118,3 @@ def _result_dict(result: Result) -> dict[str, Any]:
             "traceback": failure.traceback,
         },
     }
-
-
-def _paint(text: str, code: str, color: bool) -> str:
-    return f"\033[{code}m{text}\033[0m" if color else text
-
-
-def _line(result: Result, color: bool) -> str:
-    mark, code = _MARKS[result.status]
-    reason = f"  ({result.reason})" if result.reason else ""
-    return f"  {_paint(mark, code, color)} {result.check.id:<42} {result.check.title}{reason}"
-
-
-def failure_lines(result: Result, color: bool) -> list[str]:
-    failure = result.failure
-    assert failure is not None
-    lines = [_paint(f"✗ {result.check.id}: {result.check.title}", "1;31", color), f"  {failure.message}"]
-    if failure.traceback:
-        lines += ["  in the subject's own code:", *(f"    {line}" for line in failure.traceback.splitlines())]
-    if failure.likely_causes:
-        lines.append(f"  most likely cause: {failure.likely_causes[0]}")
-        if len(failure.likely_causes) > 1:
-            lines.append(f"  or: {', '.join(failure.likely_causes[1:])}")
-    lines.append(f"  smallest configuration: {failure.config}")
-    rest = {name: value for name, value in failure.values.items() if name != "config"}
-    lines += [f"  smallest input: {rest}", f"  replay: {failure.reproduce}"]
-    return lines
-
-
-def _summary(report: Report) -> str:
-    counts = {status: sum(result.status == status for result in report.results) for status in _MARKS}
-    said = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count)
-    refused = f"; {len(report.refused)} configurations refused by the subject" if report.refused else ""
-    interrupted = f"; {report.interrupted}" if report.interrupted else ""
-    return f"{report.verdict}: {said} in {report.seconds:.1f} s{refused}{interrupted}"

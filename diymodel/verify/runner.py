@@ -7,7 +7,7 @@ import shlex
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
-from diymodel.verify.failure import CheckFailure, Inconclusive, NotApplicable
+from diymodel.verify.failure import CheckFailure, Inconclusive, NotApplicable, SubjectError
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
 from diymodel.verify.subject import Factory, Subject, resolve
@@ -30,6 +30,9 @@ CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a singl
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _SHRINKS = 400  # trials spent on making a failure smaller
+_HARNESS = "diymodel/verify"
+_TOOLS = (_HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
+_INTO_SUBJECT = ("_call", "build")  # functions of the harness that run the subject's code
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None  # None: the subject's own
     check_seconds: float = CHECK_SECONDS
+    deadline: float | None = None  # of time.monotonic(), for all checks together
 
     @classmethod
     def of(
@@ -50,6 +54,7 @@ class Settings:
         device: str = "cpu",
         dtype: str | None = None,
         check_seconds: float = CHECK_SECONDS,
+        deadline: float | None = None,
     ) -> Settings:
         """From what users write; the arguments are those of :func:`check_causal_lm`.
 
@@ -60,7 +65,7 @@ class Settings:
             raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-        return cls(PROFILES[profile], seed, device, DTYPES[dtype] if dtype else None, check_seconds)
+        return cls(PROFILES[profile], seed, device, DTYPES[dtype] if dtype else None, check_seconds, deadline)
 
 
 def check_causal_lm(
@@ -76,6 +81,7 @@ def check_causal_lm(
     dtype: str | None = None,
     time_budget: float | None = None,
     check_seconds: float = CHECK_SECONDS,
+    isolate: bool = False,
     on_result: Callable[[Result], object] | None = None,
 ) -> Report:
     """Verify a causal language model.
@@ -92,39 +98,44 @@ def check_causal_lm(
         device: where the modules are built.
         dtype: of the modules: "float64", "float32", "bfloat16" or "float16". None: float64, in which rounding and bugs
             are worlds apart, or float32 where the subject refuses it.
-        time_budget: seconds after which no further check is begun.
+        time_budget: seconds for all checks together; what is not done by then is left out, and the report says so.
         check_seconds: seconds after which a check begins no further trial; a single trial that takes as long is an
             error of that check, and the others go on.
+        isolate: run the checks in a child process, so that the others go on even if one crashes or hangs in native
+            code. It needs fork, and a process that has not yet called backward or initialised CUDA.
         on_result: called after each check.
 
     Raises:
         SubjectError: the subject cannot be found, built or called.
         ValueError: an id, step, profile or dtype is unknown.
     """
-    settings = Settings.of(profile, seed, device, dtype, check_seconds)
+    deadline = None if time_budget is None else time.monotonic() + time_budget
+    settings = Settings.of(profile, seed, device, dtype, check_seconds, deadline)
     expected_failures = dict(expected_failures or {})
     chosen = select_checks(only, skip, step)
     for id in expected_failures:
         if not any(check.id == id for check in chosen):
             raise ValueError(f"expected_failures names no check that runs: {id!r}{nearest(id, chosen)}")
     resolved = resolve(subject)
-    own_dtype = resolved.convention.dtype  # found first, so that a subject that cannot be called says so at once
-    report = Report(resolved.name, seed, profile, torch.__version__, device, _name(settings.dtype or own_dtype))
+    convention = resolved.convention  # found first, so that a subject that cannot be called says so at once
+    dtype_name = _name(settings.dtype or convention.dtype)
+    report = Report(resolved.name, seed, profile, torch.__version__, device, dtype_name, called=convention.describe())
     started = time.perf_counter()
-    for check in chosen:
-        if time_budget is not None and time.perf_counter() - started > time_budget:
-            report.interrupted = f"the time budget of {time_budget:g} s ran out before {check.id}"
-            break
-        try:
-            result = verify_one(resolved, check, settings)
-        except KeyboardInterrupt:
-            report.interrupted = f"interrupted in {check.id}"
-            break
-        if result.status in ("failed", "error") and check.id in expected_failures:
-            result = replace(result, status="expected_failure", reason=expected_failures[check.id])
-        report.results.append(result)
-        if on_result is not None:
-            on_result(result)
+    try:
+        for result in _runner(isolate)(resolved, chosen, settings):
+            if result.status in ("failed", "error") and result.check.id in expected_failures:
+                result = replace(result, status="expected_failure", reason=expected_failures[result.check.id])
+            report.results.append(result)
+            if on_result is not None:
+                on_result(result)
+        if len(report.results) < len(chosen):
+            report.interrupted = f"the time budget of {time_budget:g} s ran out"
+    except KeyboardInterrupt:
+        report.interrupted = "interrupted"
+    if report.interrupted:
+        report.interrupted += f" before a verdict on {chosen[len(report.results)].id}"
+    if resolved.refusal and report.results and not any(result.examples for result in report.results):
+        raise SubjectError(f"{resolved.name} refused every configuration that was drawn, the last: {resolved.refusal}")
     report.results = _rank_causes(report.results)
     report.seconds = time.perf_counter() - started
     report.refused = tuple(sorted(resolved.refused))
@@ -145,6 +156,23 @@ def _rank_causes(results: list[Result]) -> list[Result]:
         return replace(result, failure=replace(result.failure, likely_causes=causes))
 
     return [ranked(result) for result in results]
+
+
+def _runner(isolate: bool) -> Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]:
+    from diymodel.verify.isolation import can_isolate, run_isolated
+
+    return run_isolated if isolate and can_isolate() else run_checks
+
+
+def run_checks(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:
+    """The verdicts one after the other, as long as there is time."""
+    for check in checks:
+        if settings.deadline is not None:
+            left = settings.deadline - time.monotonic()
+            if left <= 0:
+                return
+            settings = replace(settings, check_seconds=min(settings.check_seconds, left))
+        yield verify_one(subject, check, settings)
 
 
 def replay(subject: str | Subject | Factory | None, check: Check, values: Mapping[str, Any]) -> Result:
@@ -195,6 +223,7 @@ class _Run:
         self.effects: list[float] = []
         self.failed: tuple[Trial, Exception] | None = None  # the last, which is the smallest
         self.shrinks = 0
+        self.out_of_time = False
 
     def trials(self) -> None:
         """All of them."""
@@ -220,7 +249,8 @@ class _Run:
     def _draw(self, data: st.DataObject) -> None:
         self.shrinks += self.failed is not None
         patience = self.settings.check_seconds * (2 if self.shrinks else 1)  # a failure at the end is shrunk as well
-        if self.shrinks > _SHRINKS or time.perf_counter() - self.started > patience:
+        self.out_of_time = time.perf_counter() - self.started > patience
+        if self.out_of_time or self.shrinks > _SHRINKS:
             raise _Enough
         self.trial(Trial(self.subject, data.draw, dtype=self.settings.dtype, device=self.settings.device))
 
@@ -231,15 +261,17 @@ class _Run:
             with torch.random.fork_rng(devices=[]), time_limit(self.settings.check_seconds):
                 torch.manual_seed(0)
                 self.check.function(trial)
+        except (UnsatisfiedAssumption, StopTest):  # the subject refused the configuration, or Hypothesis the draw
+            self.count -= 1
+            raise
         except NotApplicable as stop:
             self.not_applicable.append(str(stop))
             if len(self.not_applicable) == self.count >= _NOT_APPLICABLE:
                 raise _Enough from None
             return
-        except (Inconclusive, UnsatisfiedAssumption, StopTest):
-            raise
         except Exception as error:
-            self.failed = trial, error
+            if isinstance(error, CheckFailure) or _is_the_subjects(error):
+                self.failed = trial, error
             raise
         if trial.seen_difference is not None:
             self.effects.append(trial.seen_difference)
@@ -250,24 +282,30 @@ class _Run:
         reason = failure = None
         try:
             run()
-        except _Enough:
-            if self.not_applicable:
-                status, reason = "skipped", self.not_applicable[0]
-            elif self.failed is None:
-                reason = f"stopped after {self.count} of {self.settings.examples} trials: {self.limit} are over"
         except OutOfTime:
             status, reason = "error", f"no answer within {self.limit}, in trial {self.count}: it hangs, or is too slow"
         except NotApplicable as stop:
             status, reason = "skipped", str(stop)
-        except (Inconclusive, Unsatisfiable) as stop:
+        except Inconclusive as stop:
             status, reason = "inconclusive", str(stop)
-        except Exception as raised:  # a failed check, or whatever a stranger's module raises
-            if self.failed is None:
+        except Unsatisfiable:
+            status, reason = "inconclusive", f"the subject refused every configuration: {self.subject.refusal}"
+        except (Exception, _Enough) as raised:  # Hypothesis takes an early end for flakiness
+            if self.out_of_time:
+                status, reason = self._verdict_so_far()
+            elif self.failed is None and self.not_applicable:
+                status, reason = "skipped", self.not_applicable[0]
+            elif self.failed is None:
                 status, reason = "error", f"the check itself failed: {type(raised).__name__}: {raised}"
         if self.failed is not None:
             status, reason = "failed", None
             failure = _failure(self.check, self.subject, *self.failed)
         return Result(self.check, status, self.count, time.perf_counter() - self.started, reason, failure)
+
+    def _verdict_so_far(self) -> tuple[Status, str]:
+        if not self.count:
+            return "inconclusive", "there was no time for a trial"
+        return "passed", f"stopped after {self.count} of {self.settings.examples} trials: {self.limit} are over"
 
     @property
     def limit(self) -> str:
@@ -284,12 +322,25 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
         return Failure(
             error.message, check.causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance
         )
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "diymodel/verify" not in frame.filename]
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_a_tools(frame)]
     message = f"the subject raised {type(error).__name__}: {error}"
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
     )
+
+
+def _is_the_subjects(error: Exception) -> bool:
+    """Whether an error came out of the subject, and not of the harness around it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        not _is_a_tools(frame) or (frame.name in _INTO_SUBJECT and _HARNESS in frame.filename) for frame in frames
+    )
+
+
+def _is_a_tools(frame: traceback.FrameSummary) -> bool:
+    """Whether a line of a traceback lies in the harness, in torch, in Hypothesis or in Python itself."""
+    standard_library = "/lib/python" in frame.filename and "site-packages" not in frame.filename
+    return standard_library or any(part in frame.filename for part in _TOOLS)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
-from typing import Literal
 
-from diymodel.verify.registry import list_checks, nearest
-
-Lang = Literal["en", "zh"]
+from diymodel.verify.registry import Check, list_checks, nearest
+from diymodel.verify.report import Lang
 
 _MARKER = "\n<!-- zh -->\n"
 _SUFFIX = ".md"
@@ -33,3 +32,16 @@ def explained() -> list[str]:
     """The ids of the checks that have a text."""
     names = (entry.name for entry in resources.files(__name__).iterdir())
     return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
+
+
+def title(check: Check, lang: Lang = "en") -> str:
+    """The check's title; in Chinese the heading of its text."""
+    if lang == "en":
+        return check.title
+    return explain(check.id, lang).partition("\n")[0].removeprefix("# ")
+
+
+def cause(slug: str, check: Check, lang: Lang = "en") -> str:
+    """What the check's text says of a bug: ``slug: sentence``."""
+    found = re.search(rf"^- `({re.escape(slug)})`(.*)$", explain(check.id, lang), re.MULTILINE)
+    return f"{found[1]}{found[2]}" if found else slug

@@ -1,0 +1,87 @@
+"""Checks in a child process, so that a crash or a hang in native code ends one check and not the run."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from diymodel.verify.registry import Check
+from diymodel.verify.report import Result
+from diymodel.verify.runner import Settings, run_checks
+from diymodel.verify.subject import Subject
+
+_PATIENCE = 4  # times the limit of a check: the child itself gives up a hanging trial, and shrinking, before that
+
+
+def can_isolate() -> bool:
+    """Whether a child can take over here: only by fork, since a stranger's factory cannot be pickled."""
+    return hasattr(os, "fork") and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+def run_isolated(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:
+    """As :func:`run_checks`, with one child for all checks, and a new one after each that ended it."""
+    left = list(checks)
+    while left:
+        with _child(subject, left, settings) as (process, receiver):
+            while left:
+                started = time.perf_counter()
+                if not receiver.poll(_PATIENCE * settings.check_seconds):
+                    yield Result(left.pop(0), "error", seconds=_since(started), reason=_hung(started))
+                    break
+                try:
+                    result, subject.refused, subject.refusal = receiver.recv()
+                except EOFError:
+                    process.join()
+                    yield Result(left.pop(0), "error", seconds=_since(started), reason=_died(process.exitcode))
+                    break
+                left.pop(0)
+                yield result
+
+
+@contextlib.contextmanager
+def _child(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[tuple[BaseProcess, Connection]]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, subject, checks, settings), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads; torch's are idle
+        process.start()
+    sender.close()  # so that the child's end is the only one, and its death an EOFError
+    try:
+        yield process, receiver
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _work(sender: Connection, subject: Subject, checks: Sequence[Check], settings: Settings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    faulthandler.disable()  # a crash is the report's to tell
+    for result in run_checks(subject, checks, settings):
+        sender.send((result, subject.refused, subject.refusal))
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started
+
+
+def _hung(started: float) -> str:
+    return f"no answer within {_since(started):.0f} s: it hangs in native code, and was ended"
+
+
+def _died(exitcode: int | None) -> str:
+    """Why the child is gone, in words."""
+    if exitcode is not None and exitcode < 0:
+        return f"the process died of {signal.Signals(-exitcode).name}: the subject crashed in native code"
+    return f"the process ended with exit code {exitcode}: the subject left Python"

@@ -1,0 +1,82 @@
+"""The report as text for a terminal: one line a check, then each failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diymodel.verify.explain import cause, title
+from diymodel.verify.report import Lang, Report, Result, Status
+from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS
+
+_COLORS: dict[Status, str] = {
+    "passed": "32",
+    "failed": "31",
+    "error": "31",
+    "inconclusive": "33",
+    "expected_failure": "33",
+    "skipped": "90",
+}
+
+
+def to_text(report: Report, color: bool = False, lang: Lang = "en") -> str:
+    """The whole report."""
+    words = WORDS[lang]
+    facts = (f"torch {report.torch}", report.device, report.dtype, report.profile, f"{words['seed']} {report.seed}")
+    lines = [f"{words['title']} {report.subject}", "  " + " · ".join(facts), f"  {words['called']} {report.called}"]
+    step = ""
+    for result in report.results:
+        if result.check.step != step:
+            step = result.check.step
+            name = STEPS[step][lang == "zh"]
+            lines.append("\n" + _paint(f"  {words['step']} {step}  {name}", "1", color))
+        lines.append(_line(result, color, lang))
+    for result in report.failed:
+        lines += ["", *failure_lines(result, color, lang)]
+    return "\n".join([*lines, "", _summary(report, color, lang)]) + "\n"
+
+
+def failure_lines(result: Result, color: bool = False, lang: Lang = "en") -> list[str]:
+    """What is known of one failed check, or of one that could not give a verdict."""
+    words, check, failure = WORDS[lang], result.check, result.failure
+    heading = _paint(f"{MARKS[result.status]} {check.id}: {title(check, lang)}", "1;31", color)
+    if failure is None:
+        return [heading, f"  {result.reason}"]
+    expected, seen = failure.expected_and_seen
+    said = {words["expected"]: expected, words["seen"]: seen} if seen else {words["raised"]: expected}
+    if failure.traceback:
+        said[words["traceback"]] = failure.traceback.replace("\n", "\n    ").join(("\n    ", ""))
+    if failure.likely_causes:
+        first, *others = failure.likely_causes
+        said[words["cause"]] = _paint(cause(first, check, lang), "1", color)
+        if others:
+            said[words["others"]] = ", ".join(others)
+    said[words["config"]] = _values(failure.config)
+    said[words["input"]] = _values({name: value for name, value in failure.values.items() if name != "config"})
+    said[words["replay"]] = failure.reproduce
+    said[words["more"]] = f"diymodel explain {check.id}" + (f" --lang {lang}" if lang != "en" else "")
+    return [heading, *(f"  {_paint(name, '90', color)}: {text}" for name, text in said.items())]
+
+
+def _line(result: Result, color: bool, lang: Lang) -> str:
+    mark = _paint(MARKS[result.status], _COLORS[result.status], color)
+    reason = f"  ({result.reason})" if result.reason and result.status != "error" else ""  # that one stands below
+    return f"  {mark} {result.check.id:<36} {title(result.check, lang)}{_paint(reason, '90', color)}"
+
+
+def _summary(report: Report, color: bool, lang: Lang) -> str:
+    words, names = WORDS[lang], STATUS[lang]
+    counts = {status: sum(result.status == status for result in report.results) for status in MARKS}
+    said = ", ".join(f"{count} {names[status]}" for status, count in counts.items() if count)
+    refused = f"; {len(report.refused)} {words['refused']}" if report.refused else ""
+    interrupted = f"; {report.interrupted}" if report.interrupted else ""
+    verdict = _paint(names[report.verdict], f"1;{_COLORS[report.verdict]}", color)
+    return f"{verdict}: {said}; {report.seconds:.1f} {words['seconds']}{refused}{interrupted}"
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _paint(text: str, code: str, color: bool) -> str:
+    return f"\033[{code}m{text}\033[0m" if color and text else text

@@ -1,0 +1,180 @@
+"""How checks are run: what ends one, what it does to the others, and what the verdict is then."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from diymodel import DIYConfig, DIYForCausalLM
+from diymodel.verify import Subject, SubjectError, check_causal_lm
+from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.isolation import can_isolate
+from diymodel.verify.registry import Check
+from diymodel.verify.runner import Settings, run_check
+from diymodel.verify.timing import OutOfTime, time_limit
+from diymodel.verify.trial import Trial
+
+ONLY = ["causality.edit", "shape.logits"]
+
+
+def check(function: Callable[[Trial], None]) -> Check:
+    return Check("area.name", "a property", "1.1", (), ("some-bug",), function)
+
+
+def own(**changes: Any) -> Subject:
+    return Subject(DIYForCausalLM, "own", **changes)
+
+
+def misbehaving(act: Callable[[], object]) -> Subject:
+    """Our model, which does something else when it gets 7 tokens, as no probing does."""
+
+    class Misbehaving(DIYForCausalLM):
+        def forward(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            if input_ids.shape[1] == 7:
+                act()
+            return super().forward(input_ids, *args, **kwargs)
+
+    return Subject(Misbehaving, "misbehaving")
+
+
+def test_a_trial_that_does_not_apply_hides_no_failure_in_another() -> None:
+    def sometimes(trial: Trial) -> None:
+        if not trial.draw("applies", st.booleans()):
+            raise NotApplicable("not this one")
+        raise CheckFailure("must hold, saw that it does not")
+
+    assert run_check(own(), check(sometimes), Settings()).status == "failed"
+
+
+def test_a_check_that_never_applies_is_skipped_after_a_few_trials() -> None:
+    def never(trial: Trial) -> None:
+        trial.draw("x", st.integers())
+        raise NotApplicable("the module has no such thing")
+
+    result = run_check(own(), check(never), Settings(examples=400))
+    assert (result.status, result.reason) == ("skipped", "the module has no such thing")
+    assert result.examples < 10
+
+
+def test_an_exception_of_the_subject_is_a_failure_and_one_of_the_harness_an_error() -> None:
+    def calls(trial: Trial) -> None:
+        trial.model().logits(torch.tensor([[1.5]]))
+
+    result = run_check(own(), check(calls), Settings())
+    assert result.status == "failed"
+    assert result.failure is not None
+    assert "the subject raised ValueError: input_ids must be int64" in result.failure.message
+    assert "check_input_ids" in str(result.failure.traceback)
+
+    wrong = run_check(own(), check(functools.partial(Trial.tokens, lm=None)), Settings())  # type: ignore[arg-type]
+    assert wrong.status == "error"
+    assert "the check itself failed: AttributeError" in str(wrong.reason)
+
+
+def test_shrinking_ends_after_a_while_with_the_smallest_failure_so_far() -> None:
+    calls = 0
+
+    def fails(trial: Trial) -> None:
+        nonlocal calls
+        calls += 1
+        numbers = trial.draw("numbers", st.lists(st.integers(0, 10**6), min_size=40, max_size=40))
+        if len(set(numbers)) > 30:
+            raise CheckFailure(f"must be few, saw {len(set(numbers))}")
+
+    result = run_check(own(), check(fails), Settings())
+    assert result.status == "failed"
+    assert calls < 500
+
+
+def test_time_runs_out_between_trials_without_a_verdict_being_lost() -> None:
+    def slow(trial: Trial) -> None:
+        trial.draw("x", st.integers())
+        time.sleep(0.05)
+
+    result = run_check(own(), check(slow), Settings(examples=400, check_seconds=0.3))
+    assert result.status == "passed"
+    assert 1 <= result.examples < 20
+    assert result.reason is not None
+    assert "of 400 trials: 0.3 s are over" in result.reason
+
+
+def test_a_hanging_trial_is_an_error_of_that_check_alone() -> None:
+    report = check_causal_lm(misbehaving(lambda: time.sleep(60)), only=ONLY, check_seconds=0.5, profile="standard")
+    assert [result.status for result in report.results] == ["error", "error"]
+    assert "no answer within 0.5 s" in str(report.results[0].reason)
+    assert report.verdict == "failed"
+
+
+@pytest.mark.skipif(not can_isolate(), reason="needs fork")
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda: ctypes.string_at(0), "the process died of SIGSEGV: the subject crashed in native code"),
+        (lambda: os._exit(3), "the process ended with exit code 3: the subject left Python"),
+    ],
+    ids=["crash", "exit"],
+)
+def test_a_crash_ends_one_check_and_the_others_go_on(act: Callable[[], object], reason: str) -> None:
+    subject = misbehaving(act)
+    only = [*ONLY, "gradients.absent_tokens_zero"]
+    report = check_causal_lm(subject, only=only, isolate=True)
+    assert len(report.results) == len(only)
+    assert report.results[0].status == "error"
+    assert report.results[0].reason == reason
+    assert "diymodel" not in str(report.results[0].failure)
+
+
+@pytest.mark.skipif(not can_isolate(), reason="needs fork")
+def test_isolated_checks_give_the_same_report() -> None:
+    def document(isolate: bool) -> dict[str, Any]:
+        found = check_causal_lm("diymodel", profile="quick", only=["shape.*", "batch.*"], isolate=isolate).to_dict()
+        for part in (found, *found["checks"]):
+            del part["seconds"]
+        return found
+
+    assert document(isolate=True) == document(isolate=False)
+
+
+def test_a_time_budget_leaves_out_the_rest_and_says_so() -> None:
+    report = check_causal_lm(profile="quick", only=["shape.*", "causality.*"], time_budget=0.0)
+    assert not report.results
+    assert report.interrupted == "the time budget of 0 s ran out before a verdict on causality.edit"
+
+
+def test_a_subject_that_refuses_every_drawn_configuration_is_told_so_with_its_own_words() -> None:
+    def refusing(config: DIYConfig) -> DIYForCausalLM:
+        if config.vocab_size != 16:  # as when the convention is found
+            raise NotImplementedError(f"a vocabulary of {config.vocab_size}")
+        return DIYForCausalLM(config)
+
+    with pytest.raises(SubjectError, match=r"refusing refused every configuration .* the last: a vocabulary of"):
+        check_causal_lm(refusing, profile="quick", only=ONLY)
+
+
+def test_another_dtype_is_used_stated_and_replayed() -> None:
+    report = check_causal_lm(profile="quick", only=ONLY, dtype="float32")
+    assert (report.verdict, report.dtype) == ("passed", "float32")
+    with pytest.raises(ValueError, match="dtype='float8': must be one of float64, float32"):
+        check_causal_lm(dtype="float8")
+
+
+def test_the_time_limit_leaves_no_timer_behind() -> None:
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        time.sleep(5)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)  # an alarm left over would end the test run here
+
+
+def test_the_global_random_state_is_as_before() -> None:
+    before = torch.get_rng_state()
+    check_causal_lm(profile="quick", only=ONLY)
+    assert torch.equal(torch.get_rng_state(), before)
