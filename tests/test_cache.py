@@ -1,4 +1,7 @@
-"""The cache as a data structure: what it refuses, when it copies, how it grows."""
+"""The cache as a data structure: what it refuses, when it copies, how it grows, and what can be done to it by hand.
+
+That decoding on it gives the uncached logits is checked by the harness: tests/properties.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.cache import PastKeyValues
+from diymodel.verify.strategies import chunk_sizes, real_lengths
+from tests.strategies import Case, assert_near, batches, cases
 
 CONFIG = DIYConfig(vocab_size=11, num_layers=2, hidden_size=8, num_heads=4, num_kv_heads=2, max_seq_len=200, dropout=0)
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -73,6 +81,26 @@ def test_appending_at_the_tip_is_in_place_until_the_buffer_is_full(model: DIYFor
     assert moves == 2  # 3 + 150 positions: 64, then 130, then max_seq_len=200
 
 
+def test_appending_copies_no_more_than_its_length_in_total() -> None:
+    """Copying at every step would make the whole quadratic: length² / 2 positions."""
+    config = DIYConfig(vocab_size=8, num_layers=1, hidden_size=4, num_heads=2, num_kv_heads=1, max_seq_len=1000)
+    model = DIYForCausalLM(config).eval()
+    _, past = model(IDS[:1, :1], use_cache=True)
+    copied = 0
+    for length in range(1, config.max_seq_len):
+        before = address(past)
+        _, past = model(IDS[:1, :1], past_key_values=past, use_cache=True)
+        copied += length if address(past) != before else 0
+    assert copied <= config.max_seq_len
+
+
+def test_a_cache_carries_no_graph_where_gradients_are_on(model: DIYForCausalLM) -> None:
+    """Memory would grow with every step."""
+    _, past = model(IDS, use_cache=True)
+    _, past = model(NEXT, past_key_values=past, use_cache=True)
+    assert not any(kv.requires_grad for cached, _ in past for kv in cached.values())
+
+
 def test_a_second_continuation_copies_and_the_first_stays(model: DIYForCausalLM, past: PastKeyValues) -> None:
     first, one = model(NEXT, past_key_values=past, use_cache=True)
     held = one[0][0]["k"].clone()
@@ -114,6 +142,59 @@ def test_a_deep_copy_goes_its_own_way(model: DIYForCausalLM, past: PastKeyValues
     logits, continued = model(NEXT, past_key_values=other, use_cache=True)
     assert torch.equal(logits, expected)
     assert address(continued) == address(other) != address(past)
+
+
+@given(case=cases(room=4), data=st.data())
+def test_every_version_goes_on_from_any_position(case: Case, data: st.DataObject) -> None:
+    """A smaller ``cached_pos`` takes a cache back, and whoever holds another version of it notices nothing."""
+    model, longest = case.model(), case.config.max_seq_len
+    versions = [(model(case.input_ids, use_cache=True)[1], case.input_ids)]
+    for _ in range(data.draw(st.integers(1, 6), "steps")):
+        past, tokens = versions[data.draw(st.integers(0, len(versions) - 1), "version")]
+        keep = data.draw(st.integers(0, min(tokens.shape[1], longest - 1)), "keep")
+        new = data.draw(batches(case.config, case.num_rows, data.draw(st.integers(1, longest - keep))), "new")
+        whole = torch.cat((tokens[:, :keep], new), dim=1)
+        shorter = [(cached, keep) for cached, _ in past]
+        if data.draw(st.booleans(), "kept"):
+            logits, presents = model(new, past_key_values=shorter, use_cache=True)
+            versions.append((presents, whole))
+        else:
+            logits = model(new, past_key_values=shorter)
+        assert_near(logits, model(whole)[:, keep:])
+
+
+@given(case=cases(room=2), data=st.data())
+def test_rows_chosen_by_hand_go_on_as_those_rows(case: Case, data: st.DataObject) -> None:
+    """More of them or fewer, as in a beam search that grows, or where some rows are finished."""
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, case.num_rows - 1), min_size=1, max_size=4), "rows"))
+    new = data.draw(batches(case.config, len(rows), 2), "new")
+    model = case.model()
+    _, past = model(case.input_ids, use_cache=True)
+    chosen = [({name: kv[rows] for name, kv in cached.items()}, position) for cached, position in past]
+    whole = torch.cat((case.input_ids[rows], new), dim=1)
+    assert_near(model(new, past_key_values=chosen), model(whole)[:, -2:])
+
+
+@given(case=cases(min_rows=2), data=st.data())
+def test_a_row_may_get_any_number_of_tokens_even_none(case: Case, data: st.DataObject) -> None:
+    """In every call, on a cache or not; NaN stands at the padding and reaches no row."""
+    padding = case.config.vocab_size - 1  # a token that stands at no real position
+    healthy, poisoned = case.model(), case.model()
+    poisoned.model.embed_tokens.weight.data[padding] = torch.nan
+    past, rows = None, range(case.num_rows)
+    fed: list[list[int]] = [[] for _ in rows]
+    seen: list[list[Tensor]] = [[] for _ in rows]
+    for size in data.draw(chunk_sizes(case.config.max_seq_len), "sizes"):
+        counts = data.draw(real_lengths(case.num_rows, size, shortest=0), "counts")
+        ids = data.draw(batches(case.config, case.num_rows, size), "ids").clamp(max=padding - 1)
+        real = torch.arange(size) < torch.tensor(counts)[:, None]
+        logits, past = poisoned(ids.where(real, padding), seq_lengths=real.sum(1), past_key_values=past, use_cache=True)
+        for row in rows:
+            fed[row] += ids[row][real[row]].tolist()
+            seen[row].append(logits[row][real[row]])
+    for row in rows:
+        if fed[row]:  # with tied weights, the head's row of the padding token is NaN as well
+            assert_near(torch.cat(seen[row])[:, :padding], healthy(torch.tensor([fed[row]]))[0, :, :padding])
 
 
 def replaced(past: PastKeyValues, layer: int, entry: Any) -> PastKeyValues:

@@ -1,4 +1,7 @@
-"""What generate refuses, and its small print; its behaviour on random models is in tests/properties."""
+"""What generate refuses, the exact form of its result, and its small print.
+
+That it takes the likeliest token, row by row, and leaves no trace is checked by the harness: tests/properties.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.generate import choose
+from tests.strategies import SEEDS, Case, cases, lengths
 
 CONFIG = DIYConfig(vocab_size=11, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=8, dropout=0.0)
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+NEW = 4  # most new tokens of a random case
+CASES = cases(room=NEW)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,8 @@ def test_bad_arguments_are_refused_before_the_first_token(
 
 def test_settings_that_greedy_ignores_are_said(model: DIYForCausalLM) -> None:
     with pytest.warns(UserWarning, match="top_k and top_p are ignored at temperature 0"):
-        model.generate(IDS, 1, top_k=3)
+        generated = model.generate(IDS, 4, top_k=3, top_p=0.5, seed=7)
+    assert torch.equal(generated, model.generate(IDS, 4))
 
 
 def test_zero_new_tokens_give_the_prompt_back(model: DIYForCausalLM) -> None:
@@ -72,6 +83,56 @@ def test_streaming_sees_every_new_token(model: DIYForCausalLM) -> None:
     seen: list[list[int]] = []
     generated = model.generate(IDS, 4, on_token=lambda new: seen.append(new.tolist()))
     assert torch.tensor(seen).T.tolist() == generated[:, 3:].tolist()
+
+
+@given(
+    case=CASES,
+    new=st.integers(0, NEW),
+    seed=SEEDS,
+    temperature=st.sampled_from((1.0, 0.5, 10.0)),
+    top_k=st.none() | st.integers(1, 20),
+    top_p=st.none() | st.sampled_from((0.1, 0.5, 0.9, 1.0)),
+    repetition_penalty=st.sampled_from((1.0, 1.5)),
+)
+def test_a_seed_draws_the_same_with_and_without_cache(case: Case, new: int, **settings: Any) -> None:
+    model = case.model()
+    cached = model.generate(case.input_ids, new, **settings)
+    assert torch.equal(model.generate(case.input_ids, new, use_cache=False, **settings), cached)
+
+
+@given(case=CASES, new=st.integers(0, NEW), data=st.data())
+def test_each_row_is_its_prompt_then_what_it_gets_alone_then_padding(case: Case, new: int, data: st.DataObject) -> None:
+    """Up to its own end-of-sequence token; the result is as long as the longest prompt and the steps that were made."""
+    model, row_lengths = case.model(), data.draw(lengths(case), "lengths")
+    prompts = [row[:length] for row, length in zip(case.tokens, row_lengths.tolist(), strict=True)]
+    alone = [model.generate(torch.tensor([prompt]), new)[0, len(prompt) :].tolist() for prompt in prompts]
+    eos = data.draw(st.none() | st.sampled_from(alone[0] or [0]), "eos")
+    padding = data.draw(st.integers(0, case.config.vocab_size - 1), "padding")
+    ended = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in alone]
+    width = max(map(len, prompts)) + max(map(len, ended))
+    rows = [prompt + tokens for prompt, tokens in zip(prompts, ended, strict=True)]
+    expected = [row + [padding] * (width - len(row)) for row in rows]
+    mask = (torch.arange(case.length) < row_lengths[:, None]).long()
+    for use_cache in (True, False):
+        found = model.generate(case.input_ids, new, mask, eos_token_id=eos, pad_token_id=padding, use_cache=use_cache)
+        assert found.tolist() == expected
+
+
+@given(case=CASES, data=st.data())
+def test_a_failing_callback_leaves_no_trace(case: Case, data: st.DataObject) -> None:
+    """Every part is back in its own mode, and torch's random state is as it was."""
+    model = case.model()
+    for part in model.modules():
+        part.training = data.draw(st.booleans())
+    modes, random_state = [part.training for part in model.modules()], torch.get_rng_state()
+
+    def fail(_tokens: torch.Tensor) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        model.generate(case.input_ids, 1, temperature=1.0, seed=0, on_token=fail)
+    assert [part.training for part in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +153,7 @@ def test_a_penalty_pushes_every_seen_token_down() -> None:
     assert len(set(row)) == len(row)
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-300])
+@pytest.mark.parametrize("temperature", [1e-9, 1e-30, 1e-300])
 def test_a_vanishing_temperature_is_greedy_not_nan(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert choose(logits, temperature, None, None, torch.Generator().manual_seed(0)).tolist() == [1]

@@ -1,4 +1,7 @@
-"""What the model refuses, how it starts, and the numerics of its parts; its behaviour is in tests/properties."""
+"""The model's own interface: what it refuses, how it starts, masks and kept logits, the numerics of its parts.
+
+What holds for any causal language model is checked by the harness: tests/properties.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM, DIYModel, next_token_loss
 from diymodel.cache import Span
 from diymodel.model import Linear, RMSNorm, RotaryEmbedding
+from tests.strategies import SEEDS, Case, assert_near, cases, lengths
 
 CONFIG = DIYConfig(vocab_size=11, num_layers=2, hidden_size=8, num_heads=2, max_seq_len=6, dropout=0.0)
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -67,6 +74,93 @@ def test_backbone_returns_hidden_states(model: DIYForCausalLM) -> None:
     cached, presents = backbone(IDS, use_cache=True)
     torch.testing.assert_close(cached, hidden)
     assert len(presents) == CONFIG.num_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_have_the_models_dtype(dtype: torch.dtype) -> None:
+    model = DIYForCausalLM(CONFIG).to(dtype).eval()
+    logits = model(IDS)
+    assert logits.dtype == model(IDS, use_cache=True)[0].dtype == dtype
+    assert logits.isfinite().all()
+
+
+@given(case=cases(), data=st.data())
+def test_kept_logits_are_the_last_of_each_row(case: Case, data: st.DataObject) -> None:
+    row_lengths = data.draw(st.none() | lengths(case), "lengths")
+    ends = [case.length] * case.num_rows if row_lengths is None else row_lengths.tolist()
+    count = data.draw(st.integers(1, min(ends)), "count")
+    model = case.model()
+    full = model(case.input_ids, seq_lengths=row_lengths)
+    expected = torch.stack([row[end - count : end] for row, end in zip(full, ends, strict=True)])
+    kept = model(case.input_ids, seq_lengths=row_lengths, logits_to_keep=count)
+    cached, _ = model(case.input_ids, seq_lengths=row_lengths, logits_to_keep=count, use_cache=True)
+    assert_near(kept, expected)
+    assert_near(cached, expected)
+
+
+def mask_of(row_lengths: Tensor, length: int) -> Tensor:
+    return (torch.arange(length) < row_lengths[:, None]).long()
+
+
+@given(case=cases(), data=st.data())
+def test_mask_and_lengths_say_the_same(case: Case, data: st.DataObject) -> None:
+    row_lengths = data.draw(lengths(case, shortest=0), "lengths")
+    model = case.model()
+    expected = model(case.input_ids, seq_lengths=row_lengths)
+    for dtype in (torch.int64, torch.bool, torch.float32):
+        mask = mask_of(row_lengths, case.length).to(dtype)
+        assert torch.equal(model(case.input_ids, attention_mask=mask), expected)
+
+
+@given(case=cases(min_length=2), data=st.data())
+def test_a_mask_that_is_not_right_padded_is_refused(case: Case, data: st.DataObject) -> None:
+    """A 1 after a 0, as on the left or in a hole, or a value that is neither."""
+    mask = mask_of(data.draw(lengths(case, shortest=0), "lengths"), case.length)
+    row = mask[data.draw(st.integers(0, case.num_rows - 1), "row")]
+    hole = data.draw(st.integers(0, case.length - 2), "hole")
+    row[hole] = 0
+    row[data.draw(st.integers(hole + 1, case.length - 1), "behind")] = data.draw(st.sampled_from((1, 2, -1)), "value")
+    with pytest.raises(ValueError, match="attention_mask"):
+        case.model()(case.input_ids, attention_mask=mask)
+
+
+@given(case=cases(), data=st.data())
+def test_no_input_is_written_to(case: Case, data: st.DataObject) -> None:
+    row_lengths = data.draw(lengths(case), "lengths")
+    model = case.model()
+    for padding in ({"seq_lengths": row_lengths}, {"attention_mask": mask_of(row_lengths, case.length)}):
+        inputs = {"input_ids": case.input_ids, **padding}
+        before = {name: tensor.clone() for name, tensor in inputs.items()}
+        for use_cache in (False, True):
+            model(**inputs, use_cache=use_cache)
+            assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items())
+
+
+@given(case=cases(min_length=3, max_sharpness=1), seed=SEEDS)
+def test_the_gradient_is_the_slope_of_the_loss(case: Case, seed: int) -> None:
+    """Along a random direction, against a fourth-order central difference.
+
+    Rounding adds a few eps / step = 2e-10, and the formula step⁴ = 1e-24 times a fifth derivative, which a norm of a
+    small vector makes large (1e14 was seen). The bound is relative to the largest slope that there could be, the
+    product of both lengths.
+    """
+    model, ids, step = case.model(), case.input_ids, 1e-6
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(next_token_loss(model(ids), ids), parameters, materialize_grads=True)
+    generator = torch.Generator().manual_seed(seed)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def loss_at(distance: float) -> float:
+        for parameter, origin, direction in zip(parameters, start, directions, strict=True):
+            parameter.copy_(origin + distance * direction)
+        return next_token_loss(model(ids), ids).item()
+
+    near, far = loss_at(step) - loss_at(-step), loss_at(2 * step) - loss_at(-2 * step)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    steepest = math.prod(math.sqrt(sum(float(t.pow(2).sum()) for t in part)) for part in (gradients, directions))
+    assert abs(slope - (8 * near - far) / (12 * step)) <= 1e-7 * max(1.0, steepest)
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from diymodel.verify.tolerance import FALSE_ALARMS, HEALTHY_TRIALS
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -44,3 +47,9 @@ def test_the_python_example_runs() -> None:
     names: dict[str, object] = {}
     exec(example, names)
     assert names["tokens"].shape == (2, 36)  # type: ignore[attr-defined]
+
+
+def test_the_false_alarms_that_reports_state_are_those_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/false_alarms.json").read_text("utf-8"))["totals"]["all"]
+    assert measured["trials"] >= HEALTHY_TRIALS
+    assert measured["alarms"] == FALSE_ALARMS

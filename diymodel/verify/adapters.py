@@ -9,9 +9,10 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,41 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.failure import NotApplicable, SubjectError
+from diymodel.verify.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
+
+if TYPE_CHECKING:
+    from diymodel.verify.generating import Generating
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, T, V) and unshifted labels (B, T)
 NewCache = Callable[
     [nn.Module, DIYConfig, int], Any
 ]  # module, config, rows -> an empty cache, or None if on the module
+Save = Callable[[nn.Module, Path], object]  # writes a file, or a directory of them
+Load = Callable[[Path], nn.Module]
 Shifted = Callable[
     [nn.Module, Tensor, int], Tensor
 ]  # module, ids (B, T), offset -> logits with every position + offset
 Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # config, state_dict, ids -> logits, float64
 
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
-_OUTPUTS = ("logits", "loss", "past_key_values", "presents", "cache")
+_OUTPUTS = ("logits", "loss", "past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")
+
+
+ROLES = (  # of forward's parameters: fields of Convention that name one
+    "ids",
+    "mask",
+    "lengths",
+    "left",
+    "causal",
+    "block_mask",
+    "positions",
+    "start",
+    "past",
+    "use_cache",
+    "new_tokens",
+    "labels",
+    "documents",
+)
 
 
 @dataclass(frozen=True)
@@ -38,17 +62,25 @@ class Convention:
     """How a module is called; parameter names are None where ``forward`` has no such parameter."""
 
     ids: str
-    mask: str | None = None  # (B, T), or (B, S) if mask_covers_cache; 1 for a real token
+    mask: str | None = None  # (B, T), or (B, S) if mask_covers_cache; 1 for a real token, or at padding
     lengths: str | None = None  # (B,): real tokens of each row, padding on the right
     left: str | None = None  # x-transformers' seq_start_pos (B,): padding tokens on the left of each row
-    positions: str | None = None  # (B, T), or (T,) where the cache is on the module
+    positions: str | None = None  # (B, T), or (T,) if positions_are_shared
     start: str | None = None  # Meta's Llama: how many tokens came before, an int
     past: str | None = None
     use_cache: str | None = None
     labels: str | None = None
+    documents: str | None = None  # (B, T): which document each token belongs to, where a row holds several
+    causal: str | None = None  # (T, S): the caller makes the causal mask, as causal_mask says
     block_mask: str | None = None  # gpt-fast: the caller makes flex attention's causal mask
+    new_tokens: str | None = None  # x-transformers' cache_age: how many of the tokens are not in the cache, an int
+    causal_mask: CausalMask = CAUSAL_MASKS[0]
     mask_dtype: torch.dtype = torch.int64
+    mask_marks_padding: bool = False  # torch's key_padding_mask: True at padding
     mask_covers_cache: bool = True
+    mask_always: bool = False  # mask or lengths have no default
+    positions_always: bool = False  # positions have no default
+    positions_are_shared: bool = False
     labels_come_shifted: bool = False  # nanoGPT: targets[:, t] is the token after input_ids[:, t]
     ignore_index: int = IGNORED
     logits_need_labels: bool = False  # nanoGPT: without targets, logits of the last position only
@@ -60,7 +92,22 @@ class Convention:
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
+    generating: Generating | None = None  # how the module's own generate is called; None: not yet found
     missing: Mapping[str, str] = field(default_factory=dict)  # capability -> why the module does not have it
+
+    def describe(self) -> str:
+        """How the module is called, in a line for its author."""
+        call = f"forward({', '.join(name for role in ROLES if (name := getattr(self, role)))})"
+        notes = []
+        if self.causal:
+            notes.append(f"{self.causal} is a causal mask that the caller makes")
+        if self.labels:
+            notes.append(f"labels {'come shifted' if self.labels_come_shifted else 'unshifted'}")
+            notes.append(f"{self.ignore_index} is ignored")
+        if "cache" not in self.missing:
+            kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
+            notes.append(f"the cache is {kind}")
+        return "; ".join([call, *notes])
 
 
 class Output(NamedTuple):
@@ -69,6 +116,21 @@ class Output(NamedTuple):
     logits: Tensor | None
     loss: Tensor | None
     past: Any
+
+
+class Checkpoint(NamedTuple):
+    """How a subject is saved, and built again from what was saved."""
+
+    save: Save
+    load: Load
+
+
+class Opened(NamedTuple):
+    """A model with the weights that were saved in a directory."""
+
+    module: nn.Module  # in eval mode, in the dtype of the weights
+    config: Any  # its sizes, by our names
+    problems: Sequence[str]  # weights that are missing, left over or of another shape, a line each
 
 
 class Past(NamedTuple):
@@ -85,13 +147,25 @@ class LM:
         self.module = module
         self.config = config
         self.convention = convention
+        self.keep_layout = False  # pass views as they are
 
     def logits(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences without a cache; ``real`` (B, T) is False at padding."""
         convention = self.convention
+        if (lacking := convention.shortest - input_ids.shape[1]) > 0:  # what stands behind is nothing to a causal model
+            longer = None if real is None else F.pad(real, (0, lacking), value=True)
+            return self.logits(F.pad(input_ids, (0, lacking)), longer)[:, :-lacking]
         if convention.always_cached:
-            return self._extend(input_ids, None, real)[0]
+            return self.extend(input_ids, None, real)[0]
         inputs = self._inputs(input_ids, real, start=0)
+        if convention.logits_need_labels:
+            inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
+        return self._shaped(self._call(inputs).logits)
+
+    def packed(self, input_ids: Tensor, documents: Tensor) -> Tensor:
+        """Logits (B, T, V) of rows that hold several documents; ``documents`` (B, T) numbers them from 1."""
+        convention = self.convention
+        inputs = self._inputs(input_ids, None, start=0) | {_some(convention.documents): documents}
         if convention.logits_need_labels:
             inputs[_some(convention.labels)] = input_ids
         return self._shaped(self._call(inputs).logits)
@@ -110,13 +184,40 @@ class LM:
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """The subject's own loss; ``labels`` (B, T) are unshifted, with IGNORED where they are not scored."""
+        return self.own_loss(input_ids, self.own_labels(labels))
+
+    def own_loss(self, input_ids: Tensor, own_labels: Tensor) -> Tensor:
+        """The subject's own loss of labels as :meth:`own_labels` makes them; the very tensor is handed over."""
         convention = self.convention
         if convention.loss is not None:
-            return convention.loss(self.logits(input_ids), labels)
-        output = self._call({convention.ids: input_ids, _some(convention.labels): self.own_labels(labels)})
+            return convention.loss(self.logits(input_ids), own_labels)
+        inputs = self._inputs(input_ids, None, start=0)
+        output = self._call({**inputs, _some(convention.labels): own_labels})
         if output.loss is None:
             raise SubjectError(f"forward({convention.labels}=…) returned no scalar loss")
         return output.loss
+
+    @property
+    def generating(self) -> Generating:
+        """How the module's own ``generate`` is called."""
+        assert self.convention.generating is not None
+        return self.convention.generating
+
+    def generate(self, input_ids: Tensor, new_tokens: int, real: Tensor | None = None, **settings: Any) -> Tensor:
+        """Prompts and what the module's ``generate`` puts after them; ``real`` (B, T) is False at padding.
+
+        Args:
+            settings: by role, such as ``temperature``, ``top_k``, ``eos``; what is not given is left to the module.
+        """
+        return self.generating.run(self.module, input_ids, new_tokens, real, settings)
+
+    def greedy(self, input_ids: Tensor, new_tokens: int, real: Tensor | None = None, **settings: Any) -> Tensor:
+        """As :meth:`generate`, taking the likeliest token."""
+        return self.generate(input_ids, new_tokens, real, **{**self.generating.greedy, **settings})
+
+    def sample(self, input_ids: Tensor, new_tokens: int, seed: int, **settings: Any) -> Tensor:
+        """As :meth:`generate`, drawing each token with a seed, at temperature 1."""
+        return self.generate(input_ids, new_tokens, seed=seed, **{**self.generating.sampling, **settings})
 
     def own_labels(self, labels: Tensor) -> Tensor:
         """Unshifted labels as the module wants them: shifted if it does not shift, with its own ignore index."""
@@ -147,8 +248,10 @@ class LM:
             inputs[_some(convention.past)] = cache
         if convention.use_cache:
             inputs[convention.use_cache] = True
+        if convention.new_tokens:
+            inputs[convention.new_tokens] = input_ids.shape[1]
         if convention.cache_on_module and convention.positions:
-            inputs[convention.positions] = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+            inputs[convention.positions] = self._positions(input_ids, start)
         output = self._call(inputs)
         if not convention.cache_on_module:
             cache = output.past if output.past is not None else cache
@@ -158,12 +261,18 @@ class LM:
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
         """The arguments of a call without those for the cache; ``start`` tokens came before."""
-        convention, T = self.convention, input_ids.shape[1]
+        convention, (B, T) = self.convention, input_ids.shape
         inputs: dict[str, Any] = {convention.ids: input_ids}
         if convention.start:
             inputs[convention.start] = start
+        if convention.causal:
+            inputs[convention.causal] = convention.causal_mask.make(T, start, next(self.module.parameters()))
         if convention.block_mask:
-            inputs[convention.block_mask] = _causal_block_mask(self.module, T, start)
+            inputs[convention.block_mask] = causal_block_mask(self.module, T)
+        if convention.positions_always:
+            inputs[_some(convention.positions)] = self._positions(input_ids, start)
+        if real is None and convention.mask_always:
+            real = torch.ones(B, start + T, dtype=torch.bool, device=input_ids.device)
         if real is None:
             return inputs
         if convention.lengths:
@@ -171,10 +280,16 @@ class LM:
         if convention.left and not bool(real[:, 0].all()):
             return inputs | {convention.left: (~real).long().cumprod(1).sum(1)}
         covered = real if convention.mask_covers_cache else real[:, -T:]
-        inputs[_some(convention.mask)] = covered.to(convention.mask_dtype)
-        if convention.positions:
+        marked = ~covered if convention.mask_marks_padding else covered
+        inputs[_some(convention.mask)] = marked.to(convention.mask_dtype)
+        if convention.positions and not convention.positions_are_shared:
             inputs[convention.positions] = (real.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
         return inputs
+
+    def _positions(self, input_ids: Tensor, start: int) -> Tensor:
+        """Of tokens after ``start`` others, without padding."""
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        return positions if self.convention.positions_are_shared else positions.expand_as(input_ids)
 
     def _shaped(self, logits: Tensor | None) -> Tensor:
         if logits is None:
@@ -184,22 +299,15 @@ class LM:
         return logits[..., : self.config.vocab_size]  # litgpt and others pad the vocabulary
 
     def _call(self, inputs: Mapping[str, Any]) -> Output:
+        if not self.keep_layout:  # how tensors lie in memory is the matter of one check only
+            inputs = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         return read_output(self.module(**inputs), self.config.vocab_size)
-
-
-def _causal_block_mask(module: nn.Module, T: int, start: int) -> Any:
-    """flex attention's mask of T queries over the module's whole cache; gpt-fast shifts it by the position itself."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key
-
-    return create_block_mask(causal, 1, 1, T, module.max_seq_length, device="cpu")  # type: ignore[arg-type]
 
 
 def own_model() -> dict[str, Any]:
     """Our own model, as arguments of a Subject; this is the one place of the harness that knows it."""
     from diymodel.cache import Span
+    from diymodel.checkpoint import load_checkpoint, save_checkpoint
     from diymodel.loss import next_token_loss
     from diymodel.model import DIYForCausalLM
     from diymodel.verify.reference import reference_logits
@@ -217,31 +325,28 @@ def own_model() -> dict[str, Any]:
         "loss": next_token_loss,
         "shifted": shifted,
         "reference": reference_logits,
+        "save": lambda module, path: save_checkpoint(path, module),
+        "load": load_checkpoint,
     }
 
 
 def read_output(output: Any, vocab_size: int) -> Output:
     """Find logits, loss and cache in what a forward pass returned: tensor, tuple, dict or object."""
-    if isinstance(output, Tensor):
-        items: Iterable[Any] = (output,)
-    elif isinstance(output, Mapping) or hasattr(output, "logits"):
+    if isinstance(output, Mapping) and "logits" not in output:
+        output = tuple(output.values())
+    if isinstance(output, Mapping) or hasattr(output, "logits"):
         found = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in _OUTPUTS}
         past = next((found[name] for name in _OUTPUTS[2:] if found.get(name) is not None), None)
-        return Output(found.get("logits"), found.get("loss"), past)
-    elif isinstance(output, (tuple, list)):
-        items = output
-    else:
+        return Output(found["logits"], found.get("loss"), past)
+    if not isinstance(output, (Tensor, tuple, list)):
         raise SubjectError(
             f"forward returned {type(output).__name__}: expected logits, or a tuple, dict or object with them"
         )
-    logits = loss = past = None
-    for item in items:
-        if isinstance(item, Tensor) and item.dim() == 0:
-            loss = item
-        elif logits is None and isinstance(item, Tensor) and item.dim() >= 2 and item.shape[-1] >= vocab_size:
-            logits = item
-        elif past is None:
-            past = item
+    items = [output] if isinstance(output, Tensor) else list(output)
+    loss = next((item for item in items if isinstance(item, Tensor) and item.dim() == 0), None)
+    wide = [item for item in items if isinstance(item, Tensor) and item.dim() >= 2 and item.shape[-1] >= vocab_size]
+    logits = next((item for item in wide if item.shape[-1] == vocab_size), wide[0] if wide else None)
+    past = next((item for item in items if item is not None and item is not logits and item is not loss), None)
     return Output(logits, loss, past)
 
 

@@ -19,6 +19,7 @@ examples:
   diymodel verify                          our own model
   diymodel verify my_model.py:MyLM         a class or a function config -> nn.Module
   diymodel verify hf:llama                 a tiny random transformers model of that type
+  diymodel verify path/to/directory        a model that save_pretrained wrote, and its weights
   diymodel verify my_model.py:MyLM --step 3 --only 'decode.*'
   diymodel explain decode.cached_equals_full --lang zh
 """
@@ -38,7 +39,8 @@ def add_commands(commands: Any) -> None:
     verify.add_argument(
         "subject",
         nargs="?",
-        help="path/to/file.py:name, package.module:name, or hf:MODEL_TYPE (default: diymodel's own model)",
+        help="path/to/file.py:name, package.module:name, hf:MODEL_TYPE, or a directory with a config.json "
+        "(default: diymodel's own model)",
     )
     verify.add_argument("--profile", choices=("quick", "standard", "thorough"), default="standard")
     verify.add_argument("--seed", type=int, default=0, help="the same seed gives the same report (default: 0)")
@@ -134,7 +136,8 @@ def _list(args: argparse.Namespace) -> int:
 
     for check in list_checks():
         needs = f"  (needs {', '.join(check.needs)})" if check.needs else ""
-        print(f"{check.step}  {check.id:<36} {check.title}{needs}")
+        optional = "  (optional: name it with --only)" if check.optional else ""
+        print(f"{check.step}  {check.id:<36} {check.title}{needs}{optional}")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -31,3 +33,20 @@ class Inconclusive(Exception):
 
 class SubjectError(ValueError):
     """The subject cannot be found, built or called; the text is one line for its author."""
+
+
+def said(error: Exception) -> str:
+    """A stranger's error in one line."""
+    first, *more = [line.strip() for line in str(error).splitlines()] or [""]
+    if first.endswith(":") and more:
+        first = f"{first} {more[0]}"
+    return f"{type(error).__name__}: {first}"
+
+
+def refusal(call: Callable[..., object], *arguments: Any) -> str | None:
+    """What a stranger's code says against a call; None: nothing."""
+    try:
+        call(*arguments)
+    except Exception as error:  # it may raise anything
+        return said(error)
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 from diymodel.verify.explain import cause, explain, title
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Failure, Lang, Report, Result
-from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS
+from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS, equal_means
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #1c2127; --soft: #5b6570; --line: #dde1e6;
@@ -110,6 +110,7 @@ def _header(report: Report, lang: Lang) -> str:
             *(f'<p class="soft">{escape(note)}</p>' for note in notes),
             *(f"<p>{_jump(result)}</p>" for result in report.failed),
             f'<p class="soft">{words["called"]} <code>{escape(report.called)}</code></p>',
+            f'<p class="soft">{equal_means(lang)}</p>',
             '<dl class="facts">',
             *(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
             "</dl></div>",

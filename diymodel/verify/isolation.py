@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -17,8 +17,10 @@ import torch
 
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Result
-from diymodel.verify.runner import Settings, run_checks
+from diymodel.verify.runner import Settings, run_checks, run_here
 from diymodel.verify.subject import Subject
+
+_Run = Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]
 
 _PATIENCE = 4  # times the limit of a check: the child itself gives up a hanging trial, and shrinking, before that
 
@@ -29,30 +31,53 @@ def can_isolate() -> bool:
 
 
 def run_isolated(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:
-    """As :func:`run_checks`, with one child for all checks, and a new one after each that ended it."""
+    """As :func:`run_checks`, with one child for all checks, and a new one after each that ended badly."""
     left = list(checks)
     while left:
-        with _child(subject, left, settings) as (process, receiver):
-            while left:
-                started = time.perf_counter()
-                if not receiver.poll(_PATIENCE * settings.check_seconds):
-                    yield Result(left.pop(0), "error", seconds=_since(started), reason=_hung(started))
-                    break
-                try:
-                    result, subject.refused, subject.refusal = receiver.recv()
-                except EOFError:
-                    process.join()
-                    yield Result(left.pop(0), "error", seconds=_since(started), reason=_died(process.exitcode))
-                    break
-                left.pop(0)
-                yield result
+        result = None
+        for result in _in_child(subject, tuple(left), settings, run_checks):
+            left.pop(0)
+            yield result
+        if result is None or result.status != "error":
+            return  # all is done, or the time for it is over
+
+
+def run_alone(subject: Subject, check: Check, settings: Settings) -> Result:
+    """One check in a child of its own, which may leave torch in any state."""
+    return next(_in_child(subject, [check], settings, _run_here))
+
+
+def _run_here(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:
+    return (run_here(subject, check, settings) for check in checks)
+
+
+def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run) -> Iterator[Result]:
+    """The results that one child gives; the last is that of the check that ended it, if one did."""
+    with _child(subject, checks, settings, run) as (process, receiver):
+        for check in checks:
+            started = time.perf_counter()
+            if not receiver.poll(_PATIENCE * settings.check_seconds):
+                yield Result(check, "error", seconds=_since(started), reason=_hung(started))
+                return
+            try:
+                result, subject.refused, subject.refusal = receiver.recv()
+            except EOFError:
+                process.join()
+                if process.exitcode:
+                    yield Result(check, "error", seconds=_since(started), reason=_died(process.exitcode))
+                return  # else the time for all checks is over
+            yield result
+            if result.status == "error":  # the interruption may have hit torch in a state it does not recover from
+                return
 
 
 @contextlib.contextmanager
-def _child(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[tuple[BaseProcess, Connection]]:
+def _child(
+    subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run
+) -> Iterator[tuple[BaseProcess, Connection]]:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, subject, checks, settings), daemon=True)
+    process = context.Process(target=_work, args=(sender, subject, checks, settings, run))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads; torch's are idle
         process.start()
@@ -65,10 +90,10 @@ def _child(subject: Subject, checks: Sequence[Check], settings: Settings) -> Ite
         receiver.close()
 
 
-def _work(sender: Connection, subject: Subject, checks: Sequence[Check], settings: Settings) -> None:
+def _work(sender: Connection, subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     faulthandler.disable()  # a crash is the report's to tell
-    for result in run_checks(subject, checks, settings):
+    for result in run(subject, checks, settings):
         sender.send((result, subject.refused, subject.refusal))
 
 

@@ -83,10 +83,9 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         from diymodel.verify.runner import Settings
 
-        names = ("profile", "seed", "device", "dtype")
-        run_one(
-            self.subject, self.check, Settings.of(**{name: self.config.getoption(f"--lm-{name}") for name in names})
-        )
+        options = {name: self.config.getoption(f"--lm-{name}") for name in ("profile", "seed", "device", "dtype")}
+        named = self.check.id.partition(".")[0] in self.config.getoption("keyword")
+        run_one(self.subject, self.check, Settings.of(**options, optional=named))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, CheckFailed):

@@ -15,24 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import IGNORED, LM, Convention, NewCache
-from diymodel.verify.failure import NotApplicable, SubjectError
+from diymodel.verify.adapters import IGNORED, LM, ROLES, Convention
+from diymodel.verify.cache_probing import cache_on_module, find_cache, is_narrower
+from diymodel.verify.failure import SubjectError, refusal, said
+from diymodel.verify.masks import CAUSAL_MASKS
+from diymodel.verify.trial import draw_weights
 
 _NAMES = {
-    "ids": ("input_ids", "idx", "tokens", "token_ids", "in_idx", "x", "inputs", "input"),
-    "mask": ("attention_mask", "padding_mask", "mask"),
-    "lengths": ("seq_lengths", "lengths"),
+    "ids": ("input_ids", "idx", "tokens", "token_ids", "in_idx", "x", "inputs", "input", "src", "ids"),
+    "mask": ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask", "mask"),
+    "lengths": ("seq_lengths", "lengths", "seq_lens"),
     "left": ("seq_start_pos",),
-    "positions": ("position_ids", "input_pos", "positions"),
+    "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
+    "positions": ("position_ids", "input_pos", "positions", "pos_ids"),
     "start": ("start_pos", "start_position"),
-    "past": ("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past"),
+    "past": (
+        *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
+        *("cache_params", "state", "states", "hidden", "hidden_state"),
+    ),
     "use_cache": ("use_cache", "return_intermediates"),
     "labels": ("labels", "targets", "target"),
+    "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
 }
-_MAKERS = ("setup_caches", "set_kv_cache", "make_cache", "new_cache", "init_cache", "setup_cache", "empty_cache")
-_RESETS = ("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches")
+_PERHAPS_CAUSAL = ("mask", *_NAMES["causal"])  # names of masks (T, S) as well
 _AFTER = ("input_not_include_cache",)  # x-transformers: True where a call on a cache gets the new tokens only
+_NEW_TOKENS = "cache_age"  # x-transformers, which hands it on by **kwargs
 _LABELS_SHIFTED = ("targets", "target")  # nanoGPT's name for labels that its caller shifts
+_MARKS_REAL = ("attention_mask",)  # the one name that everybody gives the same meaning
+_MASK_KINDS = ((torch.int64, False), (torch.bool, False), (torch.bool, True))  # dtype, True at padding
+_ROWS, _LENGTH = 3, 4  # apart, and neither the number of heads: a mask of another shape must not pass for one of these
 
 
 def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared: Mapping[str, Any]) -> Convention:
@@ -45,22 +56,37 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
     Raises:
         SubjectError: it cannot be called with token ids, or returns no logits.
     """
+    ids = torch.arange(_ROWS * _LENGTH).view(_ROWS, _LENGTH) % config.vocab_size
     module = build().eval()
-    ids = torch.arange(2 * 4).view(2, 4) % config.vocab_size
-    convention = _find_call(module, config, declared)
+
+    def rest(dtype: torch.dtype) -> Convention:
+        found = _find_rest(build().eval().to(dtype), config, replace(convention, dtype=dtype), ids, declared)
+        return replace(found, **declared)
+
     with torch.no_grad():
-        convention = _find_logits(module, config, convention, ids)
-        if "dtype" not in declared:
-            convention = replace(convention, dtype=_find_dtype(module, config, convention, ids))
-        module = build().eval().to(convention.dtype)
-        convention = replace(convention, shortest=_find_shortest(module, config, convention, ids))
-        convention, missing = _find_padding(module, config, convention, ids)
-        convention, found = _find_loss(module, config, convention, ids, declared)
-        missing |= found
-        convention, found = _find_cache(module, config, convention, ids)
-        missing |= found
-    missing |= _missing_gradient(module, config, convention, ids)
-    return replace(convention, missing=missing)
+        convention = _find_logits(module, config, _find_call(module, declared), ids, declared)
+        if "dtype" in declared:
+            return rest(convention.dtype)
+        if not _runs_in_float64(module, config, convention, ids):
+            return rest(torch.float32)
+        exact, coarse = rest(torch.float64), rest(torch.float32)
+        better = "cache" in exact.missing and "cache" not in coarse.missing  # buffers that are float32 for good
+        overflows = _padded_is_finite(build, config, coarse, ids) and not _padded_is_finite(build, config, exact, ids)
+        narrower = "cache" not in exact.missing and is_narrower(build().eval().double(), config, exact, ids)
+        return coarse if better or overflows or narrower else exact
+
+
+def _padded_is_finite(build: Callable[[], nn.Module], config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether a row padded on the left has finite logits; True where no such row is taken.
+
+    Where a mask holds float64's smallest number and the softmax works in float32, that number is -inf.
+    """
+    if not convention.mask or "padding" in convention.missing:
+        return True
+    lm = LM(build().eval().to(convention.dtype), config, convention)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[0, 0] = False
+    return refusal(lm.logits, ids, real) is not None or bool(lm.logits(ids, real).isfinite().all())
 
 
 def parameter_names(module: nn.Module) -> dict[str, str]:
@@ -85,110 +111,181 @@ def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     }
 
 
-def _find_call(module: nn.Module, config: DIYConfig, declared: Mapping[str, Any]) -> Convention:
+def _required(module: nn.Module) -> set[str]:
+    """The parameters without a default."""
+    return {name for name, parameter in _parameters(module).items() if parameter.default is parameter.empty}
+
+
+def _find_call(module: nn.Module, declared: Mapping[str, Any]) -> Convention:
     """What the names of parameters and methods tell."""
-    parameters = _parameters(module)
     names: dict[str, Any] = {**parameter_names(module)}
-    mask = parameters.get(names.get("mask", ""))
-    if mask is not None and mask.default is mask.empty and "positions" in names:
-        names["block_mask"] = names.pop("mask")
     if names.get("labels") in _LABELS_SHIFTED:
         names |= {"labels_come_shifted": True, "ignore_index": -1}
-    if "return_intermediates" in parameters:
-        names["cached_extra"] = {name: True for name in _AFTER if name in parameters}
+    if names.get("use_cache") == "return_intermediates":
+        names |= {"cached_extra": {name: True for name in _AFTER if name in _parameters(module)}}
+        names |= {"new_tokens": _NEW_TOKENS}
     if "past" not in names and "new_cache" not in declared:
-        names |= _cache_on_module(module, names)
-    return Convention(**{**names, **declared})
+        names |= cache_on_module(module, names)
+    required = _required(module)
+    if names.get("cache_on_module") and names.get("positions") in required:
+        names["always_cached"] = True
+    names["positions_always"] = names.get("positions") in required and not names.get("cache_on_module")
+    convention = Convention(**{**names, **declared})
+    known = {getattr(convention, role) for role in ROLES}
+    if unknown := [name for name in _parameters(module) if name in required - known]:
+        raise SubjectError(
+            f"forward needs {', '.join(unknown)}, which is none of the arguments that the harness knows: name a "
+            "function config -> module instead, whose module gives it"
+        )
+    return convention
 
 
-def _cache_on_module(module: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:
-    """The convention of a module that keeps its cache, if it has a method or a parameter that says so."""
-    if names.get("start"):
-        return {"cache_on_module": True, "always_cached": True}
-    maker = next((name for name in _MAKERS if hasattr(module, name)), None)
-    reset = next((name for name in _RESETS if hasattr(module, name)), None)
-    if maker is not None and names.get("positions"):
-        return {"cache_on_module": True, "new_cache": _set_up(maker, reset), "always_cached": "block_mask" in names}
-    if reset is not None and names.get("use_cache"):
-        return {"cache_on_module": True, "new_cache": _call_method(reset)}
-    return {}
-
-
-def _set_up(maker: str, reset: str | None) -> NewCache:
-    """Clears the cache on the module and sets it up for so many rows, in the module's dtype where it takes one."""
-
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
-        if reset is not None:
-            getattr(module, reset)()
-        method = getattr(module, maker)
-        parameter = next(module.parameters())
-        known = {"device": parameter.device, "dtype": parameter.dtype, "max_seq_length": config.max_seq_len}
-        takes = inspect.signature(method).parameters
-        method(rows, **{name: value for name, value in known.items() if name in takes})
-
-    return new_cache
-
-
-def _call_method(name: str) -> NewCache:
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
-        return getattr(module, name)()
-
-    return new_cache
-
-
-def _find_logits(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:
-    """All positions' logits come without labels, or, as in nanoGPT, only with them."""
-    shape: tuple[int, ...] = ()
-    for need_labels in (False, True) if convention.labels else (False,):
-        trial = replace(convention, logits_need_labels=need_labels)
-        try:
-            logits = LM(module, config, trial).logits(ids)
-        except (SubjectError, NotApplicable):
-            raise
-        except Exception as error:  # a stranger's forward may raise anything
-            raise SubjectError(f"forward failed on token ids: {_said(error)}") from error
-        shape = tuple(logits.shape)
-        if shape[:2] == tuple(ids.shape) and len(shape) == 3:
+def _find_logits(
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
+) -> Convention:
+    """The first way to call it in which all positions' logits come and none sees the future; else the first way."""
+    draw_weights(module, seed=0, sharpness=2)
+    ways = [convention] if "causal" in declared else _ways(convention, _required(module))
+    accepted, reasons = [], []
+    for way in ways:
+        for need_labels in (False, True) if way.labels else (False,):
+            trial = replace(way, logits_need_labels=need_labels)
+            if (why := _wrong_logits(LM(module, config, trial), ids)) is None:
+                break
+            reasons.append(why)
+        else:
+            continue
+        if _is_causal(LM(module, config, trial), ids):
             return trial
-    raise SubjectError(
-        f"forward({convention.ids}) of shape {tuple(ids.shape)} gave logits of shape {shape}: expected "
-        f"({ids.shape[0]}, {ids.shape[1]}, {config.vocab_size})"
-    )
+        accepted.append(trial)
+    if not accepted:
+        raise SubjectError(reasons[0])
+    return accepted[0]
 
 
-def _find_dtype(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> torch.dtype:
-    """float64, unless the module refuses it."""
+def _ways(convention: Convention, required: set[str]) -> list[Convention]:
+    """The ways to call it, the plainest first."""
+    plain = replace(convention, causal=None)
+    ways = [] if convention.causal in required else [plain]
+    if plain.lengths in required:
+        ways = [replace(plain, mask_always=True)]
+    if plain.mask in required:
+        ways = [replace(way, mask_always=True) for way in _mask_kinds(plain)]
+    name = convention.causal or (convention.mask if convention.mask in _PERHAPS_CAUSAL else None)
+    if name is not None:
+        without = replace(plain, mask=None) if name == convention.mask else plain
+        if name in required and convention.cache_on_module:
+            ways.insert(0, replace(without, block_mask=name, always_cached=True))
+        ways += [replace(without, causal=name, causal_mask=kind) for kind in CAUSAL_MASKS]
+    if convention.positions_always:
+        ways = [replace(way, positions_are_shared=shared) for way in ways for shared in (False, True)]
+    return ways
+
+
+def _wrong_logits(lm: LM, ids: Tensor) -> str | None:
+    """What is wrong with the logits of all positions; None: nothing."""
+    name, expected = lm.convention.ids, (*ids.shape, lm.config.vocab_size)
     try:
-        logits = LM(module.double(), config, convention).logits(ids)
-    except Exception:  # kernels and modules refuse in ways of their own; the report says which dtype was used
-        return torch.float32
-    return torch.float64 if bool(logits.isfinite().all()) else torch.float32
+        logits = lm.logits(ids)
+    except SubjectError as error:
+        return str(error)
+    except Exception as error:  # a stranger's forward may raise anything
+        return f"forward failed on token ids: {said(error)}"
+    if tuple(logits.shape) == expected:
+        return None
+    return f"forward({name}) of shape {expected[:2]} gave logits of shape {tuple(logits.shape)}: expected {expected}"
+
+
+def _close(seen: Tensor, expected: Tensor) -> bool:
+    """Whether they are the same as far as finding a convention goes; bugs are for the checks."""
+    return bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
+
+
+def _is_causal(lm: LM, ids: Tensor) -> bool:
+    """Whether the last token reaches no earlier logit, and the first one the last."""
+    first, last = ids.clone(), ids.clone()
+    first[:, 0] = (ids[:, 0] + 1) % lm.config.vocab_size
+    last[:, -1] = (ids[:, -1] + 1) % lm.config.vocab_size
+    logits = lm.logits(ids)
+    reached = not torch.equal(lm.logits(first)[:, -1], logits[:, -1])
+    return bool(logits.isfinite().all()) and reached and _close(lm.logits(last)[:, :-1], logits[:, :-1])
+
+
+def _mask_kinds(convention: Convention) -> list[Convention]:
+    kinds = [(dtype, padding) for dtype, padding in _MASK_KINDS if not padding or convention.mask not in _MARKS_REAL]
+    return [replace(convention, mask_dtype=dtype, mask_marks_padding=padding) for dtype, padding in kinds]
+
+
+def _runs_in_float64(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether it does not refuse float64; kernels and modules do so in ways of their own."""
+    logits = LM(module, config, convention).logits(ids)
+    try:
+        exact = LM(module.double(), config, replace(convention, dtype=torch.float64)).logits(ids)
+    except Exception:  # the report says which dtype was used
+        return False
+    return bool(exact.isfinite().all()) or not bool(logits.isfinite().all())
+
+
+def _find_rest(
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
+) -> Convention:
+    """How short inputs, padding, labels and cache are handled; what is missing."""
+    convention = replace(convention, shortest=_find_shortest(module, config, convention, ids))
+    convention, no_padding = _find_padding(module, config, convention, ids, declared)
+    convention, no_loss = _find_loss(module, config, convention, ids, declared)
+    convention, no_cache = find_cache(module, config, convention, ids)
+    missing = no_padding | no_loss | no_cache | _missing_packing(module, config, convention, ids)
+    if convention.mask and not (convention.lengths or convention.mask_covers_cache):
+        missing.setdefault("ragged_cache", f"forward({convention.mask}=…) covers the new tokens only")
+    if convention.always_cached:
+        missing["gradient"] = "every call is on the cache that the module keeps: it is for inference only"
+    return replace(convention, missing=missing)
 
 
 def _find_shortest(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> int:
     lm = LM(module, config, convention)
-    return next((T for T in (1, 2, 3) if _refusal(lm.logits, ids[:, :T]) is None), ids.shape[1])
+    return next((T for T in range(1, _LENGTH) if refusal(lm.logits, ids[:, :T]) is None), _LENGTH)
 
 
 def _find_padding(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
 ) -> tuple[Convention, dict[str, str]]:
-    """A mask (B, T) of whole numbers or of booleans, or lengths; whether the mask of a cached call covers the cache."""
-    real = torch.tensor([[True] * 4, [True, True, False, False]])
-    if convention.lengths or convention.mask:
-        refusal = None
-        for mask_dtype in (convention.mask_dtype, torch.bool):
-            trial = replace(convention, mask_dtype=mask_dtype)
-            refusal = _refusal(LM(module, config, trial).logits, ids, real)
-            if refusal is None:
-                missing = {}
-                if not (convention.lengths or convention.positions):
-                    missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
-                return trial, missing
-        why = f"forward({convention.lengths or convention.mask}=…) does not take padding on the right: {refusal}"
-    else:
+    """How padding on the right is told: by lengths, or by a mask of numbers or booleans, of what is real or is not."""
+    name = convention.lengths or convention.mask
+    if name is None:
         why = "forward has no attention_mask and no seq_lengths"
-    return convention, dict.fromkeys(("padding", "ragged_cache"), why)
+        return convention, dict.fromkeys(("padding", "ragged_cache"), why)
+    ways = [convention]
+    if not (convention.lengths or {"mask_dtype", "mask_marks_padding"} & declared.keys()):
+        ways = _mask_kinds(convention)
+    real = torch.arange(_LENGTH) < torch.tensor([[_LENGTH]] + [[2]] * (_ROWS - 1))
+    expected = LM(module, config, convention).logits(ids)[real]
+    accepted: list[Convention] = []
+    reasons = []
+    for way in ways:
+        lm = LM(module, config, way)
+        if (refused := refusal(lm.logits, ids, real)) is not None:
+            reasons.append(refused)
+        elif _close(lm.logits(ids, real)[real], expected):
+            accepted.insert(0, way)
+            break
+        else:
+            accepted.append(way)
+    if not accepted:
+        why = f"forward({name}=…) takes no padding on the right: {reasons[0]}"
+        return convention, dict.fromkeys(("padding", "ragged_cache"), why)
+    missing = {}
+    if not (convention.lengths or convention.positions):
+        missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
+    return accepted[0], missing
+
+
+def _missing_packing(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> dict[str, str]:
+    if convention.documents is None:
+        return {"packing": "forward has no document_ids"}
+    documents = (torch.arange(_LENGTH) // 2 + 1).expand_as(ids)
+    why = refusal(LM(module, config, convention).packed, ids, documents)
+    return {} if why is None else {"packing": f"forward({convention.documents}=…) takes no (batch, seq): {why}"}
 
 
 def _find_loss(
@@ -206,10 +303,10 @@ def _find_loss(
     refusals = []
     for candidate in candidates:
         lm = LM(module, config, candidate)
-        refusal = _refusal(lm.loss, ids, _half_ignored(ids))
-        if refusal is None and (len(candidates) == 1 or _is_cross_entropy(lm, ids)):
+        why = refusal(lm.loss, ids, _half_ignored(ids))
+        if why is None and (len(candidates) == 1 or _is_cross_entropy(lm, ids)):
             return candidate, {}
-        refusals.append(refusal)
+        refusals.append(why)
     if None in refusals:  # there is a loss, of no known kind: the checks will say how it is wrong
         return candidates[refusals.index(None)], {}
     return convention, {"loss": f"forward({convention.labels}=…) gave no loss: {refusals[0]}"}
@@ -226,75 +323,3 @@ def _is_cross_entropy(lm: LM, ids: Tensor) -> bool:
     logits = lm.logits(ids)[:, :-1].flatten(0, 1).double()
     expected = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
     return bool(torch.isclose(lm.loss(ids, labels).double(), expected, rtol=1e-4))
-
-
-def _find_cache(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
-) -> tuple[Convention, dict[str, str]]:
-    if not convention.past and not convention.cache_on_module:
-        return convention, dict.fromkeys(("cache", "chunks"), "forward has no past_key_values")
-    if convention.past and convention.new_cache is None and hasattr(module, "make_cache"):
-        convention = replace(convention, new_cache=_call_method("make_cache"))
-    lm = LM(module, config, convention)
-    try:
-        _, past = lm.extend(ids)
-        _, past = lm.extend(ids[:, :1], past)
-    except NotApplicable:
-        why = (
-            f"forward({convention.past}=…) handed no cache back: if the caller makes it, say how in "
-            "Subject(…, new_cache=lambda module, config, rows: …)"
-        )
-        return convention, dict.fromkeys(("cache", "chunks"), why)
-    except Exception as error:  # a stranger's forward may raise anything
-        why = f"a cached call failed: {_said(error)}"
-        return convention, dict.fromkeys(("cache", "chunks"), why)
-    convention = replace(convention, cache_is_value=not convention.cache_on_module and _is_value(past.cache))
-    if convention.mask:
-        convention = replace(convention, mask_covers_cache=_mask_covers_cache(module, config, convention, ids))
-    lm = LM(module, config, convention)
-    if (refusal := _refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
-        return convention, {"chunks": f"several tokens on a cache are refused: {refusal}"}
-    return convention, {}
-
-
-def _mask_covers_cache(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether a call on a cache takes a mask of cached and new tokens; else of the new ones only."""
-    lm = LM(module, config, replace(convention, mask_covers_cache=True))
-    real = torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
-    return _refusal(lambda: lm.extend(ids[:, :1], lm.extend(ids, None, real[:, :-1])[1], real)) is None
-
-
-def _is_value(past: Any) -> bool:
-    """Whether a cache is built of containers and tensors only, which promise not to change once handed out."""
-    if isinstance(past, Mapping):
-        return all(_is_value(item) for item in past.values())
-    if isinstance(past, (tuple, list)):
-        return all(_is_value(item) for item in past)
-    return past is None or isinstance(past, (Tensor, int, float))
-
-
-def _missing_gradient(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> dict[str, str]:
-    """A module with its cache in buffers is often for inference only."""
-
-    def backward() -> None:
-        for _ in range(2):
-            LM(module, config, convention).logits(ids).sum().backward()  # type: ignore[no-untyped-call]
-
-    with torch.enable_grad():
-        refusal = _refusal(backward) if convention.cache_on_module else None
-    module.zero_grad()
-    return {} if refusal is None else {"gradient": f"the module cannot be trained as it is: {refusal}"}
-
-
-def _refusal(call: Callable[..., object], *arguments: Any) -> str | None:
-    """What the module says against a call; None: nothing."""
-    try:
-        call(*arguments)
-    except Exception as error:  # a stranger's module may raise anything
-        return _said(error)
-    return None
-
-
-def _said(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

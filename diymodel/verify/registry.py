@@ -26,16 +26,17 @@ class Check:
     needs: tuple[str, ...]  # capabilities; without one of them the check is skipped
     causes: tuple[str, ...]  # slugs of bug classes, the likeliest first
     function: Callable[[Trial], None]  # one trial; raises CheckFailure
+    optional: bool = False  # slow: run where it is asked for by name
 
 
 def check(
-    id: str, *, title: str, step: str, causes: Iterable[str], needs: Iterable[str] = ()
+    id: str, *, title: str, step: str, causes: Iterable[str], needs: Iterable[str] = (), optional: bool = False
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register the decorated function as a check; the arguments are the fields of :class:`Check`."""
 
     def register(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
         assert id not in _CHECKS, id
-        _CHECKS[id] = Check(id, title, step, tuple(needs), tuple(causes), function)
+        _CHECKS[id] = Check(id, title, step, tuple(needs), tuple(causes), function, optional)
         return function
 
     return register

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
 from diymodel.verify.failure import CheckFailure, Inconclusive, NotApplicable, SubjectError
+from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
 from diymodel.verify.subject import Factory, Subject, resolve
@@ -29,6 +30,7 @@ PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
 CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
+_OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
 _SHRINKS = 400  # trials spent on making a failure smaller
 _HARNESS = "diymodel/verify"
 _TOOLS = (_HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
@@ -45,6 +47,8 @@ class Settings:
     dtype: torch.dtype | None = None  # None: the subject's own
     check_seconds: float = CHECK_SECONDS
     deadline: float | None = None  # of time.monotonic(), for all checks together
+    shrink: bool = True  # make failures as small as they can be
+    optional: bool = True  # run checks that are optional as well
 
     @classmethod
     def of(
@@ -55,6 +59,7 @@ class Settings:
         dtype: str | None = None,
         check_seconds: float = CHECK_SECONDS,
         deadline: float | None = None,
+        optional: bool = False,
     ) -> Settings:
         """From what users write; the arguments are those of :func:`check_causal_lm`.
 
@@ -65,7 +70,8 @@ class Settings:
             raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-        return cls(PROFILES[profile], seed, device, DTYPES[dtype] if dtype else None, check_seconds, deadline)
+        own_dtype = DTYPES[dtype] if dtype else None
+        return cls(PROFILES[profile], seed, device, own_dtype, check_seconds, deadline, optional=optional)
 
 
 def check_causal_lm(
@@ -91,7 +97,7 @@ def check_causal_lm(
             do), a :class:`Subject`, or None for diymodel's own model.
         profile: "quick", "standard" or "thorough": 10, 40 or 400 trials a check.
         seed: the same seed gives the same report.
-        only: globs of check ids to run; none means all.
+        only: globs of check ids to run; none means all but the optional ones.
         skip: globs of check ids to leave out.
         step: a step of the roadmap, "3" or "3.2"; None means all.
         expected_failures: ``{id: reason}``; such a check is run, and its failure does not count.
@@ -110,7 +116,8 @@ def check_causal_lm(
         ValueError: an id, step, profile or dtype is unknown.
     """
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    settings = Settings.of(profile, seed, device, dtype, check_seconds, deadline)
+    only = tuple(only)
+    settings = Settings.of(profile, seed, device, dtype, check_seconds, deadline, optional=bool(only))
     expected_failures = dict(expected_failures or {})
     chosen = select_checks(only, skip, step)
     for id in expected_failures:
@@ -195,13 +202,25 @@ def replay(subject: str | Subject | Factory | None, check: Check, values: Mappin
 def verify_one(subject: Subject, check: Check, settings: Settings) -> Result:
     """The verdict of one check: skipped where the subject lacks what it needs, else run."""
     reason = next((why for need in check.needs if (why := subject.missing(need))), None)
+    if check.optional and not settings.optional:
+        reason = "optional: name it with --only"
     if reason is not None:
         return Result(check, "skipped", reason=reason)
     return run_check(subject, check, settings)
 
 
 def run_check(subject: Subject, check: Check, settings: Settings) -> Result:
-    """Draw trials until one fails, or enough have passed; a failing one is shrunk."""
+    """Draw trials until one fails, or enough have passed; a failing one is shrunk.
+
+    Optional checks run in a process of their own: a compilation that fails can leave torch unusable.
+    """
+    from diymodel.verify.isolation import can_isolate, run_alone
+
+    return (run_alone if check.optional and can_isolate() else run_here)(subject, check, settings)
+
+
+def run_here(subject: Subject, check: Check, settings: Settings) -> Result:
+    """:func:`run_check` in this process."""
     run = _Run(subject, check, settings)
     return run.judged(run.trials)
 
@@ -217,6 +236,8 @@ class _Run:
         self.subject = subject
         self.check = check
         self.settings = settings
+        self.examples = max(1, settings.examples // _OPTIONAL_SHARE) if check.optional else settings.examples
+        self.shrinking = settings.shrink and not check.optional
         self.started = time.perf_counter()
         self.count = 0
         self.not_applicable: list[str] = []  # the reason of every trial that did not apply
@@ -224,15 +245,16 @@ class _Run:
         self.failed: tuple[Trial, Exception] | None = None  # the last, which is the smallest
         self.shrinks = 0
         self.out_of_time = False
+        self.never_applies = False
 
     def trials(self) -> None:
         """All of them."""
         draw = hypothesis.given(st.data())(self._draw)
         draw = hypothesis.settings(
-            max_examples=self.settings.examples,
+            max_examples=self.examples,
             deadline=None,
             database=None,
-            phases=(Phase.generate, Phase.shrink),
+            phases=(Phase.generate, Phase.shrink) if self.shrinking else (Phase.generate,),
             suppress_health_check=list(HealthCheck),
             verbosity=Verbosity.quiet,
             report_multiple_bugs=False,
@@ -258,15 +280,15 @@ class _Run:
         """One, with the global random state and gradient mode as they were afterwards."""
         self.count += 1
         try:
-            with torch.random.fork_rng(devices=[]), time_limit(self.settings.check_seconds):
-                torch.manual_seed(0)
+            with seeded(), time_limit(self.settings.check_seconds):
                 self.check.function(trial)
         except (UnsatisfiedAssumption, StopTest):  # the subject refused the configuration, or Hypothesis the draw
             self.count -= 1
             raise
         except NotApplicable as stop:
             self.not_applicable.append(str(stop))
-            if len(self.not_applicable) == self.count >= _NOT_APPLICABLE:
+            self.never_applies = len(self.not_applicable) == self.count >= _NOT_APPLICABLE
+            if self.never_applies:
                 raise _Enough from None
             return
         except Exception as error:
@@ -293,7 +315,7 @@ class _Run:
         except (Exception, _Enough) as raised:  # Hypothesis takes an early end for flakiness
             if self.out_of_time:
                 status, reason = self._verdict_so_far()
-            elif self.failed is None and self.not_applicable:
+            elif self.never_applies:
                 status, reason = "skipped", self.not_applicable[0]
             elif self.failed is None:
                 status, reason = "error", f"the check itself failed: {type(raised).__name__}: {raised}"
@@ -305,7 +327,7 @@ class _Run:
     def _verdict_so_far(self) -> tuple[Status, str]:
         if not self.count:
             return "inconclusive", "there was no time for a trial"
-        return "passed", f"stopped after {self.count} of {self.settings.examples} trials: {self.limit} are over"
+        return "passed", f"stopped after {self.count} of {self.examples} trials: {self.limit} are over"
 
     @property
     def limit(self) -> str:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
 from torch import nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import Convention, Reference, Shifted, own_model
-from diymodel.verify.failure import SubjectError
+from diymodel.verify.adapters import Checkpoint, Convention, Load, Reference, Save, Shifted, own_model
+from diymodel.verify.failure import SubjectError, said
+from diymodel.verify.generating import CAPABILITIES as GENERATING
+from diymodel.verify.generating import with_generating
+from diymodel.verify.importing import import_named
 from diymodel.verify.probing import find_convention
+from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import configs
+from diymodel.verify.timing import OutOfTime, time_limit
 
 OWN = "diymodel"  # how our own model is called
+_PATIENCE = 60  # seconds, for finding out how a subject is called
 
 Factory = Callable[[Any], nn.Module]
+OpenDirectory = Callable[[], tuple[nn.Module, Any, Sequence[str]]]  # the fields of Opened
 
 # Tried in this order until the factory builds one: what it is called with for finding its convention.
 _FIRST_CONFIGS = (
+    {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_size": 8},  # so that no two sizes are the same
     {"num_layers": 1, "num_heads": 2, "hidden_size": 8},
     {"num_layers": 2, "num_heads": 2, "hidden_size": 16},
     {"num_layers": 2, "num_heads": 4, "hidden_size": 64},
@@ -37,15 +41,34 @@ _FIRST_CONFIGS = (
 
 CLAIMS = {  # promises that no trying can find
     "cache_value": "a cache never changes once it is returned",
+    "cache_filled": "the cache object that is passed in is the one that is filled",
     "strict_context": "more than max_seq_len tokens are refused",
     "finite_loss": "with every label ignored the loss is 0, not NaN",
     "left_padding": "a row may be padded on the left",
+    "small_init": "as constructed, all tokens are about equally likely",
+    "meta_init": "it may be built on the meta device, given memory by to_empty(), and then loaded",
+    "ragged_cache": "rows padded on the right go on from their own last token",
+    "nan_contained": "a NaN that stands at padding reaches no real logit",
+    "strict_generation": "generate refuses more than max_seq_len tokens, prompt and new ones, before the first",
+    "generate_eval": "generate works in eval mode and puts every part back into its own mode",
 }
-_FOUND = ("cache", "chunks", "padding", "ragged_cache", "loss", "gradient")
+_FOUND = ("cache", "chunks", "padding", "packing", "loss", "gradient", *GENERATING)
+_OWN_CLAIMS = (
+    "cache_value",
+    "strict_context",
+    "finite_loss",
+    "nan_contained",
+    "strict_generation",
+    "generate_eval",
+    "small_init",
+    "meta_init",
+)
 _GIVEN = {
     "reference": "names no reference: Subject(…, reference=…)",
     "shifted": "does not say how to shift its positions: Subject(…, shifted=…)",
     "window": "has no sliding window: Subject(…, window=…)",
+    "directory": "is no directory with saved weights",
+    "checkpoint": "does not say how it is saved and loaded: Subject(…, save=…, load=…)",
 }
 _CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, "causal")
 
@@ -68,11 +91,15 @@ class Subject:
             or other relative positions, whose logits do not change by that.
         window: a position sees itself and the ``window - 1`` before it, in each layer; None: all before it.
         no_gradient: globs of parameter names that rightly get no gradient.
+        save: ``(module, path)``: writes a checkpoint, a file or a directory of them.
+        load: ``(path) -> module``: builds the module again from nothing but what ``save`` wrote.
+        directory: opens what was saved of it: ``() -> (module, config, problems)``, as :class:`Opened`.
         declared: fields of :class:`Convention` that are stated rather than found, such as ``ignore_index=-1`` or
             ``new_cache=lambda module, config, rows: KVCache(rows, …)``.
 
     Raises:
-        ValueError: a claim, capability or field is unknown; the message names the nearest.
+        ValueError: a claim, capability or field is unknown; the message names the nearest. Or only one of save and
+            load is given.
     """
 
     def __init__(
@@ -86,6 +113,9 @@ class Subject:
         shifted: Shifted | None = None,
         window: int | None = None,
         no_gradient: Iterable[str] = (),
+        save: Save | None = None,
+        load: Load | None = None,
+        directory: OpenDirectory | None = None,
         **declared: Any,
     ) -> None:
         self._factory = factory
@@ -96,8 +126,13 @@ class Subject:
         self.shifted = shifted
         self.window = window
         self.no_gradient = tuple(no_gradient)
+        if (save is None) != (load is None):
+            raise ValueError(f"save={save!r} and load={load!r}: a checkpoint is checked by both, so give both")
+        self.checkpoint = None if save is None or load is None else Checkpoint(save, load)
+        self.directory = directory
         self.declared = declared
         self.refused: set[str] = set()  # configurations that the factory could not build
+        self.refusal = ""  # what it said to the last of them
         _check_known("claim", self.claims, CLAIMS)
         _check_known("capability", self.lacks, _CAPABILITIES)
         _check_known("field of Convention", declared, [field.name for field in fields(Convention)])
@@ -119,9 +154,14 @@ class Subject:
         Raises:
             SubjectError: it cannot be built, or called with token ids.
         """
-        with torch.random.fork_rng(devices=[]):  # the first trial starts from the same state as a replay
-            config = self._first_config()
-            return find_convention(lambda: self.build(config), config, self.declared)
+        with seeded():  # the first trial starts from the same state as a replay
+            try:
+                with time_limit(_PATIENCE):
+                    config = self._first_config()
+                    convention = find_convention(lambda: self.build(config), config, self.declared)
+            except OutOfTime:
+                raise SubjectError(f"{self.name} did not build and answer a few tiny calls in {_PATIENCE} s") from None
+            return with_generating(lambda: self.build(config), config, convention)
 
     def missing(self, capability: str) -> str | None:
         """Why the subject lacks a capability; None if it has it."""
@@ -133,6 +173,10 @@ class Subject:
             return convention.missing.get(capability)
         if capability in _GIVEN:
             return f"the subject {_GIVEN[capability]}" if getattr(self, capability) is None else None
+        if capability == "ragged_cache" and (convention.lengths or capability in convention.missing):
+            return convention.missing.get(capability)
+        if capability == "left_padding" and convention.lengths:
+            return f"forward({convention.lengths}=…) says nothing of padding on the left"
         if capability == "causal" or capability in self.claims:
             return None
         if capability == "cache_value":
@@ -154,8 +198,10 @@ class Subject:
             except NotImplementedError as error:
                 refusal = error
                 continue
+            except SubjectError:
+                raise
             except Exception as error:  # a stranger's constructor may raise anything
-                raise SubjectError(f"{self.name}(config) failed: {type(error).__name__}: {error}") from error
+                raise SubjectError(f"{self.name}(config) failed: {said(error)}{_advice(error)}") from error
             if not isinstance(module, nn.Module):
                 raise SubjectError(
                     f"{self.name}(config) returned {type(module).__name__}: expected an nn.Module; SUBJECT names a "
@@ -165,21 +211,36 @@ class Subject:
         raise SubjectError(f"{self.name} refused every configuration that was tried, the last with: {refusal}")
 
 
+def _advice(error: Exception) -> str:
+    """What to write where a constructor wants something else than a configuration with our names."""
+    if not isinstance(error, (TypeError, AttributeError)):
+        return ""
+    names = ", ".join(field.name for field in fields(DIYConfig))
+    return f"; config has {names}: if the model takes its sizes otherwise, name a function config -> model instead"
+
+
 def resolve(spec: str | Subject | Factory | None) -> Subject:
     """The subject that SUBJECT names: ``package.module:name``, ``path/to/file.py:name``, ``hf:MODEL_TYPE`` (a tiny
-    random transformers model), a Subject, a factory, or None (or "diymodel") for our own model.
+    random transformers model), a directory in Hugging Face's form, a Subject, a factory, or None (or "diymodel") for
+    our own model.
 
     Raises:
         SubjectError: it does not exist, does not import, or is no factory; one line that says what to write instead.
     """
     if spec is None or spec == OWN:
-        return Subject(name=OWN, claims=("cache_value", "strict_context", "finite_loss"), **own_model())
+        return Subject(name=OWN, claims=_OWN_CLAIMS, **own_model())
     if isinstance(spec, str) and spec.startswith("hf:"):
         from diymodel.verify.hf import subject_of_type
 
         return subject_of_type(spec.removeprefix("hf:"))
+    if isinstance(spec, str) and spec and Path(spec).is_dir():
+        from diymodel.verify.hf import subject_of_directory
+
+        return subject_of_directory(spec)
     if isinstance(spec, str):
-        return _subject_of(_import(spec), spec)
+        subject = _subject_of(import_named(spec), spec)
+        subject.name = spec  # by which a failure replays
+        return subject
     return _subject_of(spec, getattr(spec, "__name__", type(spec).__name__))
 
 
@@ -193,39 +254,6 @@ def _subject_of(found: Any, name: str) -> Subject:
     if not callable(found):
         raise SubjectError(f"{name} is a {type(found).__name__}: expected a factory config -> nn.Module, or a class")
     return Subject(found, name)
-
-
-def _import(spec: str) -> Any:
-    place, colon, name = spec.rpartition(":")
-    if not colon or not name:
-        raise SubjectError(f"{spec!r} names no model: write path/to/file.py:ClassName or package.module:ClassName")
-    try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except SubjectError:
-        raise
-    except Exception as error:  # a stranger's module may raise anything
-        raise SubjectError(f"{place} does not import: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        candidates = [n for n, v in vars(module).items() if inspect.isclass(v) and issubclass(v, nn.Module)]
-        known = f"; it has {', '.join(candidates)}" if candidates else ""
-        raise SubjectError(f"{place} has no {name!r}{known}")
-    return getattr(module, name)
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise SubjectError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up
-    sys.path.insert(0, str(path.parent))  # as python does for a script: a file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
 
 
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from diymodel.verify.explain import cause, title
 from diymodel.verify.report import Lang, Report, Result, Status
-from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS
+from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS, equal_means
 
 _COLORS: dict[Status, str] = {
     "passed": "32",
@@ -33,7 +33,7 @@ def to_text(report: Report, color: bool = False, lang: Lang = "en") -> str:
         lines.append(_line(result, color, lang))
     for result in report.failed:
         lines += ["", *failure_lines(result, color, lang)]
-    return "\n".join([*lines, "", _summary(report, color, lang)]) + "\n"
+    return "\n".join([*lines, "", _paint(equal_means(lang), "90", color), _summary(report, color, lang)]) + "\n"
 
 
 def failure_lines(result: Result, color: bool = False, lang: Lang = "en") -> list[str]:

@@ -14,6 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diymodel.verify.randomness import reseed, seeded
+
+HEALTHY_TRIALS, FALSE_ALARMS = 80_000, 0  # of correct models, as measured: benchmarks/results/false_alarms.json
 BEYOND_ROUNDING = 1e-3  # times the largest value: forty times the worst rounding ever measured in a float64 module
 _STEPS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16}
 _BINOMIAL = (1.0, -4.0, 6.0, -4.0, 1.0)  # of a fourth difference; on noise of size n it has size n · √70
@@ -37,7 +40,7 @@ def estimate_noise(module: nn.Module, run: Callable[[], Tensor], seed: int, enou
     and what is left is rounding (ECnoise, Moré and Wild 2011). The larger of two directions counts; the second is left
     out where the first gives ``enough``. The weights are left as they were.
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), seeded():
         noise = _fourth_difference(module, run, 2 * seed)
         return noise if noise >= enough else max(noise, _fourth_difference(module, run, 2 * seed + 1))
 
@@ -55,7 +58,7 @@ def _fourth_difference(module: nn.Module, run: Callable[[], Tensor], seed: int) 
         for t in range(7):
             for parameter, original, direction in zip(parameters, originals, directions, strict=True):
                 parameter.copy_(original * (1 + t * h * direction))
-            torch.manual_seed(0)  # dropout left on is no rounding
+            reseed()  # dropout left on is no rounding
             results.append(run().double())
     finally:
         for parameter, original in zip(parameters, originals, strict=True):

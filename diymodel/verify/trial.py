@@ -159,6 +159,14 @@ class Trial:
                 tolerance,
             )
 
+    def identical(self, seen: Tensor, expected: Tensor, what: str) -> None:
+        """Fail unless ``seen`` is ``expected`` bit for bit."""
+        if seen.shape != expected.shape:
+            raise CheckFailure(f"{what}, of shape {tuple(expected.shape)}, saw {tuple(seen.shape)}")
+        difference = float((seen - expected).detach().abs().nan_to_num(torch.inf).max())
+        if difference != 0:
+            raise CheckFailure(f"{what}, saw a difference of {difference:.3g}", difference, 0.0)
+
     def _measured_rounding(self, lm: LM, rerun: Callable[[], Tensor], difference: float) -> float:
         """What the module's own rounding explains; measured once for all comparisons of a loop."""
         factor = noise_factor(self.dtype)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from diymodel.verify.generating import CAPABILITIES as GENERATING
 from diymodel.verify.subject import Subject
 
+NO_GENERATION = frozenset({*GENERATING, "strict_generation", "generate_eval"})
 STRICT = ("strict_context", "finite_loss")  # what every base that can promises
 
 _loaded = itertools.count()
@@ -27,6 +30,7 @@ class Base:
     claims: tuple[str, ...] = STRICT
     declared: Mapping[str, Callable[[types.ModuleType], Any]] = field(default_factory=dict)
     # further arguments of its Subject, made from the loaded file
+    generation: frozenset[str] = NO_GENERATION  # what it lacks of generating
 
     @property
     def source(self) -> str:
@@ -44,22 +48,59 @@ class Base:
 
 def load(source: str, name: str) -> types.ModuleType:
     """A module of this text; a traceback shows its lines."""
-    filename = f"<zoo {name} {next(_loaded)}>"
+    count = next(_loaded)
+    filename = f"<zoo {name} {count}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    module = types.ModuleType(f"zoo_{name}")
+    module = types.ModuleType(f"zoo_{name}_{count}")
+    sys.modules[module.__name__] = module  # dataclasses and torch.compile look their module up
     exec(compile(source, filename, "exec"), module.__dict__)
     return module
 
 
 _NO_CACHE = frozenset({"cache", "chunks", "cache_value"})
 _NO_PADDING = frozenset({"padding", "ragged_cache", "left_padding"})
+_ONLY_SAMPLES = NO_GENERATION - {"generate", "generate_batch", "greedy", "sampling", "top_k"}
 
 BASES = {
     base.name: base
     for base in (
-        Base("nanogpt", "NanoGPT", _NO_CACHE | _NO_PADDING),
+        Base("nanogpt", "NanoGPT", _NO_CACHE | _NO_PADDING, generation=_ONLY_SAMPLES),
         Base("rotary", "Rotary", _NO_PADDING | {"loss"}),
         Base("hub", "Hub", frozenset({"cache_value", "ragged_cache", "left_padding"})),
         Base("plain", "Plain", _NO_CACHE | _NO_PADDING | {"loss"}),
+        Base("onmodule", "OnModule", _NO_PADDING | {"cache_value", "loss"}, ("strict_context",)),
+        Base("fastlike", "FastLike", _NO_PADDING | {"cache_value", "loss", "gradient"}, ("strict_context",)),
+        Base("supplied", "Supplied", _NO_PADDING | {"cache_value"}),
+        Base("startpos", "StartPos", _NO_PADDING | {"cache_value", "loss", "gradient"}, ("strict_context",)),
+        Base("resettable", "Resettable", _NO_PADDING | {"cache_value", "loss"}, ("strict_context",)),
+        Base(
+            "saved", "Saved", _NO_PADDING | {"loss"}, ("strict_context",), {"directory": lambda module: module.example}
+        ),
+        Base("intermediates", "WithIntermediates", frozenset({"cache_value", "ragged_cache", "loss"})),
+        Base(
+            "windowed",
+            "Windowed",
+            _NO_PADDING | {"cache_value", "loss", "strict_context"},
+            ("cache_filled",),
+            {"window": lambda file: file.WINDOW, "shifted": lambda file: file.shifted},
+        ),
+        Base("learned", "Learned", frozenset(), (*STRICT, "left_padding", "ragged_cache", "nan_contained")),
+        Base("ragged", "Ragged", frozenset({"left_padding", "loss"}), ("strict_context", "nan_contained")),
+        Base("packed", "Packed", _NO_CACHE | _NO_PADDING),
+        Base(
+            "pretrained",
+            "Pretrained",
+            _NO_PADDING | {"cache_value", "loss"},
+            ("strict_context", "small_init", "meta_init"),
+            {"save": lambda file: file.save, "load": lambda file: file.load},
+        ),
+        Base("alibi", "Alibi", _NO_PADDING | {"loss", "strict_context"}, ()),
+        Base(
+            "writer",
+            "Writer",
+            frozenset({"left_padding", "loss"}),
+            (*STRICT, "ragged_cache", "strict_generation", "generate_eval"),
+            generation=frozenset(),
+        ),
     )
 }

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import LM, Reference
 from diymodel.verify.subject import Subject
 from diymodel.zoo.base import BASES
 
@@ -22,6 +28,7 @@ class Bug:
     kills: tuple[str, ...]  # ids of checks that fail on it
     where: str = ""  # class or function that is changed; "": anywhere in the file
     claims: tuple[str, ...] = ()  # what the broken model promises besides
+    reference: bool = False  # judged against its unbroken base, which is given the same weights
 
     @property
     def id(self) -> str:
@@ -37,7 +44,10 @@ class Bug:
 
     def subject(self) -> Subject:
         """The broken model."""
-        return BASES[self.base].subject(self.source, f"zoo:{self.base}+{self.slug}", self.claims)
+        subject = BASES[self.base].subject(self.source, f"zoo:{self.base}+{self.slug}", self.claims)
+        if self.reference:
+            subject.reference = _reference(self.base)
+        return subject
 
 
 def list_bugs() -> list[Bug]:
@@ -45,6 +55,19 @@ def list_bugs() -> list[Bug]:
     package = importlib.import_module("diymodel.zoo.bugs")
     modules = (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__))
     return [bug for module in modules for bug in module.BUGS]
+
+
+@functools.cache
+def _reference(base: str) -> Reference:
+    """The logits of an unbroken base."""
+    correct = BASES[base].subject()
+
+    def logits(config: DIYConfig, state_dict: Mapping[str, Tensor], input_ids: Tensor) -> Tensor:
+        module = correct.build(config).to(correct.convention.dtype).eval()
+        module.load_state_dict(state_dict)
+        return LM(module, config, correct.convention).logits(input_ids)
+
+    return logits
 
 
 def _part(source: str, name: str) -> str:

@@ -27,8 +27,16 @@ _POSITIONS = (
     "decode.cached_equals_full",
     title="one token at a time on a cache gives the logits of the whole sequence",
     step="3.2",
-    needs=("cache",),
-    causes=(*_POSITIONS, "window-ignored-in-decode", "cache-drops-oldest", "cache-rows-shared", "bidirectional-mask"),
+    needs=("cache", "causal"),
+    causes=(
+        *_POSITIONS,
+        "window-ignored-in-decode",
+        "cache-drops-oldest",
+        "cache-object-replaced",
+        "cache-rows-shared",
+        "cached-path-diverges",
+        "bidirectional-mask",
+    ),
 )
 def cached_equals_full(trial: Trial) -> None:
     lm = trial.model()
@@ -47,7 +55,7 @@ def cached_equals_full(trial: Trial) -> None:
     "decode.chunks",
     title="several tokens at a time on a cache give the logits of the whole sequence",
     step="3.2",
-    needs=("cache", "chunks"),
+    needs=("cache", "causal", "chunks"),
     causes=(
         "chunk-unmasked",
         "chunk-mask-top-left",
@@ -88,8 +96,8 @@ def branch(trial: Trial) -> None:
     _, past = lm.extend(stem)
     first, one = lm.extend(ids[:, -2:-1], past)
     lm.extend(other[:, :1], past)
+    last, _ = lm.extend(ids[:, -1:], one)  # before the next line, which would mend an overwritten slot
     again, _ = lm.extend(ids[:, -2:-1], past)
-    last, _ = lm.extend(ids[:, -1:], one)
 
     def rerun() -> Tensor:
         return lm.extend(ids[:, -2:-1], lm.extend(stem)[1])[0]
@@ -108,6 +116,8 @@ def branch(trial: Trial) -> None:
 )
 def unrelated_call(trial: Trial) -> None:
     lm = trial.model()
+    if lm.convention.always_cached:
+        raise NotApplicable("every call is on the one cache that the module keeps: a new sequence ends the last")
     ids = trial.tokens(lm, min_length=2)
     expected, _ = lm.extend(ids[:, -1:], lm.extend(ids[:, :-1])[1])
     _, past = lm.extend(ids[:, :-1])
@@ -164,6 +174,8 @@ def cost(trial: Trial) -> None:
     # positions for 7 should cost a fifth more, and cost four times as much where the prefix is computed again.
     size: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 64}
     lm = trial.model(length=32, **size)
+    if lm.convention.block_mask:
+        raise NotApplicable("torch counts no FLOPs in flex attention")
     ids = torch.arange(32, device=trial.device)[None]
     short, long = (_step_flops(lm, ids[:, :length]) for length in (8, 32))
     if not short:

@@ -9,6 +9,7 @@ from torch import Tensor
 from diymodel.verify.adapters import IGNORED, LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import check
+from diymodel.verify.strategies import chunk_sizes
 from diymodel.verify.trial import Trial
 
 _CAUSES = (
@@ -21,17 +22,28 @@ _CAUSES = (
 
 
 def _labels(trial: Trial, ids: Tensor) -> Tensor:
-    """Labels (B, T) that differ from the tokens, most often partly ignored; at least one is live."""
+    """Labels (B, T) that differ from the tokens: one, some or all are live."""
     B, T = ids.shape
-    places = st.sampled_from([[row, position] for row in range(B) for position in range(1, T)])
-    live = trial.draw("live", st.lists(places, min_size=1, max_size=B * T))
+    places = [[row, position] for row in range(B) for position in range(1, T)]
+    one, some = (st.lists(st.sampled_from(places), min_size=1, max_size=size) for size in (1, B * T))
+    live = trial.draw("live", st.one_of(one, some, st.just(places)))
     shift = trial.draw("label_shift", st.integers(0, int(ids.max()) or 1))
     labels = torch.full_like(ids, IGNORED)
     for row, position in live:
         labels[row, position] = (ids[row, position] + shift) % (int(ids.max()) + 1)
-    if trial.draw("label_of_first", st.booleans()):  # no position predicts it
+    if not trial.draw("first_ignored", st.booleans()):  # no position predicts it
         labels[:, 0] = ids[:, 0]
     return labels
+
+
+def _scored(labels: Tensor) -> int:
+    """How many labels are scored: all that are live, but those of first positions, which nothing predicts."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def _coarse(loss: Tensor, logits: Tensor) -> Tensor:
+    """A loss, and the logits as coarse as it, for measuring their rounding: many modules take it in float32."""
+    return torch.cat((loss.reshape(1), logits.to(loss.dtype).flatten()))
 
 
 def _oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
@@ -60,19 +72,89 @@ def value(trial: Trial) -> None:
     loss = lm.loss(ids, labels)
 
     def rerun() -> Tensor:
-        """The loss, and the logits as coarse as it: many modules take the loss in float32."""
-        again = lm.loss(ids, labels)
-        return torch.cat((again.reshape(1), lm.logits(ids).to(again.dtype).flatten()))
+        return _coarse(lm.loss(ids, labels), lm.logits(ids))
 
     what = f"the loss for labels {labels.tolist()} must be their mean cross-entropy"
     trial.same(loss, _oracle(lm, ids, labels), what, lm, rerun, scale=lm.logits(ids))
 
 
 @check(
+    "loss.pad_token_scored",
+    title="a label that equals the padding token is scored like any other",
+    step="1.2",
+    needs=("loss",),
+    causes=("pad-equals-eos-masked", *_CAUSES),
+)
+def pad_token_scored(trial: Trial) -> None:
+    padding = trial.draw("padding", st.integers(0, 2))
+    lm = trial.model(pad_token_id=padding)
+    if lm.convention.ignore_index >= 0:
+        raise NotApplicable(f"the module ignores labels of {lm.convention.ignore_index}, which is a token")
+    ids = trial.tokens(lm, min_length=2)
+    labels = _labels(trial, ids)
+    row, position = (labels[:, 1:] != IGNORED).nonzero()[0].tolist()
+    ids[row, position + 1] = labels[row, position + 1] = padding  # as where text ends with the token that also fills up
+
+    def rerun() -> Tensor:
+        return _coarse(lm.loss(ids, labels), lm.logits(ids))
+
+    what = (
+        f"with pad_token_id={padding}, the loss for labels {labels.tolist()} must be their mean cross-entropy, that of "
+        f"label {padding} included"
+    )
+    trial.same(lm.loss(ids, labels), _oracle(lm, ids, labels), what, lm, rerun, scale=lm.logits(ids))
+
+
+@check(
+    "loss.micro_batches_add_up",
+    title="the losses of micro-batches, weighted by their labels, add up to the loss of the whole batch",
+    step="2.2",
+    needs=("loss",),
+    causes=("accumulation-mean-of-means", "loss-wrong-denominator", "statistic-over-batch", "state-survives-calls"),
+)
+def micro_batches_add_up(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, min_length=2, rows=trial.draw("batch", st.integers(2, 4)))
+    labels = _labels(trial, ids)
+    sizes = trial.draw("sizes", chunk_sizes(ids.shape[0]))
+    whole = lm.loss(ids, labels)
+    parts = torch.split(labels, sizes)
+    counts = [_scored(part) for part in parts]
+    total = torch.zeros_like(whole)
+    for part_ids, part, count in zip(torch.split(ids, sizes), parts, counts, strict=True):
+        if count or trial.subject.missing("finite_loss") is None:
+            total = total + count * lm.loss(part_ids, part)
+
+    def rerun() -> Tensor:
+        return _coarse(lm.loss(ids, labels), lm.logits(ids))
+
+    what = f"micro-batches with {counts} labels must add up to the loss of the whole batch, label for label"
+    trial.same(total / sum(counts), whole, what, lm, rerun, scale=lm.logits(ids))
+
+
+@check(
+    "loss.labels_unchanged",
+    title="the labels and the token ids that the loss is computed from are not written to",
+    step="1.2",
+    needs=("loss",),
+    causes=("inputs-written-in-place",),
+)
+def labels_unchanged(trial: Trial) -> None:
+    lm = trial.model(pad_token_id=0)
+    ids = trial.tokens(lm)
+    labels = lm.own_labels(_labels(trial, ids) if ids.shape[1] > 1 else ids)
+    before = ids.clone(), labels.clone()
+    lm.own_loss(ids, labels)
+    for name, seen, expected in zip(("input_ids", "labels"), (ids, labels), before, strict=True):
+        if not torch.equal(seen, expected):
+            raise CheckFailure(f"{name} must stay {expected.tolist()}, saw {seen.tolist()} after the loss was computed")
+
+
+@check(
     "loss.gradient",
     title="the gradient of the loss is that of the mean next-token cross-entropy",
     step="1.2",
-    needs=("loss",),
+    needs=("loss", "gradient"),
     causes=("gradient-detached", *_CAUSES),
 )
 def gradient(trial: Trial) -> None:
@@ -90,7 +172,7 @@ def gradient(trial: Trial) -> None:
             return torch.cat([g.flatten() for g in gradients(lm.loss(ids, labels))])
 
     expected = gradients(_oracle(lm, ids, labels))
-    scale = torch.stack([g.abs().max() for g in expected])
+    scale = torch.stack([g.abs().max() for g in expected if g.numel()])
     for name, seen, right in zip(named, gradients(lm.loss(ids, labels)), expected, strict=True):
         what = (
             f"the gradient of the loss for labels {labels.tolist()} with respect to {name} must be that of their mean"
@@ -108,7 +190,10 @@ def gradient(trial: Trial) -> None:
 def all_ignored(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
-    loss = lm.loss(ids, torch.full_like(ids, IGNORED))
+    labels = torch.full_like(ids, IGNORED)
+    if trial.draw("label_of_first", st.booleans()):  # no position predicts it
+        labels[:, 0] = ids[:, 0]
+    loss = lm.loss(ids, labels)
     if not bool(loss.isfinite()):
         message = (
             f"with every label ignored the loss must be finite, saw {loss.item()}: such a batch poisons the weights"
@@ -116,7 +201,7 @@ def all_ignored(trial: Trial) -> None:
         if trial.subject.missing("finite_loss"):  # torch's own mean gives NaN here, and much code leaves it at that
             raise NotApplicable(f"{message}; the subject does not claim 'finite_loss'")
         raise CheckFailure(message)
-    if not loss.requires_grad:
+    if not loss.requires_grad or trial.subject.missing("gradient"):
         return
     parameters = [p for p in lm.module.parameters() if p.requires_grad]
     for grad in torch.autograd.grad(loss, parameters, allow_unused=True):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -39,6 +42,7 @@ def _training_differs(lm: LM, ids: Tensor) -> bool:
 def dropout_active_in_training(trial: Trial) -> None:
     lm = trial.model(dropout=0.5)
     ids = trial.tokens(lm, min_length=2)
+    lm.logits(ids)  # in eval mode: what a first call leaves behind must not decide for the calls to come
     lm.module.train()
     if _training_differs(lm, ids):
         return
@@ -46,6 +50,25 @@ def dropout_active_in_training(trial: Trial) -> None:
     if held is None:
         raise NotApplicable("the module has no dropout: training changes no logit and no part holds a probability")
     raise CheckFailure(f"with {held}, calls in training mode must differ, saw {_CALLS + 1} equal ones")
+
+
+@check(
+    "modes.dropout_off_in_eval",
+    title="in eval mode, the dropout probability changes no logit",
+    step="3.3",
+    causes=("dropout-active-in-eval", "mode-flag-copied", "dropout-rescaled-in-eval"),
+)
+def dropout_off_in_eval(trial: Trial) -> None:
+    lm = trial.model(dropout=0.5)
+    ids = trial.tokens(lm)
+    without = trial.fresh(replace(lm.config, dropout=0.0))
+    if (why := refusal(without.module.load_state_dict, lm.module.state_dict())) is not None:
+        raise NotApplicable(f"weights of a module with dropout do not load into one without: {why}")
+    lm.module.train()
+    lm.logits(ids)
+    lm.module.eval()
+    what = "in eval mode, a module with dropout 0.5 must give the logits of one with dropout 0 and the same weights"
+    trial.same(lm.logits(ids), without.logits(ids), what, lm, lambda: without.logits(ids))
 
 
 @check(
@@ -59,12 +82,17 @@ def agree_without_dropout(trial: Trial) -> None:
     ids = trial.tokens(lm)
     if (held := _dropout_of(lm.module)) is not None:
         raise NotApplicable(f"the module keeps its dropout where config.dropout is 0: {held}")
-    evaluated = lm.logits(ids)
-    lm.module.train()
-    trained = lm.logits(ids)
-    lm.module.eval()
-    what = "with dropout 0, training mode must give the logits of eval mode"
-    trial.same(trained, evaluated, what, lm, lambda: lm.logits(ids))
+    runs: dict[str, Callable[[], Tensor]] = {"": lambda: lm.logits(ids)}
+    if trial.subject.missing("left_padding") is None:  # which nothing but a mask hides
+        real = trial.right_padding(ids, lm.convention.shortest).flip(1)
+        runs[f" padded on the left (real: {real.int().tolist()})"] = lambda: lm.logits(ids, real)[real]
+    for padded, run in runs.items():
+        evaluated = run()
+        lm.module.train()
+        trained = run()
+        lm.module.eval()
+        what = f"with dropout 0, training mode must give the logits of eval mode on tokens{padded}"
+        trial.same(trained, evaluated, what, lm, run)
 
 
 @check(
@@ -90,3 +118,31 @@ def followed_at_every_depth(trial: Trial) -> None:
     for _ in range(4):
         what = "after train() and eval() again, eval mode must give what it gave before"
         trial.same(lm.logits(ids), first, what, lm, lambda: lm.logits(ids))
+
+
+@check(
+    "modes.call_leaves_mode",
+    title="a call leaves every part in the mode that it was in",
+    step="3.3",
+    causes=("mode-not-restored", "dropout-never-active"),
+)
+def call_leaves_mode(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, min_length=2)
+    calls: dict[str, Callable[[], object]] = {"a call": lambda: lm.logits(ids)}
+    if trial.subject.missing("loss") is None:
+        calls["a call with labels"] = lambda: lm.loss(ids, ids)
+    in_eval = dict(calls)
+    if trial.subject.missing("cache") is None:  # which many modules refuse in training mode
+        in_eval["a cached call"] = lambda: lm.extend(ids[:, -1:], lm.extend(ids[:, :-1])[1])
+    for training, made in ((False, in_eval), (True, calls)):
+        lm.module.train(training)
+        for name, call in made.items():
+            before = {part: module.training for part, module in lm.module.named_modules()}
+            call()
+            after = {part: module.training for part, module in lm.module.named_modules()}
+            if changed := [part or "the module itself" for part in before if after[part] is not before[part]]:
+                raise CheckFailure(
+                    f"{name} must leave every part in the mode it was in, training={training}, saw in the other: "
+                    f"{', '.join(changed)}"
+                )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
+from diymodel.verify.learning import gradients_of, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import estimate_noise
 from diymodel.verify.trial import Trial
@@ -90,6 +91,34 @@ def large_activations_finite(trial: Trial) -> None:
     if not _fits(lm, ids):
         raise NotApplicable("with large embeddings the module's own activations leave the range of float16")
     _compare(trial, lm, ids, torch.float16, "float16 logits with activations around 400")
+
+
+@check(
+    "numerics.zeros_finite",
+    title="where the embedding of every token is zero, logits and gradients are finite",
+    step="5.2",
+    causes=("norm-of-zeros-nan",),
+)
+def zeros_finite(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm)
+    tables = [part for part in lm.module.modules() if isinstance(part, nn.Embedding)]  # those of positions as well
+    if not tables:
+        raise NotApplicable("no nn.Embedding was found")
+    with torch.no_grad():
+        for table in tables:
+            table.weight.zero_()
+    logits = lm.logits(ids)
+    if not bool(logits.isfinite().all()):
+        position = int((~logits.isfinite()).nonzero()[0][1])
+        raise CheckFailure(
+            f"with embeddings of zeros the logits must be finite, saw a NaN or infinity at position {position}"
+        )
+    if trial.subject.missing("gradient") is not None:
+        return
+    for name, gradient in gradients_of(logits.logsumexp(-1).sum(), trainable(lm)).items():
+        if gradient is not None and not bool(gradient.isfinite().all()):
+            raise CheckFailure(f"with embeddings of zeros the gradient must be finite, saw a NaN or infinity at {name}")
 
 
 def _fits(lm: LM, ids: Tensor) -> bool:

@@ -1,16 +1,18 @@
-"""Padding on the right: the real positions of a padded row are those of the row alone."""
+"""Padding fills a rectangle and does nothing else: a padded row gives at its real positions what it gives alone."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
+from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.registry import check
-from diymodel.verify.trial import Trial
+from diymodel.verify.trial import MAX_LENGTH, Trial
 
 
 @check(
@@ -31,6 +33,24 @@ def right_changes_nothing(trial: Trial) -> None:
             f"row {row} with {length} real tokens and {ids.shape[1] - length} of padding must give what it gives alone"
         )
         trial.same(padded[row : row + 1, :length], lm.logits(alone), what, lm, partial(lm.logits, alone))
+
+
+@check(
+    "padding.left_changes_nothing",
+    title="a row padded on the left gives at its real positions what it gives alone",
+    step="5.1",
+    needs=("left_padding",),
+    causes=("padded-batch-shared-position", "mask-dropped-on-fast-path", "mask-hides-self", "masked-row-nan"),
+)
+def left_changes_nothing(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, min_length=2)
+    real = trial.right_padding(ids, lm.convention.shortest).flip(1)
+    padded = lm.logits(ids, real)
+    for row, length in enumerate(real.sum(1).tolist()):
+        alone = ids[row : row + 1, -length:]
+        what = f"row {row}, {ids.shape[1] - length} of padding and then {length} real, must give what it gives alone"
+        trial.same(padded[row : row + 1, -length:], lm.logits(alone), what, lm, partial(lm.logits, alone))
 
 
 @check(
@@ -78,3 +98,36 @@ def all_padding_finite(trial: Trial) -> None:
             f"with row {empty} all padding, every logit must be finite, saw a NaN or infinity at row {row}, "
             f"position {position}"
         )
+
+
+@check(
+    "padding.nan_contained",
+    title="a NaN that stands at the padding reaches no real logit",
+    step="5.1",
+    needs=("padding", "nan_contained"),
+    causes=("masked-nan-leaks", "statistic-over-sequence"),
+)
+def nan_contained(trial: Trial) -> None:
+    lm = trial.model(MAX_LENGTH + 1)
+    padding = lm.config.vocab_size - 1  # a token that stands at no real position
+    left = trial.subject.missing("left_padding") is None and trial.draw("left", st.booleans())
+    ids = trial.tokens(lm, min_length=2).clamp(max=padding - 1)
+    real = trial.right_padding(ids)
+    real = real.flip(1) if left else real
+    ids = ids.where(real, padding)
+    cached = trial.subject.missing("cache") is None and (left or trial.subject.missing("ragged_cache") is None)
+
+    def run() -> Tensor:
+        """Logits of the real positions, and of one more token on the cache of the padded rows."""
+        logits = lm.logits(ids, real)[real]
+        if cached:
+            longer = F.pad(real, (0, 1), value=True)
+            step, _ = lm.extend(ids.new_zeros(len(ids), 1), lm.extend(ids, None, real)[1], longer)
+            logits = torch.cat((logits, step[:, -1]))
+        return logits[:, :padding]  # with tied weights, the head's row of the padding token is NaN as well
+
+    expected = run().detach()
+    with torch.no_grad():
+        lm.embedding().weight[padding] = torch.nan
+    what = f"a NaN in the embedding of the padding (real tokens: {real.int().tolist()}) must change no real logit"
+    trial.same(run(), expected, what, lm, run)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from diymodel.verify.failure import CheckFailure
+from diymodel.verify.failure import CheckFailure, SubjectError, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -28,6 +29,25 @@ def logits_shape(trial: Trial) -> None:
     if not bool(logits.isfinite().all()):
         row, position = (int(i) for i in (~logits.isfinite()).nonzero()[0][:2])
         raise CheckFailure(f"logits must be finite, saw a NaN or infinity at row {row}, position {position}")
+
+
+@check(
+    "shape.shortest",
+    title="the shortest input, one token where that is legal, gives finite logits",
+    step="1.1",
+    causes=("statistic-over-sequence", "masked-row-nan"),
+)
+def shortest(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, max_length=1)  # or as many as the module asks for
+    logits = lm.logits(ids)
+    expected = (*ids.shape, lm.config.vocab_size)
+    strange = int((~logits.isfinite()).sum())
+    if tuple(logits.shape) != expected or strange:
+        raise CheckFailure(
+            f"token ids of shape {tuple(ids.shape)} are the shortest and must give finite logits of shape {expected}, "
+            f"saw {tuple(logits.shape)}, {strange} of them NaN or infinite"
+        )
 
 
 @check(
@@ -80,6 +100,33 @@ def inputs_unchanged(trial: Trial) -> None:
     lm.logits(ids)
     if not torch.equal(ids, before):
         raise CheckFailure(f"input_ids must stay {before.tolist()}, saw {ids.tolist()} after the call")
+
+
+@check(
+    "forward.memory_layout",
+    title="token ids that do not lie row by row in memory give the same logits",
+    step="1.3",
+    causes=("contiguous-input-assumed",),
+)
+def memory_layout(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm)
+    views = {
+        "in longer rows": F.pad(ids, (0, 1))[:, :-1],
+        "column by column": ids.t().contiguous().t(),
+        "in every second place": ids.repeat_interleave(2, 1)[:, ::2],
+    }
+    layout = trial.draw("layout", st.sampled_from(tuple(views)))
+    view = views[layout]
+    what = f"token ids that lie in memory {layout} must give the logits of a contiguous copy"
+    lm.keep_layout = True
+    try:
+        seen = lm.logits(view)
+    except SubjectError:
+        raise
+    except Exception as error:  # whatever a stranger's forward raises
+        raise CheckFailure(f"{what}, saw {said(error)}") from error
+    trial.same(seen, lm.logits(ids), what, lm, lambda: lm.logits(ids))
 
 
 @check(

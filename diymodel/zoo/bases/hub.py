@@ -45,6 +45,10 @@ class Cache:
         self.values[layer] = torch.cat((self.values[layer], v), 2) if layer in self.values else v
         return self.keys[layer], self.values[layer]
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for kept in (self.keys, self.values):
+            kept.update({layer: tensor[beam_idx] for layer, tensor in kept.items()})
+
 
 class Output:
     def __init__(self, logits: Tensor, loss: Tensor | None, past_key_values: Cache | None) -> None:

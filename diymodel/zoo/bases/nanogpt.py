@@ -1,4 +1,5 @@
-"""As in nanoGPT: ``(idx, targets) -> (logits, loss)``, learned positions, no cache; shifted targets, -1 ignored."""
+"""As in nanoGPT: ``(idx, targets) -> (logits, loss)``, learned positions, no cache; shifted targets, -1 ignored; it
+samples from a window of its last tokens."""
 
 from __future__ import annotations
 
@@ -56,3 +57,14 @@ class NanoGPT(nn.Module):
         logits = self.lm_head(x)
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         return logits, total / (targets != -1).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Always sampled; of a text longer than block_size, the end counts."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.block_size :])[0][:, -1] / temperature
+            if top_k is not None:
+                smallest = logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]
+                logits = logits.masked_fill(logits < smallest, -torch.inf)
+            idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), 1)
+        return idx

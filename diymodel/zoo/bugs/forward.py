@@ -7,6 +7,30 @@ from diymodel.zoo.bug import Bug
 BUGS = [
     Bug("masked-row-nan", "nanogpt", ".tril())", ".tril(-1))", kills=("shape.logits",), where="NanoBlock"),
     Bug(
+        "statistic-over-sequence",
+        "plain",
+        "self.embed(x) +",
+        "(e := self.embed(x)) / (1 + (e - e.mean(1, keepdim=True)).square().sum(1, keepdim=True) / (T - 1)) +",
+        kills=("shape.shortest",),
+        where="Plain",
+    ),
+    Bug(
+        "contiguous-input-assumed",
+        "plain",
+        "self.embed(x) +",
+        "self.embed(x.view(-1)).view(*x.shape, -1) +",
+        kills=("forward.memory_layout",),
+        where="Plain",
+    ),
+    Bug(
+        "contiguous-input-assumed",
+        "rotary",
+        "x = self.embed(input_ids)",
+        "x = self.embed(input_ids.as_strided(input_ids.shape, (input_ids.shape[1], 1)))",
+        kills=("forward.memory_layout",),
+        where="Rotary",
+    ),
+    Bug(
         "position-table-clamped",
         "plain",
         "randn(config.max_seq_len",
@@ -69,5 +93,13 @@ BUGS = [
         "if input_ids",
         kills=("context.overlong_refused",),
         where="Rotary",
+    ),
+    Bug(
+        "statistic-over-batch",
+        "learned",
+        "x = self.drop(",
+        "embedded = embedded - embedded.mean(0); x = self.drop(",
+        kills=("batch.row_alone",),
+        where="Learned",
     ),
 ]

@@ -1,0 +1,227 @@
+"""Finds how a module's cache is made, handed over and continued, by trying."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import LM, Convention, NewCache
+from diymodel.verify.failure import NotApplicable, refusal, said
+
+_MAKERS = (
+    "setup_caches",
+    "setup_cache",
+    "set_kv_cache",
+    "setup_kv_cache",
+    "make_cache",
+    "make_kv_cache",
+    "new_cache",
+    "init_cache",
+    "init_kv_cache",
+    "create_cache",
+    "empty_cache",
+    "init_state",
+    "init_hidden",
+)
+_RESETS = ("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches")
+_SIZES = ("max_seq_length", "max_batch_size")  # what gpt-fast remembers of its caches, and sets none up again for
+
+# What makers of caches call the sizes they ask for; the first group of heads is tried before the second.
+_ROWS = ("batch_size", "max_batch_size", "bsz", "bs", "batch", "rows", "B", "b")
+_POSITIONS = ("max_seq_length", "max_seq_len", "seq_len", "max_length", "max_len", "length", "context_length", "max_t")
+_LAYERS = ("num_layers", "n_layers", "n_layer", "num_hidden_layers", "layers", "depth")
+_HEADS = ("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "num_heads", "n_heads", "n_head", "heads")
+_HEAD_SIZE = ("head_dim", "head_size", "dim_head", "d_head")
+_CONFIG = ("config", "cfg", "args", "params")
+
+
+def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The convention of a module that keeps its cache, if it has a method or a parameter that says so."""
+    if names.get("start"):
+        return {"cache_on_module": True, "always_cached": True}
+    maker = next((name for name in _MAKERS if hasattr(module, name)), None)
+    reset = next((name for name in _RESETS if hasattr(module, name)), None)
+    if maker is not None and names.get("positions"):
+        found = {"cache_on_module": True, "new_cache": _set_up(maker, reset), "positions_are_shared": True}
+        return found | {"always_cached": bool(names.get("block_mask"))}
+    if reset is not None and names.get("use_cache"):
+        return {"cache_on_module": True, "new_cache": _method(reset)}
+    return {}
+
+
+def find_cache(
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
+) -> tuple[Convention, dict[str, str]]:
+    """How a cache is begun and continued; what is missing, with the reason."""
+    if not convention.past and not convention.cache_on_module:
+        return convention, dict.fromkeys(("cache", "chunks"), "forward has no past_key_values")
+    convention, why = _find_new_cache(module, config, convention, ids)
+    if why is not None:
+        return convention, dict.fromkeys(("cache", "chunks"), why)
+    if convention.mask:
+        convention = replace(convention, mask_covers_cache=_mask_covers_cache(module, config, convention, ids))
+    lm = LM(module, config, convention)
+    if (why := refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
+        return convention, {"chunks": f"several tokens on a cache are refused: {why}"}
+    return convention, {}
+
+
+def _find_new_cache(
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
+) -> tuple[Convention, str | None]:
+    """The first way to a cache that a token can be added to; else why there is none."""
+    ways = [convention]
+    if convention.past and convention.new_cache is None:
+        ways = [replace(convention, new_cache=maker) for maker in _methods(module)]
+        ways += [convention, *(replace(convention, new_cache=maker) for maker in _classes(module))]
+    if convention.new_tokens:  # older versions know no such argument
+        ways += [replace(way, new_tokens=None) for way in ways]
+    reasons = []
+    for way in ways:
+        lm = LM(module, config, way)
+        try:
+            _, begun = lm.extend(ids)
+            _, past = lm.extend(ids[:, :1], begun)
+        except NotApplicable:
+            reasons.append(
+                f"forward({convention.past}=…) handed no cache back: if the caller makes it, say how in "
+                "Subject(…, new_cache=lambda module, config, rows: …)"
+            )
+        except Exception as error:  # a stranger's forward may raise anything
+            reasons.append(f"a cached call failed: {said(error)}")
+        else:
+            changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
+            return replace(way, cache_is_value=not changed and _is_value(past.cache)), None
+    return convention, reasons[0] if len(ways) == 1 else reasons[ways.index(convention)]
+
+
+def _mask_covers_cache(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether a call on a cache takes a mask of cached and new tokens; else of the new ones only.
+
+    Modules refuse the wrong one, or misread it: in a row that is padded on the left, it then changes the logits.
+    """
+    prompt, token = ids.roll(1, 1), ids[:, -1:]
+    prompt[:, 0] = ids[:, 0]  # what stands at the padding
+    real = (torch.arange(ids.shape[1] + 1) > 0).expand(len(ids), -1)
+    accepted = []
+    for covers in (True, False):
+        lm = LM(module, config, replace(convention, mask_covers_cache=covers))
+        try:
+            alone, _ = lm.extend(token, lm.extend(prompt[:, 1:])[1])
+            padded, _ = lm.extend(token, lm.extend(prompt, None, real[:, :-1])[1], real)
+        except Exception:  # a refusal; why does not matter where the other is accepted
+            continue
+        if bool(((padded - alone).abs() <= 1e-4 * alone.abs().max()).all()):
+            return covers
+        accepted.append(covers)
+    return accepted[0] if accepted else True
+
+
+def _is_value(past: Any) -> bool:
+    """Whether a cache is built of containers and tensors only, which promise not to change once handed out."""
+    if isinstance(past, Mapping):
+        return all(_is_value(item) for item in past.values())
+    if isinstance(past, (tuple, list)):
+        return all(_is_value(item) for item in past)
+    return past is None or isinstance(past, (Tensor, int, float))
+
+
+# --- what the caller has to call -------------------------------------------------------------------------------------
+
+
+def _set_up(maker: str, reset: str | None) -> NewCache:
+    """Clears the cache on the module and sets it up for so many rows, in the module's dtype where it takes one."""
+
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
+        if reset is not None:
+            getattr(module, reset)()
+        else:
+            for name in _SIZES:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, -1)
+        _call(getattr(module, maker), module, config, rows, config.kv_heads)
+
+    return new_cache
+
+
+def _method(name: str) -> NewCache:
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+        return _call(getattr(module, name), module, config, rows, config.kv_heads)
+
+    return new_cache
+
+
+def _methods(module: nn.Module) -> Iterator[NewCache]:
+    return (_method(name) for name in _MAKERS if hasattr(module, name))
+
+
+def _classes(module: nn.Module) -> Iterator[NewCache]:
+    """Caches of the classes that stand beside the module's own: one, or a list of one a layer."""
+    beside = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+    for found in (found for name, found in beside.items() if "cache" in name.lower() and inspect.isclass(found)):
+        for heads in ("kv_heads", "num_heads"):
+            for a_layer in (False, True):
+                yield _instances(found, heads, a_layer)
+
+
+def _instances(made: type, heads: str, a_layer: bool) -> NewCache:
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+        caches = [_call(made, module, config, rows, getattr(config, heads)) for _ in range(config.num_layers)]
+        return caches if a_layer else caches[0]
+
+    return new_cache
+
+
+def _call(maker: Callable[..., Any], module: nn.Module, config: DIYConfig, rows: int, heads: int) -> Any:
+    """Call a maker of caches with the sizes that it asks for, by the names of its parameters."""
+    parameter = next(module.parameters())
+    sizes = {
+        _ROWS: rows,
+        _POSITIONS: config.max_seq_len,
+        _LAYERS: config.num_layers,
+        _HEADS: heads,
+        _HEAD_SIZE: config.head_size,
+        _CONFIG: getattr(module, "config", config),
+        ("device",): parameter.device,
+        ("dtype",): parameter.dtype,
+    }
+    known = {name: value for names, value in sizes.items() for name in names}
+    asked = inspect.signature(maker).parameters
+    return maker(**{name: value for name, value in known.items() if name in asked})
+
+
+# --- what a cache is made of -----------------------------------------------------------------------------------------
+
+
+def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether what is kept between calls has less precision than the module: rounding of that size is then no bug."""
+    before = [(kept, kept.clone()) for kept in _tensors(_attributes(module))]
+    _, past = LM(module, config, convention).extend(ids)
+    same = {id(kept) for kept, copy in before if torch.equal(kept, copy)}
+    kept = [*_tensors(past.cache), *(kept for kept in _tensors(_attributes(module)) if id(kept) not in same)]
+    return any(t.is_floating_point() and t.dtype.itemsize < convention.dtype.itemsize for t in kept)
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """What the parts of a module hold besides parameters and parts."""
+    hidden = ("_parameters", "_modules")
+    return [value for part in module.modules() for name, value in vars(part).items() if name not in hidden]
+
+
+def _tensors(value: Any, depth: int = 4) -> Iterable[Tensor]:
+    """The tensors in containers, and in the attributes of what is no module."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        items: Iterable[Any] = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        items = value
+    else:
+        items = vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ()
+    return [tensor for item in items for tensor in _tensors(item, depth - 1)] if depth else []

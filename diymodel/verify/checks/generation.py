@@ -1,0 +1,181 @@
+"""Generation takes the likeliest token of the model's own logits, for as long as it is asked to, row by row.
+
+Whole generated sequences are never compared between two ways of computing them: at a near tie both are right, and from
+there on they differ. What is judged is each new token, on the logits of what really stands before it.
+
+Shapes: B batch, T prompt length, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.registry import check
+from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, noise_factor, rounding
+from diymodel.verify.trial import Trial
+
+LONGEST = 3  # tokens of a prompt
+
+
+def draw_prompt(trial: Trial, lm: LM) -> Tensor:
+    """Token ids (B, T), B as many as generate takes."""
+    return trial.tokens(lm, 1, LONGEST, rows=1 if lm.generating.one_row else None)
+
+
+def draw_number(trial: Trial, lm: LM, ids: Tensor) -> int:
+    """How many new tokens to ask for: as many as fit, at most."""
+    return trial.draw("new_tokens", st.integers(1, lm.config.max_seq_len - ids.shape[1]))
+
+
+@torch.no_grad()
+def must_be_likeliest(trial: Trial, lm: LM, prompt: Tensor, new: Tensor, what: str) -> None:
+    """Fail unless each of the ``new`` tokens (B, N) is the likeliest after all that stands before it.
+
+    Args:
+        what: the property, as "… must …".
+    """
+    whole = torch.cat((prompt, new), 1)
+    if bool((whole >= lm.config.vocab_size).any()):
+        raise CheckFailure(f"{what}, one of {lm.config.vocab_size}, saw the tokens {new.tolist()}")
+    logits = lm.logits(whole[:, :-1])[:, prompt.shape[1] - 1 :]
+    best, chosen = logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]
+    trial.varies(best, logits.amin(-1))
+    # Both logits carry rounding, and most generators choose in float32.
+    dtype, largest = logits.dtype, float(logits.abs().max())
+    tolerance = 2 * max(rounding(dtype), rounding(torch.float32)) * largest
+    behind = (best - chosen).double().nan_to_num(torch.inf)
+    worst = float(behind.max())
+    if tolerance < worst and (worst <= BEYOND_ROUNDING * largest or dtype != torch.float64):
+        noise = estimate_noise(lm.module, lambda: lm.logits(whole[:, :-1]), trial.values["weights"])
+        tolerance = max(tolerance, 2 * noise_factor(dtype) * noise)
+    if worst > tolerance:
+        row, step = (int(i) for i in (behind > tolerance).nonzero()[0])
+        raise CheckFailure(
+            f"{what}: after {whole[row, : prompt.shape[1] + step].tolist()} that is {int(logits[row, step].argmax())} "
+            f"with logit {float(best[row, step]):.9g}, saw {int(new[row, step])} with {float(chosen[row, step]):.9g} "
+            f"as new token {step} of row {row}; rounding explains {tolerance:.3g}",
+            worst,
+            tolerance,
+        )
+
+
+@check(
+    "generation.keeps_prompt",
+    title="generate returns the prompt as it was, then as many new tokens as it was asked for",
+    step="3.1",
+    needs=("generate",),
+    causes=("generated-length-wrong", "prompt-not-kept"),
+)
+def keeps_prompt(trial: Trial) -> None:
+    lm = trial.model()
+    ids = draw_prompt(trial, lm)
+    new_tokens = draw_number(trial, lm, ids)
+    found = lm.generate(ids, new_tokens)
+    T = ids.shape[1]
+    if tuple(found.shape) != (ids.shape[0], T + new_tokens):
+        raise CheckFailure(
+            f"{T} prompt tokens and {new_tokens} new ones of {ids.shape[0]} rows must come back as "
+            f"{(ids.shape[0], T + new_tokens)} token ids, saw {tuple(found.shape)}"
+        )
+    if not torch.equal(found[:, :T], ids):
+        raise CheckFailure(f"what generate returns must begin with {ids.tolist()}, saw {found[:, :T].tolist()}")
+
+
+@check(
+    "generation.greedy_is_argmax",
+    title="greedy generation takes the likeliest token at every step",
+    step="3.1",
+    needs=("greedy",),
+    causes=(
+        "cached-path-diverges",
+        "state-survives-calls",
+        "temperature-zero",
+        "top-k-edge",
+        "padded-vocabulary-sampled",
+    ),
+)
+def greedy_is_argmax(trial: Trial) -> None:
+    _greedy_is_argmax(trial, use_cache=False)
+
+
+@check(
+    "generation.cached_greedy_is_argmax",
+    title="with a cache, greedy generation takes the likeliest token at every step as well",
+    step="3.2",
+    needs=("greedy", "generate_cache"),
+    causes=("position-restarts-in-decode", "cached-path-diverges", "position-advances-per-layer", "cache-rows-shared"),
+)
+def cached_greedy_is_argmax(trial: Trial) -> None:
+    _greedy_is_argmax(trial, use_cache=True)
+
+
+def _greedy_is_argmax(trial: Trial, use_cache: bool) -> None:
+    lm = trial.model()
+    ids = draw_prompt(trial, lm)
+    settings: dict[str, Any] = {"use_cache": use_cache} if "use_cache" in lm.generating.names else {}
+    found = lm.greedy(ids, draw_number(trial, lm, ids), **settings)
+    how = f" with use_cache={use_cache}" if settings else ""
+    what = f"greedy generation{how} must take the likeliest token"
+    must_be_likeliest(trial, lm, ids, found[:, ids.shape[1] :], what)
+
+
+@check(
+    "generation.eos_per_row",
+    title="in a batch, every row goes on until its own end-of-sequence token, and no further",
+    step="3.1",
+    needs=("greedy", "eos"),
+    causes=("eos-not-per-row",),
+)
+def eos_per_row(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, 1, LONGEST, rows=1 if lm.generating.one_row else trial.draw("batch", st.integers(2, 3)))
+    new_tokens = draw_number(trial, lm, ids)
+    without = lm.greedy(ids, new_tokens)[:, ids.shape[1] :]
+    row = trial.draw("ending_row", st.integers(0, without.shape[0] - 1))
+    eos = int(without[row, trial.draw("ending_step", st.integers(0, without.shape[1] - 1))])
+    pad = (eos + trial.draw("pad_after_eos", st.integers(0, 1))) % lm.config.vocab_size
+    settings: dict[str, Any] = {"eos": eos, "pad": pad} if "pad" in lm.generating.names else {"eos": eos}
+    found = lm.greedy(ids, new_tokens, **settings)[:, ids.shape[1] :]
+    for row, tokens in enumerate(found.tolist()):
+        end = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+        own = found[row : row + 1, :end]
+        if eos not in tokens and end < new_tokens:  # it may be left out, but nothing else ends a row
+            own = F.pad(own, (0, 1), value=eos)
+        what = f"row {row}, which got {tokens}, must get the likeliest token each time and end with eos={eos} alone"
+        must_be_likeliest(trial, lm, ids[row : row + 1], own, what)
+        if "pad" in settings and any(token != pad for token in tokens[end:]):
+            raise CheckFailure(
+                f"after its eos={eos}, row {row} of a batch of {len(ids)} must hold only pad={pad}, saw {tokens}"
+            )
+
+
+@check(
+    "generation.padded_prompt",
+    title="a padded prompt continues from its last real token, as it does alone",
+    step="5.1",
+    needs=("greedy", "generate_batch", "generate_padded"),
+    causes=("continues-from-pad", "padding-mask-lost-in-decode", "padded-batch-shared-position"),
+)
+def padded_prompt(trial: Trial) -> None:
+    lm = trial.model()
+    ids = trial.tokens(lm, 2, LONGEST, rows=trial.draw("batch", st.integers(2, 3)))
+    new_tokens = draw_number(trial, lm, ids)
+    real = trial.right_padding(ids, lm.convention.shortest)
+    left = lm.generating.pads_left or trial.subject.missing("left_padding") is None
+    real = real.flip(1) if left else real
+    found = lm.greedy(ids, new_tokens, real)
+    for row, new in enumerate(lm.generating.new_tokens(found, real)):
+        if len(new) < new_tokens:
+            raise CheckFailure(f"row {row} must get {new_tokens} new tokens, saw {len(new)} in {found[row].tolist()}")
+        what = (
+            f"with {'left' if left else 'right'} padding, real lengths {real.sum(1).tolist()}, row {row} must go on "
+            "with what is the likeliest token when it is alone"
+        )
+        must_be_likeliest(trial, lm, ids[row : row + 1, real[row]], new[None, :new_tokens], what)

@@ -1,0 +1,142 @@
+"""What generation leaves behind: nothing. Modes, prompts and torch's random state are as they were."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.checks.generation import draw_number, draw_prompt, must_be_likeliest
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+
+def _modes(module: nn.Module) -> dict[str, bool]:
+    return {name or "the module itself": part.training for name, part in module.named_modules()}
+
+
+def _must_be_kept(lm: LM, before: dict[str, bool]) -> None:
+    for name, training in _modes(lm.module).items():
+        if training is not before[name]:
+            modes = {True: "training", False: "eval"}
+            raise CheckFailure(
+                f"generate must leave every part in its mode: {name} was in {modes[before[name]]} mode, "
+                f"saw it in {modes[training]} mode afterwards"
+            )
+
+
+@check(
+    "generation.restores_mode",
+    title="generate leaves the module in the mode it was in",
+    step="3.3",
+    needs=("generate",),
+    causes=("mode-not-restored",),
+)
+def restores_mode(trial: Trial) -> None:
+    lm = trial.model()
+    ids = draw_prompt(trial, lm)
+    lm.module.train(trial.draw("training", st.booleans()))
+    before = _modes(lm.module)
+    if (why := refusal(lm.generate, ids, 1)) is not None:
+        raise NotApplicable(f"generate refuses training mode: {why}")
+    _must_be_kept(lm, before)
+
+
+@check(
+    "generation.ignores_training_mode",
+    title="generate works in eval mode whatever mode each part is in, and leaves each in its own",
+    step="3.3",
+    needs=("greedy", "generate_eval"),
+    causes=("mode-not-restored", "mode-flag-copied"),
+)
+def ignores_training_mode(trial: Trial) -> None:
+    lm = trial.model(dropout=0.5)
+    ids = draw_prompt(trial, lm)
+    new_tokens = draw_number(trial, lm, ids)
+    training = trial.draw("training_parts", st.integers(1, 255))  # as bits, over and over
+    for index, part in enumerate(lm.module.modules()):
+        part.training = bool(training >> index % 8 & 1)
+    before = _modes(lm.module)
+    found = lm.greedy(ids, new_tokens)
+    _must_be_kept(lm, before)
+    lm.module.eval()
+    what = "generation from training mode must take the likeliest token of eval mode"
+    must_be_likeliest(trial, lm, ids, found[:, ids.shape[1] :], what)
+
+
+@check(
+    "generation.inputs_unchanged",
+    title="generate does not write to the prompt",
+    step="3.1",
+    needs=("generate",),
+    causes=("inputs-written-in-place",),
+)
+def inputs_unchanged(trial: Trial) -> None:
+    lm = trial.model()
+    ids = draw_prompt(trial, lm)
+    before = ids.clone()
+    lm.generate(ids, draw_number(trial, lm, ids))
+    if not torch.equal(ids, before):
+        raise CheckFailure(f"the prompt must stay {before.tolist()}, saw {ids.tolist()} after generation")
+
+
+@check(
+    "generation.random_state_untouched",
+    title="greedy generation, and sampling with a seed of its own, leave torch's random state alone",
+    step="3.1",
+    needs=("generate",),
+    causes=("global-random-state-changed",),
+)
+def random_state_untouched(trial: Trial) -> None:
+    lm = trial.model()
+    ids = draw_prompt(trial, lm)
+    generating = lm.generating
+    ways = []
+    if not trial.subject.missing("greedy") and "top_k" not in generating.greedy:  # top_k=1 is sampling, of one token
+        ways.append("greedy")
+    if not trial.subject.missing("sampling") and "seed" in generating.names:
+        ways.append("seeded")
+    if not ways:
+        raise NotApplicable("generate samples from torch's own random state whatever it is told")
+    how = trial.draw("how", st.sampled_from(ways))
+    before = _random_state()
+    if how == "greedy":
+        lm.greedy(ids, 2)
+    else:
+        lm.sample(ids, 2, trial.draw("seed", st.integers(0, 2**16)))
+    if not torch.equal(_random_state(), before):
+        raise CheckFailure(f"{how} generation must leave torch's global random state as it was, saw it changed")
+
+
+def _random_state() -> torch.Tensor:
+    """Of the global generators, on the CPU and on the current GPU."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states.append(torch.cuda.get_rng_state())
+    return torch.cat(states)
+
+
+@check(
+    "generation.overlong_refused",
+    title="generate refuses more tokens than max_seq_len, prompt and new ones together, before the first",
+    step="4.1",
+    needs=("generate", "strict_generation"),
+    causes=("generation-overflow", "position-table-clamped"),
+)
+def overlong_refused(trial: Trial) -> None:
+    lm = trial.model()
+    ids = draw_prompt(trial, lm)
+    longest = lm.config.max_seq_len
+    # One token more would do for a module that never feeds the last one.
+    new_tokens = longest - ids.shape[1] + trial.draw("too_many", st.integers(2, 4))
+    calls: list[int] = []
+    hook = lm.module.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    what = f"a prompt of {ids.shape[1]} and {new_tokens} new tokens are more than max_seq_len={longest} and must be"
+    try:
+        trial.refuses(lambda: lm.generate(ids, new_tokens), f"{what} refused")
+    finally:
+        hook.remove()
+    if calls:
+        raise CheckFailure(f"{what} refused before the first token, saw {len(calls)} forward passes before the error")

@@ -1,0 +1,106 @@
+"""Learning: the loss starts where it should, a small step lowers it, and a few steps learn one row by heart."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.learning import distinct_tokens, gradients_of, next_token_loss, trainable
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+_VOCABULARY = 16  # more than there are positions, so that a table with as many rows is the token embedding
+_STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)  # predicted decreases of the loss, as shares of it
+_OVERFIT_STEPS = 40
+_OVERFIT_RATE = 0.03
+_WIDE = 64  # hidden units and tokens: a scale that is wrong grows with the width
+_NEAR = 0.5  # nats; logits from N(0, 1/3), as torch's own nn.Linear makes them, add 0.17
+
+
+@check(
+    "training.initial_loss",
+    title="as constructed, the model takes all tokens to be about equally likely: the loss starts near ln V",
+    step="1.2",
+    needs=("small_init",),
+    causes=("init-scale-wrong",),
+)
+def initial_loss(trial: Trial) -> None:
+    size = {"hidden_size": _WIDE, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": _WIDE}
+    config = trial.model(vocab_size=_WIDE, **size).config
+    seed = trial.draw("init", st.integers(0, 2**16))
+    torch.default_generator.manual_seed(seed)
+    lm = trial.fresh(config)
+    ids = torch.randint(_WIDE, (8, 8), generator=torch.Generator().manual_seed(seed)).to(trial.device)
+    loss, expected = next_token_loss(lm, ids).item(), math.log(_WIDE)
+    if not abs(loss - expected) < _NEAR:
+        raise CheckFailure(
+            f"as constructed, the loss on random tokens must be near ln {_WIDE} = {expected:.3g}, saw {loss:.3g}"
+        )
+
+
+@check(
+    "training.small_step_lowers_loss",
+    title="a small step against the gradient lowers the loss by what the gradient predicts",
+    step="2.2",
+    needs=("gradient",),
+    causes=("gradient-wrong", "gradient-detached"),
+)
+def small_step_lowers_loss(trial: Trial) -> None:
+    lm = trial.model(max_sharpness=1)
+    ids = distinct_tokens(trial, lm)
+    loss = next_token_loss(lm, ids)
+    parameters = trainable(lm)
+    gradients = {name: g for name, g in gradients_of(loss, parameters).items() if g is not None}
+    slope = sum(float(g.pow(2).sum()) for g in gradients.values())
+    if slope == 0:
+        raise CheckFailure(f"at a loss of {loss.item():.3g} the gradient must not be 0 everywhere")
+    originals = {name: parameters[name].detach().clone() for name in gradients}
+    seen = []
+    with torch.no_grad():
+        for share in _STEPS:
+            predicted = share * loss.item()
+            for name, gradient in gradients.items():
+                parameters[name].copy_(originals[name] - predicted / slope * gradient)
+            seen.append((loss - next_token_loss(lm, ids)).item() / predicted)
+    if max(seen) < 0.5:
+        raise CheckFailure(
+            f"a step that should lower the loss of {loss.item():.6g} by {predicted:.2g} must lower it by about that, "
+            f"saw it fall by {seen[-1] * predicted:.2g}; larger steps did no better"
+        )
+
+
+@check(
+    "training.overfits_a_tiny_batch",
+    title=f"{_OVERFIT_STEPS} Adam steps on one short row bring its loss below a third",
+    step="2.3",
+    needs=("gradient",),
+    causes=("gradient-detached", "statistic-over-sequence", "parameters-unregistered"),
+)
+def overfits_a_tiny_batch(trial: Trial) -> None:
+    size = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 16}
+    lm = trial.model(max_sharpness=1, dropout=0.0, vocab_size=_VOCABULARY, **size)
+    ids = distinct_tokens(trial, lm, 5)
+    lm.module.train()
+    parameters = trainable(lm)
+    mean = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    square = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    first = next_token_loss(lm, ids).item()
+    for step in range(1, _OVERFIT_STEPS + 1):
+        found = gradients_of(next_token_loss(lm, ids), parameters)
+        with torch.no_grad():  # Adam, by hand: torch's imports its compiler first, which takes longer than this
+            for name, gradient in found.items():
+                if gradient is not None:
+                    mean[name].lerp_(gradient, 0.1)
+                    square[name].lerp_(gradient.square(), 0.05)
+                    deviation = (square[name] / (1 - 0.95**step)).sqrt() + 1e-8
+                    parameters[name].sub_(_OVERFIT_RATE * mean[name] / (1 - 0.9**step) / deviation)
+            last = next_token_loss(lm, ids).item()
+        if last < first / 3:
+            return
+    raise CheckFailure(
+        f"{_OVERFIT_STEPS} steps on {ids.tolist()} must bring the loss of {first:.3g} below {first / 3:.3g}, "
+        f"saw {last:.3g}"
+    )

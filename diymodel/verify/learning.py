@@ -1,0 +1,76 @@
+"""What the checks of gradients and of learning share.
+
+Shapes: B batch, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.trial import Trial
+
+
+def distinct_tokens(trial: Trial, lm: LM, min_length: int = 3, max_length: int = 6) -> Tensor:
+    """One row without repetition (1, T): over equal tokens, attention averages equal values and has no gradient."""
+    length = trial.draw("length", st.integers(min_length, max_length))
+    row = st.permutations(range(lm.config.vocab_size)).map(lambda tokens: tokens[:length])
+    return torch.tensor([trial.draw("tokens", row)], device=trial.device)
+
+
+def trainable(lm: LM) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in lm.module.named_parameters() if parameter.requires_grad}
+
+
+def next_token_loss(lm: LM, ids: Tensor) -> Tensor:
+    """Cross-entropy from the logits, so that a subject without a loss has one."""
+    return F.cross_entropy(lm.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def gradients_of(objective: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """Of each parameter; None where the objective does not depend on it."""
+    if not parameters:
+        raise CheckFailure("the module must have parameters to train, saw none with requires_grad")
+    if not objective.requires_grad:
+        raise CheckFailure("the logits must carry a gradient, saw none: no parameter could learn")
+    return dict(
+        zip(parameters, torch.autograd.grad(objective, list(parameters.values()), allow_unused=True), strict=True)
+    )
+
+
+def accumulated(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What backward passes have left at each parameter."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+
+
+def same_gradients(trial: Trial, seen: dict[str, Tensor], what: str, lm: LM, objective: Callable[[], Tensor]) -> None:
+    """Fail unless ``seen`` are the gradients of ``objective()``, computed by ``lm``, up to its own rounding.
+
+    Args:
+        what: the property, as "…, the gradient must …"; the parameter is put behind it.
+    """
+    parameters = trainable(lm)
+
+    def gradients_again() -> list[Tensor]:
+        with torch.enable_grad():
+            found = gradients_of(objective(), parameters)
+        return [torch.zeros_like(parameters[name]) if g is None else g for name, g in found.items()]
+
+    expected = gradients_again()
+    scale = torch.stack([g.abs().max() for g in expected])
+    for name, gradient in zip(parameters, expected, strict=True):
+        trial.same(
+            seen[name],
+            gradient,
+            f"{what} (of {name})",
+            lm,
+            lambda: torch.cat([g.flatten() for g in gradients_again()]),
+            scale,
+        )

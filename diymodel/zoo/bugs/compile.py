@@ -1,0 +1,24 @@
+"""Bugs that show once the module is compiled."""
+
+from __future__ import annotations
+
+from diymodel.zoo.bug import Bug
+
+BUGS = [
+    Bug(
+        "mask-dropped-on-fast-path",
+        "rotary",
+        "attn_mask=mask",
+        "attn_mask=None if torch.compiler.is_compiling() else mask",
+        kills=("compile.agrees",),
+        where="RotaryBlock",
+    ),
+    Bug(
+        "recompile-per-step",
+        "rotary",
+        "cached = past[0][0].shape[2] if past is not None else 0",
+        "self.seen = cached = self.seen + 1 if past is not None else 0",
+        kills=("compile.no_recompile_per_step",),
+        where="Rotary",
+    ),
+]
