@@ -5,11 +5,13 @@ The children are forked, so that each of them starts in milliseconds with torch 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +91,37 @@ def _moments(count: int, seed: int, job: Callable[[], object]) -> list[float]:
     return [generator.uniform(0, longest) for _ in range(count)]
 
 
+def _die_before_operation(fatal: int) -> None:
+    """Kill this process as it begins its file operation number ``fatal``: an opening, a mkdir, a rename, a removal."""
+    left = itertools.count(fatal, -1)
+
+    def strike(event: str, _: object) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove") and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(strike)
+
+
+def _kill_before_every_step(job: Callable[[], object], after: Callable[[], object]) -> None:
+    """Fork children that do ``job`` once, each killed one file operation later, until one gets through."""
+    for fatal in itertools.count():
+        child = os.fork()
+        if child == 0:
+            try:
+                _die_before_operation(fatal)
+                job()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        after()
+        if not os.WIFSIGNALED(status):
+            assert status == 0, "the child ended by an error of its own"
+            return
+
+
 @pytest.mark.parametrize(("save", "load"), FORMS)
-def test_kill_while_saving_leaves_one_of_the_two_models(
+def test_kill_before_any_step_of_saving_leaves_one_of_the_two_models(
     tmp_path: Path, models: tuple[DIYForCausalLM, ...], save: Save, load: Load
 ) -> None:
     path = tmp_path / "model"
@@ -100,13 +131,28 @@ def test_kill_while_saving_leaves_one_of_the_two_models(
         for model in models:
             save(path, model)
 
-    _run_and_kill(save_both, _moments(50, 1, save_both), lambda: seen.append(_which(load(path), models)))
-    assert set(seen) == {0, 1}, "the kills never came after a save: nothing was tested"
+    save_both()
+    _kill_before_every_step(save_both, lambda: seen.append(_which(load(path), models)))
+    assert set(seen) == {0, 1}, "no kill came between the two saves: nothing was tested"
     leftovers = set(tmp_path.rglob(".diymodel-*"))
     assert leftovers, "no kill came in the middle of a save: nothing was tested"
     save(path, models[1])  # with other writers' remains around
     assert _which(load(path), models) == 1
     assert set(tmp_path.rglob(".diymodel-*")) == leftovers
+
+
+@pytest.mark.parametrize(("save", "load"), FORMS)
+def test_kill_at_any_moment_of_saving_leaves_one_of_the_two_models(
+    tmp_path: Path, models: tuple[DIYForCausalLM, ...], save: Save, load: Load
+) -> None:
+    """Between the steps as well: in the middle of a write. Where a moment falls is the machine's affair."""
+    path = tmp_path / "model"
+
+    def save_both() -> None:
+        for model in models:
+            save(path, model)
+
+    _run_and_kill(save_both, _moments(30, 1, save_both), lambda: _which(load(path), models))
 
 
 def test_kill_while_a_directory_is_made_leaves_it_whole_or_absent(
@@ -126,8 +172,9 @@ def test_kill_while_a_directory_is_made_leaves_it_whole_or_absent(
                 file.unlink()
             path.rmdir()
 
-    _run_and_kill(save_new, _moments(15, 2, save_new), check)
+    _kill_before_every_step(save_new, check)
     assert found
+    _run_and_kill(save_new, _moments(15, 2, save_new), check)
 
 
 def test_kill_harness_notices_a_writer_in_place(tmp_path: Path, models: tuple[DIYForCausalLM, ...]) -> None:
