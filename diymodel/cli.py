@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from diymodel import __version__
+from diymodel.bench.command import add_bench
 from diymodel.config import OVERFIT, PRESETS, DIYConfig, TrainConfig
 from diymodel.verify.command import add_commands
 
@@ -78,6 +79,7 @@ def _parser() -> _Parser:
     _add_train(commands)
     _add_generate(commands)
     add_commands(commands)
+    add_bench(commands)
     return parser
 
 

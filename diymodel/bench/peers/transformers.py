@@ -1,0 +1,138 @@
+"""transformers' ``LlamaForCausalLM`` on our weights, with its dynamic and its static cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diymodel.bench.peers.rival import PeerMissing, Rival, require
+from diymodel.config import DIYConfig
+from diymodel.model import DIYForCausalLM
+
+
+def dynamic(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+    """With the cache that it takes when nothing is said, which grows by ``torch.cat``; never compiled, since it grows."""
+    peer = llama_like(model)
+
+    def forward(ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        output = peer(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return output.logits, output.past_key_values
+
+    def generate(prompt: Tensor, tokens: int) -> Tensor:
+        mask = torch.ones_like(prompt)  # without one, prompt tokens equal to pad_token_id are taken for padding
+        return peer.generate(  # type: ignore[no-any-return]
+            prompt, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+        )
+
+    def construct() -> object:
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM(llama_config(model.config))
+
+    return Rival(
+        lambda ids: forward(ids, None), forward, same_weights=True, to=peer.to, generate=generate, construct=construct
+    )
+
+
+def static(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+    """With its cache of fixed length, whose step can be compiled."""
+    peer = llama_like(model)
+    from transformers import StaticCache
+
+    cache: Any = None
+    step = torch.compile(peer.forward, dynamic=False) if compiled else peer
+
+    def prefill(ids: Tensor) -> tuple[Tensor, Any]:
+        nonlocal cache
+        if cache is None or cache.dtype != peer.dtype:
+            cache = _Kept(StaticCache(config=peer.config, max_cache_len=capacity), peer.dtype)
+        cache.store.reset()
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return forward(peer, ids, positions)
+
+    def forward(call: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, Any]:
+        output = call(
+            input_ids=ids,
+            past_key_values=cache.store,
+            position_ids=positions[None],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits, positions[-1:] + 1
+
+    return Rival(prefill, lambda ids, position: forward(step, ids, position), same_weights=True, to=peer.to)
+
+
+class _Kept:
+    def __init__(self, store: Any, dtype: torch.dtype) -> None:
+        self.store = store
+        self.dtype = dtype
+
+
+def llama_config(config: DIYConfig) -> Any:
+    """The same architecture in transformers' words.
+
+    No token ends a text: ``generate`` then makes as many tokens as it is asked for, checks for no end, and has nothing
+    to warn about.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        tie_word_embeddings=config.tie_word_embeddings,
+        attention_dropout=config.dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def llama_like(model: DIYForCausalLM) -> Any:
+    """A ``LlamaForCausalLM`` with copies of our model's weights, on its device and in its dtype, in eval mode.
+
+    Raises:
+        PeerMissing: transformers is not installed.
+    """
+    require("transformers")
+    try:
+        from transformers import LlamaForCausalLM
+    except ImportError as error:
+        raise PeerMissing(f"transformers does not import here: {error}") from error
+    weight = model.lm_head.weight
+    with torch.random.fork_rng(devices=[]):
+        peer = LlamaForCausalLM(llama_config(model.config))
+    peer.load_state_dict(llama_weights(model))
+    return peer.to(weight.device, weight.dtype).eval()
+
+
+def llama_weights(model: DIYForCausalLM) -> dict[str, Tensor]:
+    """Our state dict under transformers' names: where we hold several matrices as one, they come apart."""
+    config = model.config
+    parts = {
+        "qkv_proj": (
+            ("q_proj", config.num_heads * config.head_size),
+            ("k_proj", config.kv_heads * config.head_size),
+            ("v_proj", config.kv_heads * config.head_size),
+        ),
+        "gate_up_proj": (("gate_proj", config.mlp_size), ("up_proj", config.mlp_size)),
+    }
+    weights: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        module = name.split(".")[-2]
+        if module not in parts:
+            weights[name] = weight
+            continue
+        rows = weight.split([size for _, size in parts[module]])
+        for (part, _), piece in zip(parts[module], rows, strict=True):
+            weights[name.replace(module, part)] = piece
+    return weights
