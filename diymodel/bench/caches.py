@@ -57,8 +57,8 @@ def _attend(
 ) -> Tensor:
     B, T, _ = hidden.shape
     H, K, D = attention.num_heads, attention.num_kv_heads, attention.head_size
-    qk, v = attention.qkv_proj(hidden).view(B, T, H + 2 * K, D).transpose(1, 2).split((H + K, K), 1)
-    q, k = rotate(qk, cos, sin).split((H, K), 1)
+    qk, v = attention.qkv_proj(hidden).view(B, T, H + 2 * K, D).transpose(1, 2).split_with_sizes((H + K, K), 1)
+    q, k = rotate(qk, cos, sin).split_with_sizes((H, K), 1)
     k, v = keep(layer, k, v)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=H != K)
     attended: Tensor = attention.o_proj(y.transpose(1, 2).reshape(B, T, H * D))

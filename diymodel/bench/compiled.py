@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def _captured(step: StaticStep) -> StaticStep:
         nonlocal graph, ids, position, logits
         if graph is None:
             ids, position = new_ids.clone(), new_position.clone()
-            stream = torch.cuda.Stream()
+            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # lazy initialisation and compilation are no part of the graph
                 for _ in range(3):

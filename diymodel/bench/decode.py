@@ -31,6 +31,7 @@ from diymodel.bench.scaling import (
     total_flops,
 )
 from diymodel.bench.timing import Effort, Work, interleave, timed
+from diymodel.config import DIYConfig
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 ROOM = 16  # positions that the steps of a round take beyond the longest length
@@ -116,6 +117,7 @@ def measure(subject: Benched, plan: Plan, report: Callable[[Mapping[str, Any]], 
         "cache": _verdict(subject, cached, lengths),
         "theory": THEORY,
         "attention_overtakes_at": overtakes(cached) if cached else None,
+        "attention_overtakes_in_theory": _overtakes_in_theory(subject.config) if subject.is_own else None,
         "rows": rows,
         "fits": fits(rows, ways),
     }
@@ -271,6 +273,11 @@ def _counted(
         "step_peak_bytes": cost.peak_bytes,
         **{f"total_{kind}": value for kind, value in totals.items()},
     }
+
+
+def _overtakes_in_theory(config: DIYConfig) -> float:
+    """In Llama's architecture: 6 · hidden_size for the blocks, and what the head over the vocabulary adds."""
+    return 6 * config.hidden_size + config.vocab_size / (2 * config.num_layers)
 
 
 def _verdict(subject: Benched, cached: Mapping[int, StepCost] | None, lengths: Sequence[int]) -> dict[str, Any]:

@@ -47,9 +47,14 @@ def print_rest(result: Mapping[str, Any]) -> None:
     print(f"cache: {result['cache']['verdict']}: {result['cache']['reason']}")
     if result["attention_overtakes_at"] is not None:
         positions = result["attention_overtakes_at"]
+        theory = result["attention_overtakes_in_theory"]
         print(
-            f"from {positions:.0f} positions on, a cached step spends more on attention than on products with weights; "
-            "theory: 6 × hidden_size for the blocks, vocab_size / (2 × num_layers) more for the head"
+            f"from {positions:.0f} positions on, a cached step spends more on attention than on products with weights"
+            + (
+                f" (theory: 6 × hidden_size, and for the head vocab_size / (2 × num_layers): {theory:.0f})"
+                if theory
+                else ""
+            )
         )
 
 
@@ -58,7 +63,7 @@ def _print_others(rows: Any) -> None:
     ways = [way for way in WAYS if f"{way}/cached" in rows[0]["ratios"] and way != "no_cache"]
     if not ways:
         return
-    print("\na step's seconds by those with our cache, in turn: median [quartiles]")
+    print("\nseconds of a step by those of the step with cache, in turn: median [quartiles]")
     width = max(len(WAYS[way]) for way in ways)
     lengths = "".join(f"{row['length']:>18}" for row in rows)
     print(f"  {'length':<{width}} {lengths}")

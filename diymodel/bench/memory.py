@@ -27,7 +27,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._bytes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage -> bytes, 0 for those that were there before
+        self._bytes: Any = WeakIdKeyDictionary()  # storage -> bytes, 0 for those that were there before
         self.peak = 0
 
     def __torch_dispatch__(

@@ -6,6 +6,7 @@ taken too long. Dashed lines are slopes for the eye to compare with; where they 
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -43,10 +44,13 @@ WORDS = {
     "thread": {"en": "thread", "zh": "线程"},
     "hollow": {"en": "hollow: the sum of measured steps", "zh": "空心：由实测的单步求和"},
 }
+MAIN = ("no_cache", "cached")
+PANEL_POINTS = 215.0  # height of a panel, roughly
+LINE_POINTS = 11.0
 SUPERSCRIPT = str.maketrans("0123456789.", "⁰¹²³⁴⁵⁶⁷⁸⁹·")
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei")
 CHINESE_FONTS_OF_OTHERS = ("Noto Sans CJK JP", "Noto Sans CJK TC")  # the same glyphs in one font file
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and in the reader's fonts
     "svg.hashsalt": "diymodel",  # the same picture from the same data, byte for byte
     "figure.facecolor": "none",
@@ -79,9 +83,10 @@ def draw(documents: Sequence[Mapping[str, Any]], out: Path, lang: str = "en") ->
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     fonts = ["DejaVu Sans", *(_chinese_fonts(out) if lang == "zh" else ())]
-    with mpl.rc_context({**STYLE, "font.sans-serif": fonts}), warnings.catch_warnings():
+    with mpl.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
         # An SVG's text is drawn where it is read, in the reader's fonts: that this machine lacks a glyph is no matter.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         figure = Figure(figsize=(1.6 + 5.4 * len(documents), 8.4), layout="constrained")
         axes = figure.subplots(len(PANELS), len(documents), sharex=True, sharey="row", squeeze=False)
         for column, document in enumerate(documents):
@@ -135,31 +140,44 @@ def _label_ends(
     lang: str,
     ends: Mapping[str, float],
 ) -> None:
-    """Names at the right of the curves, one below the other where they would overlap."""
-    height = 8.4 / 2 * 72 * 0.72  # points of a panel, roughly
+    """Names at the right of the curves, moved apart where they would overlap."""
     bottom, top = axes.get_ylim()
-    points = {way: height * _log_share(value, bottom, top) for way, value in ends.items()}
-    lines = 2 * 12.0
-    at = float("inf")
-    for way in sorted(points, key=lambda way: -points[way]):
-        at = min(points[way], at - lines)
-        style = WAYS[way]
-        name = quantity.replace("seconds", "flops")
-        fit = document["fits"].get(way, {}).get(name)
-        words = [style[lang]]
-        if fit is not None:
-            exponent = f"{fit['exponent']:.2f}".translate(SUPERSCRIPT)
-            words.append(f"FLOPs ∝ {panel['x']}{exponent}")
-        for line, text in enumerate(words):  # one text a line: an SVG's reader sets its own widths
+    points = {way: PANEL_POINTS * _log_share(value, bottom, top) for way, value in ends.items()}
+    words = {way: _words(document, way, quantity, panel, lang) for way in ends}
+    for way, height in _apart(points, {way: LINE_POINTS * len(lines) + 2 for way, lines in words.items()}).items():
+        for line, text in enumerate(words[way]):  # one text a line: an SVG's reader sets its own widths
             axes.annotate(
                 text,
                 (document["lengths"][-1], ends[way]),
-                xytext=(9, at - points[way] + 2 - 11 * line),
+                xytext=(9, height - points[way] + 2 - LINE_POINTS * line),
                 textcoords="offset points",
-                color=style["color"],
+                color=WAYS[way]["color"],
                 fontsize=9,
                 annotation_clip=False,
             )
+
+
+def _words(document: Mapping[str, Any], way: str, quantity: str, panel: Mapping[str, Any], lang: str) -> list[str]:
+    """What stands beside a curve: its name, and for the two that matter how their FLOPs grow."""
+    fit = document["fits"].get(way, {}).get(quantity.replace("seconds", "flops"))
+    if way not in MAIN or fit is None:
+        return [WAYS[way][lang]]
+    exponent = f"{fit['exponent']:.2f}".translate(SUPERSCRIPT)
+    return [WAYS[way][lang], f"FLOPs ∝ {panel['x']}{exponent}"]
+
+
+def _apart(heights: Mapping[str, float], needed: Mapping[str, float]) -> dict[str, float]:
+    """Heights in points, from the top down, so that none comes nearer to the next than it needs, nor below 0."""
+    placed: dict[str, float] = {}
+    at = float("inf")
+    for way in sorted(heights, key=lambda way: -heights[way]):
+        placed[way] = at = min(heights[way], at)
+        at -= needed[way]
+    floor = 0.0
+    for way in reversed(placed):
+        placed[way] = max(placed[way], floor + needed[way] - LINE_POINTS)
+        floor = placed[way] + LINE_POINTS
+    return placed
 
 
 def _log_share(value: float, bottom: float, top: float) -> float:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,7 +83,8 @@ def _time_calls(work: Work, calls: int, device: torch.device) -> list[float]:
         work.reset()
     with _no_garbage_collection():
         if device.type == "cuda":
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+            make_event: Any = torch.cuda.Event
+            events = [make_event(enable_timing=True) for _ in range(calls + 1)]
             torch.cuda.synchronize(device)
             events[0].record()
             for event in events[1:]:

@@ -1,7 +1,7 @@
 """What others decode with, on the same shapes and, where the architecture agrees, on the same weights.
 
-Each peer is a function ``(model, capacity, compiled) -> Rival`` that may raise :class:`PeerMissing` with the reason; none
-imports its package before it is called.
+Each peer is a function ``(model, capacity, compiled) -> Rival`` that may raise :class:`PeerMissing` with the reason;
+none imports its package before it is called.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from diymodel.model import DIYForCausalLM
 
 
 def dynamic(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
-    """With the cache that it takes when nothing is said, which grows by ``torch.cat``; never compiled, since it grows."""
+    """With the cache that it takes when nothing is said. It grows by ``torch.cat``, so it is never compiled."""
     peer = llama_like(model)
 
     def forward(ids: Tensor, past: Any) -> tuple[Tensor, Any]:
@@ -77,9 +77,10 @@ def llama_config(config: DIYConfig) -> Any:
     No token ends a text: ``generate`` then makes as many tokens as it is asked for, checks for no end, and has nothing
     to warn about.
     """
-    from transformers import LlamaConfig
+    import transformers
 
-    return LlamaConfig(
+    make: Any = transformers.LlamaConfig
+    return make(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,
@@ -110,7 +111,7 @@ def llama_like(model: DIYForCausalLM) -> Any:
         raise PeerMissing(f"transformers does not import here: {error}") from error
     weight = model.lm_head.weight
     with torch.random.fork_rng(devices=[]):
-        peer = LlamaForCausalLM(llama_config(model.config))
+        peer: Any = LlamaForCausalLM(llama_config(model.config))
     peer.load_state_dict(llama_weights(model))
     return peer.to(weight.device, weight.dtype).eval()
 
