@@ -1,4 +1,4 @@
-"""The command line: ``train`` and ``generate`` are here, ``verify``, ``list`` and ``explain`` in verify/command.py.
+"""The command line: ``train`` and ``generate``; the other commands are in verify/, zoo/ and bench/command.py.
 
 Exit codes: 0 done, 1 it ran and did not succeed, 2 it could not start (one line on stderr says why), 130 Ctrl-C.
 Torch is imported by the commands only, so that ``--help`` is there at once.
@@ -22,6 +22,7 @@ from diymodel import __version__
 from diymodel.bench.command import add_bench
 from diymodel.config import OVERFIT, PRESETS, DIYConfig, TrainConfig
 from diymodel.verify.command import add_commands
+from diymodel.zoo.command import add_zoo
 
 if TYPE_CHECKING:
     from diymodel.data import Tokenizer
@@ -79,6 +80,7 @@ def _parser() -> _Parser:
     _add_train(commands)
     _add_generate(commands)
     add_commands(commands)
+    add_zoo(commands)
     add_bench(commands)
     return parser
 

@@ -1,0 +1,123 @@
+"""The kill matrix: which checks fail on which bug. It measures the harness, and teaches the diagnosis."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diymodel._files import replace_file
+from diymodel.verify.registry import Check, list_checks
+from diymodel.verify.runner import PROFILES, Settings, verify_one
+from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
+from diymodel.zoo.bug import Bug, list_bugs
+
+
+def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
+    """Run every check that is not optional on a bug."""
+    subject, settings = bug.subject(), Settings(PROFILES[profile], seed)
+    results = [verify_one(subject, check, settings) for check in list_checks() if not check.optional]
+    return sample_of(results, bug.id, bug.slug, bug.base)
+
+
+def extend(
+    path: Path, profile: str, seed: int, jobs: int = 1, on_sample: Callable[[Sample], object] | None = None
+) -> list[Sample]:
+    """Measure the bugs that the file does not hold yet; it is written bug by bug, so that an interrupted run goes on.
+
+    Samples of bugs that the zoo no longer has are dropped.
+
+    Raises:
+        ValueError: the file was measured with another profile or seed, or other checks.
+    """
+    bugs = {bug.id: bug for bug in list_bugs()}
+    checks = [check.id for check in list_checks() if not check.optional]
+    facts = {"profile": profile, "seed": seed, "torch": torch.__version__}
+    samples = [sample for sample in _measured(path, facts, checks) if sample.bug in bugs]
+    left = [bug for id, bug in bugs.items() if id not in {sample.bug for sample in samples}]
+    for sample in _parallel(_measure, [(bug.id, profile, seed) for bug in left], jobs):
+        samples = sorted([*samples, sample], key=lambda sample: (sample.slug, sample.base, sample.bug))
+        text = write_samples(samples, facts).encode()
+        replace_file(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+        if on_sample is not None:
+            on_sample(sample)
+    return samples
+
+
+def _measured(path: Path, facts: Mapping[str, Any], checks: Sequence[str]) -> list[Sample]:
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    for name, value in {**facts, "checks": list(checks)}.items():
+        if content[name] != value:
+            raise ValueError(f"{path} was measured with another {name}: begin a new file, or delete it")
+    return read_samples(text)
+
+
+def _measure(arguments: tuple[str, str, int]) -> Sample:
+    """In a process of the pool."""
+    id, profile, seed = arguments
+    torch.set_num_threads(1)
+    return measure(next(bug for bug in list_bugs() if bug.id == id), profile, seed)
+
+
+def _parallel(function: Callable[[Any], Any], work: Sequence[Any], jobs: int) -> Iterator[Any]:
+    """The results as they come."""
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(function, item) for item in work]):
+            yield future.result()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a matrix says of the harness."""
+
+    bugs: int
+    classes: int
+    killed: int
+    not_killed: tuple[str, ...]  # ids of bugs
+    single_killer: Mapping[str, str]  # bug that one check alone kills: lose that check and the bug is free
+    idle: tuple[str, ...]  # checks that kill nothing
+
+
+def figures(samples: Iterable[Sample]) -> Figures:
+    """The figures of a matrix."""
+    samples = list(samples)
+    killed = [sample for sample in samples if sample.killers]
+    killing = {id for sample in samples for id in sample.killers}
+    return Figures(
+        bugs=len(samples),
+        classes=len({sample.slug for sample in samples}),
+        killed=len(killed),
+        not_killed=tuple(sample.bug for sample in samples if not sample.killers),
+        single_killer={sample.bug: sample.killers[0] for sample in killed if len(sample.killers) == 1},
+        idle=tuple(sorted({id for sample in samples for id in sample.verdicts} - killing)),
+    )
+
+
+@dataclass(frozen=True)
+class Luck:
+    """How often a bug escaped the checks that must kill it, over seeds."""
+
+    bug: str
+    profile: str
+    seeds: int
+    escaped: tuple[int, ...]  # the seeds with which one of those checks passed
+
+
+def luck(bug: Bug, checks: Mapping[str, Check], profile: str, seeds: Sequence[int]) -> Luck:
+    """Run the checks that must kill a bug with every seed."""
+    subject = bug.subject()
+
+    def killed(seed: int) -> bool:
+        settings = Settings(PROFILES[profile], seed, shrink=False)
+        return any(verify_one(subject, checks[id], settings).status == "failed" for id in bug.kills)
+
+    return Luck(bug.id, profile, len(seeds), tuple(seed for seed in seeds if not killed(seed)))
