@@ -67,11 +67,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
     if verdicts[0] == "constant" and verdicts[1] != "constant":
         comparison.regressions.append(f"the cache: {verdicts[0]} → {verdicts[1]}: {new['cache']['reason']}")
     old_ratios, new_ratios = dict(_ratios(old)), dict(_ratios(new))
-    for name in old_ratios.keys() & new_ratios.keys():
+    for name in (name for name in old_ratios if name in new_ratios):
         a, b = old_ratios[name], new_ratios[name]
         apart = "apart" if a.q3 < b.q1 or b.q3 < a.q1 else "within their spread"
         comparison.ratios.append(f"{name}: {a.text()} → {b.text()}  {apart}")
-    comparison.ratios.sort()
     return comparison
 
 
@@ -88,12 +87,12 @@ def _exact(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _ratios(document: Mapping[str, Any]) -> Iterator[tuple[str, Spread]]:
     """Name and spread of every ratio that was taken in turn."""
-    paths = {path[: path.index("ratios") + 2] for path, _ in _leaves(document) if "ratios" in path[:-1]}
-    for path in paths:
+    found = (path[: path.index("ratios") + 2] for path, _ in _leaves(document) if "ratios" in path[:-1])
+    for path in dict.fromkeys(found):
         value: Any = document
         for part in path:
             value = _part(value, part)
-        yield " ".join(part for part in path if part != "ratios"), Spread.read(value)
+        yield " ".join(part for part in path if part not in ("rows", "ratios")), Spread.read(value)
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -33,7 +33,6 @@ def works(model: DIYForCausalLM, peer: Any, config: DIYConfig, length: int, devi
     return found
 
 
-@torch.inference_mode()
 def run(
     document: dict[str, Any],
     config: DIYConfig,
@@ -54,7 +53,8 @@ def run(
     print(f"{'prompt':>6} {'FLOPs':>9} {'ours':>10} {'tokens/s':>9}  others' seconds by ours, in turn")
     rows = []
     for length in lengths:
-        rounds = interleave(works(model, peer, config, length, device), device, effort)
+        with torch.inference_mode():
+            rounds = interleave(works(model, peer, config, length, device), device, effort)
         flops = prefill_flops(config, length, logits_to_keep=1)
         row: dict[str, Any] = {"length": length, "flops": flops}
         row |= {way: {"seconds": Spread.of(seconds)} for way, seconds in rounds.items()}
