@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import describe_machine, write_results
+from diymodel.bench.machine import describe_machine
+from diymodel.bench.results import write_results
 from diymodel.verify import check_causal_lm
 from diymodel.verify.runner import PROFILES
 from diymodel.zoo.base import BASES

@@ -120,11 +120,11 @@ class MaskedDecoder:
         return self.extend(ids, None)[0]
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        """``past`` is the number of filled positions, (1,)."""
-        start = self.slots[:1] if past is None else past
+        """``past`` is the number of filled positions, (1,), and the buffer."""
+        start = self.slots[:1] if past is None else past[0]
         T = ids.shape[1]
         logits = self._step(ids, start) if T == 1 else self.step(ids, start + self.slots[:T])
-        return logits, start + T
+        return logits, (start + T, self.buffer)
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (1, 1, V) of the last of the tokens (1, T) at these positions (T,)."""

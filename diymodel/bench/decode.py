@@ -19,6 +19,7 @@ from diymodel.bench.caches import ConcatenatedDecoder, MaskedDecoder
 from diymodel.bench.compiled import ENGINES, engine_decoder, missing
 from diymodel.bench.decoders import Benched, Decoder, OwnDecoder, greedy, random_ids
 from diymodel.bench.figures import Spread, ratios
+from diymodel.bench.memory import peak_bytes
 from diymodel.bench.scaling import (
     THEORY,
     StepCost,
@@ -82,7 +83,7 @@ def measure(subject: Benched, plan: Plan, report: Callable[[Mapping[str, Any]], 
     counts, lengths, where = count(subject, plan, [way for way in ("no_cache", "cached") if way not in skipped])
     prefills = {plan.prompt: _prefill_cost(subject, plan, counts, where)}
     decoders = _decoders(subject, plan, skipped)
-    times = time_steps(decoders, lengths, plan, subject.config.vocab_size)
+    times, peaks = time_steps(decoders, lengths, plan, subject.config.vocab_size)
     weights = next(iter(decoders.values())).module
     bandwidth = measured_bandwidth(plan.device)
     rows = []
@@ -92,6 +93,8 @@ def measure(subject: Benched, plan: Plan, report: Callable[[Mapping[str, Any]], 
             seconds = {t: Spread.of(times[t][way]).median for t in lengths}
             cost = counts.get(way.split("_")[0] if way in ENGINES else way)
             row[way] = {"step_seconds": Spread.of(times[length][way])}
+            if way in peaks[length]:
+                row[way]["step_peak_bytes"] = peaks[length][way]
             if way == "floor":
                 continue
             row[way] |= _total_seconds(decoders[way], way, seconds, length, plan, subject.config.vocab_size)
@@ -196,9 +199,9 @@ def _decoders(subject: Benched, plan: Plan, skipped: dict[str, str]) -> dict[str
 @torch.inference_mode()
 def time_steps(
     decoders: Mapping[str, Decoder], lengths: Sequence[int], plan: Plan, vocab_size: int
-) -> dict[int, dict[str, list[float]]]:
-    """Seconds of the step at each length, all ways in turn: for each one figure a round."""
-    times = {}
+) -> tuple[dict[int, dict[str, list[float]]], dict[int, dict[str, int]]]:
+    """Seconds of the step at each length, all ways in turn, for each one figure a round; and the bytes it takes."""
+    times, peaks = {}, {}
     floor = matrix_vector_products(next(iter(decoders.values())).module)
     for length in lengths:
         ids = random_ids(vocab_size, 1, length, plan.device)
@@ -207,7 +210,17 @@ def time_steps(
             for way, decoder in decoders.items()
         }
         times[length] = interleave(works | {"floor": Work(floor)}, plan.device, plan.effort)
-    return times
+        peaks[length] = {way: step_peak(work, plan.device) for way, work in works.items() if way not in ENGINES}
+    return times, peaks
+
+
+def step_peak(work: Work, device: torch.device) -> int:
+    """Bytes that a step takes at most; of those that follow one another, the middle one, which is at the length."""
+    if work.reset is not None:
+        work.reset()
+        for _ in range(work.most_calls // 2):
+            work.run()
+    return peak_bytes(work.run, device)
 
 
 def uncached_step(decoder: Decoder, ids: Tensor) -> Work:
@@ -270,7 +283,6 @@ def _counted(
         "step_linear_flops": cost.flops.linear,
         "step_attention_flops": cost.flops.attention,
         "kv_bytes": cost.kv_bytes,
-        "step_peak_bytes": cost.peak_bytes,
         **{f"total_{kind}": value for kind, value in totals.items()},
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -173,13 +173,19 @@ def kv_bytes(module: nn.Module, past: Any) -> int | None:
     """Bytes of the keys and values that a cache holds; None where they cannot be found.
 
     Found are the floating-point tensors of at least three dimensions in nested lists, tuples, mappings and objects, or
-    else in buffers of the module whose name speaks of a cache.
+    else in what the modules hold beside their parameters.
     """
-    found = {id(tensor): tensor for tensor in _tensors(past, depth=6)}.values()
-    kept = [tensor for tensor in found if tensor.is_floating_point() and tensor.dim() >= 3]
+    kept = _large(_tensors(past, depth=6))
     if not kept:
-        kept = [buffer for name, buffer in module.named_buffers() if "cache" in name and buffer.dim() >= 3]
+        held = [value for part in module.modules() for name, value in vars(part).items() if not name.startswith("_")]
+        kept = _large([*module.buffers(), *_tensors(held, depth=4)])
     return sum(tensor.nbytes for tensor in kept) or None
+
+
+def _large(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each once, of those that may be keys or values."""
+    once = {id(tensor): tensor for tensor in tensors}.values()
+    return [tensor for tensor in once if tensor.is_floating_point() and tensor.dim() >= 3]
 
 
 def _tensors(value: Any, depth: int) -> list[Tensor]:

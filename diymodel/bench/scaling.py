@@ -18,7 +18,6 @@ import torch
 from diymodel.bench.counting import Flops, count_flops
 from diymodel.bench.decoders import Decoder, kv_bytes
 from diymodel.bench.figures import Fit, Spread
-from diymodel.bench.memory import peak_bytes
 
 ANCHORS = (2, 3, 4)  # lengths that determine a cost of degree 2; every other length counted then checks it
 THEORY = {  # exponents of the totals
@@ -34,7 +33,6 @@ class StepCost:
 
     flops: Flops
     kv_bytes: int | None  # of the cache that it leaves; None: none, or not found
-    peak_bytes: int  # of what it allocates
 
 
 def count_step(decoder: Decoder, length: int, use_cache: bool) -> StepCost:
@@ -57,10 +55,7 @@ def count_step(decoder: Decoder, length: int, use_cache: bool) -> StepCost:
         if use_cache:
             past = stem()
         flops = count_flops(step, decoder.module)
-        size = kv_bytes(decoder.module, past) if use_cache else None
-        if use_cache:
-            past = stem()
-        return StepCost(flops, size, peak_bytes(step))
+        return StepCost(flops, kv_bytes(decoder.module, past) if use_cache else None)
 
 
 def count_steps(decoder: Decoder, lengths: Sequence[int], use_cache: bool) -> dict[int, StepCost]:

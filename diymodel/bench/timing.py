@@ -51,13 +51,12 @@ def interleave(works: Mapping[str, Work], device: torch.device, effort: Effort) 
     calls: dict[str, int] = {}
     round_seconds = 0.0
     for name, work in works.items():
+        first = _time_calls(work, 1, device)[0]  # pays for lazy initialisation, and for compilation
+        tries = 1 if first > 1 else min(3, work.most_calls)
         began = time.perf_counter()
-        seconds = _time_calls(work, 1, device)[0]  # the first call pays for lazy initialisation …
-        if seconds < 1:  # … which a long one does not notice
-            began = time.perf_counter()
-            seconds = max(min(_time_calls(work, min(3, work.most_calls), device)), 1e-9)
+        seconds = max(min(_time_calls(work, tries, device)), 1e-9)
         calls[name] = max(1, min(int(effort.round_seconds / seconds), work.most_calls))
-        resetting = max(time.perf_counter() - began - 3 * seconds, 0.0)
+        resetting = max(time.perf_counter() - began - tries * seconds, 0.0)
         round_seconds += resetting + seconds * calls[name]
     affordable = int(effort.seconds / round_seconds)
     rounds = max(effort.fewest_rounds, min(effort.rounds, affordable))

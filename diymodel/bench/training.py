@@ -48,6 +48,10 @@ def training_step(
         optimizer.step()
         optimizer.zero_grad()
 
+    if compiled:  # what is made lazily, the rotary table and the gradients, would make it compile again
+        loss_of(ids)
+        run()
+        run()
     return Work(run)
 
 
