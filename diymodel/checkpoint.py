@@ -36,9 +36,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from diymodel import hf_form
+from diymodel._compat import unsafe_globals
 from diymodel._files import create_directory, replace_file
 from diymodel.config import DIYConfig
 from diymodel.model import DIYForCausalLM
@@ -262,7 +262,7 @@ def _unpickle(file: BinaryIO) -> Any:
 def _unsafe_globals(file: BinaryIO) -> str:
     """The names in a file of ``torch.save`` that unpickling would have to call or build; empty for plain data."""
     file.seek(0)
-    return ", ".join(get_unsafe_globals_in_checkpoint(file))
+    return ", ".join(unsafe_globals(file))
 
 
 # --- the directory ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diymodel._compat import is_compiling
+
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Refuse what is not a (B, T) batch of tokens of the vocabulary."""
@@ -67,4 +69,4 @@ def seq_lengths_of(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
 
 def _readable(ids: Tensor) -> bool:
     """Values can be looked at: not while compiling, nor on the meta device, which has none."""
-    return not (torch.compiler.is_compiling() or ids.is_meta)
+    return not (is_compiling() or ids.is_meta)

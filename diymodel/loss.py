@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diymodel._compat import is_compiling
+
 
 def next_token_loss(
     logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: Literal["mean", "sum"] = "mean"
@@ -56,7 +58,7 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) ->
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if torch.compiler.is_compiling() or labels.is_meta or not labels.numel():
+    if is_compiling() or labels.is_meta or not labels.numel():
         return
     low, high = (int(bound) for bound in labels.masked_fill(labels == ignore_index, 0).aminmax())
     if low < 0 or high >= logits.shape[-1]:

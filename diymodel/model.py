@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel._attributes import direct
+from diymodel._compat import attention
 from diymodel.cache import LayerCache, LayerPast, PastKeyValues, Span, append, check_cache
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
@@ -152,7 +153,7 @@ class Attention(nn.Module):
         present = None
         if step.cached is not None:
             k, v, present = append(past, k, v, step.cached, self.max_seq_len)
-        attended = F.scaled_dot_product_attention(
+        attended = attention(
             q,
             k,
             v,

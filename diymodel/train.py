@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from diymodel._compat import FUSED_DEVICES, cpu_has_bfloat16
 from diymodel._files import replace_file
 from diymodel.checkpoint import read_checkpoint, save_checkpoint
 from diymodel.config import DIYConfig, TrainConfig
@@ -118,7 +119,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=device_of(model).type in ("cpu", "cuda", "mps"),
+        fused=device_of(model).type in FUSED_DEVICES,
     )
 
 
@@ -224,8 +225,7 @@ def choose_autocast(dtype: str, hidden_size: int, device: torch.device) -> torch
     Two threads, 4 layers, 128: 15,700 and 22,900; 256: 5,700 and 8,200; 8 layers, 512: 830 and 1,350.
     """
     if dtype == "auto":
-        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        faster = device.type == "cuda" or (device.type == "cpu" and hidden_size >= 128 and has_bfloat16())
+        faster = device.type == "cuda" or (device.type == "cpu" and hidden_size >= 128 and cpu_has_bfloat16())
         return torch.bfloat16 if faster else None
     return torch.bfloat16 if dtype == "bfloat16" else None
 

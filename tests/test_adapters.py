@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diymodel._compat import TORCH
 from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.adapters import read_output
 from diymodel.verify.masks import CausalMask
 from diymodel.verify.subject import resolve
 from diymodel.zoo.base import BASES
 
+needs_rms_norm = pytest.mark.skipif(not hasattr(F, "rms_norm"), reason="zoo:supplied calls F.rms_norm: torch 2.4")
 CORE = ("shape.*", "causality.edit", "causality.truncation", "batch.*", "decode.c*", "padding.*")
 
 
@@ -62,7 +65,11 @@ def verdicts(subject: Any, only: tuple[str, ...] = CORE, profile: str = "quick")
         ("fastlike", {"positions": "input_pos", "cache_on_module": True, "always_cached": True}),
         ("startpos", {"start": "start_pos", "cache_on_module": True, "always_cached": True, "new_cache": None}),
         ("resettable", {"use_cache": "use_cache", "cache_on_module": True, "always_cached": False}),
-        ("supplied", {"past": "kv_cache", "shortest": 2, "ignore_index": -1, "labels_come_shifted": True}),
+        pytest.param(
+            "supplied",
+            {"past": "kv_cache", "shortest": 2, "ignore_index": -1, "labels_come_shifted": True},
+            marks=needs_rms_norm,
+        ),
         (
             "intermediates",
             {"left": "seq_start_pos", "mask_dtype": torch.bool, "new_tokens": "cache_age", "cache_is_value": False},
@@ -81,7 +88,12 @@ def test_the_convention_is_found(base: str, found: dict[str, Any]) -> None:
         ("nanogpt", "padding", "forward has no attention_mask and no seq_lengths"),
         ("onmodule", "loss", "forward has no labels"),
         ("onmodule", "cache_value", "its cache is kept on the module, and the subject does not claim 'cache_value'"),
-        ("supplied", "cache_value", "its cache is an object that changes, and the subject does not claim"),
+        pytest.param(
+            "supplied",
+            "cache_value",
+            "its cache is an object that changes, and the subject does not claim",
+            marks=needs_rms_norm,
+        ),
         ("fastlike", "gradient", "every call is on the cache that the module keeps: it is for inference only"),
         ("startpos", "gradient", "every call is on the cache that the module keeps: it is for inference only"),
         ("intermediates", "ragged_cache", "forward has no seq_lengths and no position_ids"),
@@ -92,6 +104,7 @@ def test_what_is_missing_has_a_reason(base: str, capability: str, reason: str) -
     assert reason in (BASES[base].subject().missing(capability) or "")
 
 
+@needs_rms_norm
 def test_the_caller_of_a_module_with_a_cache_class_beside_it_makes_that() -> None:
     subject = BASES["supplied"].subject()
     module = subject.build(subject._first_config())
@@ -101,6 +114,7 @@ def test_the_caller_of_a_module_with_a_cache_class_beside_it_makes_that() -> Non
     assert cache.shape[1] == 3
 
 
+@needs_rms_norm
 def test_what_is_declared_is_not_tried() -> None:
     made: list[int] = []
 
@@ -313,6 +327,7 @@ class Flex(Tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(TORCH < (2, 5), reason="flex attention came with torch 2.5")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_block_mask_that_the_caller_makes_is_made() -> None:
     convention = Subject(Flex).convention

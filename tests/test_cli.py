@@ -173,7 +173,7 @@ def test_overfit_exits_1_when_it_does_not_learn(capsys: pytest.CaptureFixture[st
 
 
 def test_a_diverged_run_exits_1(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", text, "--out", str(tmp_path), *TINY, "--learning-rate=1e38", "--weight-decay=100"]) == 1
+    assert main(["train", text, "--out", str(tmp_path), *TINY, "--learning-rate=1e36", "--weight-decay=100"]) == 1
     assert capsys.readouterr().err.startswith("diymodel train: error: loss ")
 
 

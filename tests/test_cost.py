@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diymodel import DIYConfig, DIYForCausalLM
+from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.cost import decode_flops, kv_bytes_per_token, num_parameters, prefill_flops
 
 CONFIGS = [

@@ -8,19 +8,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diymodel._compat import SDPBackend, attention_backends, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import NotApplicable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_BACKENDS = (  # of torch's scaled_dot_product_attention
-    SDPBackend.MATH,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-)
 _REFUSALS = ("No viable backend", "No available kernel")  # torch's words where a backend cannot run
 _SETTER = "set_attn_implementation"  # transformers' method, and its names of what every family can have
 _IMPLEMENTATIONS = ("eager", "sdpa")
@@ -73,7 +67,7 @@ def _backends(lm: LM, ids: Tensor) -> Runs:
     if _unless_refused(partial(_with_backend, lm, ids, SDPBackend.ERROR)) is not None:
         return {}
     runs: Runs = {}
-    for backend in _BACKENDS:
+    for backend in attention_backends():
         run = partial(_with_backend, lm, ids, backend)
         logits = _unless_refused(run)
         if logits is not None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.learning import gradients_of, trainable
@@ -135,4 +136,4 @@ def _fits(lm: LM, ids: Tensor) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    return max(sizes) < _FITS
+    return max(sizes) < _FITS and scores_fit(lambda: lm.logits(ids), _FITS)
