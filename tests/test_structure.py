@@ -25,6 +25,7 @@ LAYERS = [
     {"train"},
     {"verify"},
     {"zoo"},
+    {"bench"},
     {"cli"},
 ]
 
@@ -56,6 +57,13 @@ def test_the_harness_knows_the_model_in_one_place_only() -> None:
         assert set(imports) <= allowed, f"{path.name} imports {set(imports) - allowed}"
 
 
+def test_only_the_command_line_knows_the_benchmarks() -> None:
+    """diymodel/bench measures the model and the harness; neither imports it."""
+    for path in PACKAGE.rglob("*.py"):
+        imports = re.findall(r"from diymodel\.(\w+)", path.read_text(encoding="utf-8"))
+        assert "bench" not in imports or path.parts[len(PACKAGE.parts)] in ("bench", "cli.py"), f"{path} imports bench"
+
+
 def test_public_names_are_lazy_and_resolve() -> None:
     assert set(dir(diymodel)) == set(diymodel.__all__)
     for name in diymodel.__all__:
@@ -64,7 +72,7 @@ def test_public_names_are_lazy_and_resolve() -> None:
         _ = diymodel.nothing
 
 
-@pytest.mark.parametrize("module", ["config", "cost", "_files"])
+@pytest.mark.parametrize("module", ["config", "cost", "_files", "cli", "bench.command", "bench.compare", "bench.plot"])
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, diymodel.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
