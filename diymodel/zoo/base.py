@@ -102,5 +102,36 @@ BASES = {
             (*STRICT, "ragged_cache", "strict_generation", "generate_eval"),
             generation=frozenset(),
         ),
+        Base("parallel", "ParallelLM", _NO_PADDING | {"loss"}),
+        Base("postnorm", "PostNorm", _NO_CACHE | _NO_PADDING),
+        Base(
+            "switch",
+            "SwitchForCausalLM",
+            frozenset(),
+            (*STRICT, "left_padding", "ragged_cache"),
+            {"no_gradient": lambda file: ("*.experts.*",)},  # an expert that no token goes to
+        ),
+        Base(
+            "rolling",
+            "Rolling",
+            _NO_PADDING | {"loss", "strict_context"},
+            (),
+            {"window": lambda file: file.WINDOW, "shifted": lambda file: file.shifted},
+        ),
+        Base("headwise", "GPTLanguageModel", _NO_CACHE | _NO_PADDING, generation=_ONLY_SAMPLES | {"top_k"}),
+        Base(
+            "scribe",
+            "Scribe",
+            frozenset({"cache_value", "loss"}),
+            ("strict_context", "left_padding", "ragged_cache", "strict_generation", "generate_eval"),
+            generation=frozenset(),
+        ),
+        Base(
+            "kept",
+            "Kept",
+            _NO_PADDING | {"loss"},
+            ("strict_context", "small_init", "meta_init"),
+            {"save": lambda file: file.save_pretrained, "load": lambda file: file.from_pretrained},
+        ),
     )
 }

@@ -30,13 +30,19 @@ GIVEN = {  # what most bases do without
 NOT_APPLICABLE = {
     *(
         (name, "state.tied_weights_stay_tied")  # they never share a weight
-        for name in ("plain", "onmodule", "fastlike", "supplied", "startpos", "resettable", "intermediates")
+        for name in (
+            *("plain", "onmodule", "fastlike", "supplied", "startpos", "resettable", "intermediates"),
+            *("rolling", "headwise", "kept"),
+        )
     ),
     *((name, "modes.dropout_active_in_training") for name in ("fastlike", "supplied", "startpos", "saved")),  # has none
-    ("nanogpt", "generation.random_state_untouched"),  # it always samples, from torch's own state
+    *((name, "generation.random_state_untouched") for name in ("nanogpt", "headwise")),  # only from torch's own state
     *(
         (name, "causality.each_backend")
-        for name in ("nanogpt", "hub", "startpos", "resettable", "intermediates", "learned")
+        for name in (
+            *("nanogpt", "hub", "startpos", "resettable", "intermediates", "learned"),
+            *("parallel", "postnorm", "headwise", "scribe"),
+        )
     ),
     *((name, "decode.caller_object") for name in LACKS if name not in ("supplied", "windowed")),
     *((name, "decode.rows_reordered") for name in ("onmodule", "fastlike", "startpos", "resettable")),  # on the module
@@ -47,8 +53,8 @@ NOT_APPLICABLE = {
 }
 
 APPLIES = {  # checks that need what few bases have, and which these are
-    "gradients.checkpointing": {"pretrained"},
-    "state.resized_vocabulary": {"pretrained"},
+    "gradients.checkpointing": {"pretrained", "kept"},
+    "state.resized_vocabulary": {"pretrained", "kept"},
 }
 SLOW_ON = {OWN, "rotary", "supplied"}  # where optional checks are tried
 CASES = [(name, check) for name in LACKS for check in list_checks() if not check.optional or name in SLOW_ON]

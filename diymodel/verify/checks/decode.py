@@ -20,6 +20,7 @@ _POSITIONS = (
     "position-advances-per-layer",
     "cached-keys-rotated-again",
     "position-from-kept-length",
+    "rope-base-changes-mid-cache",
 )
 
 
@@ -30,6 +31,7 @@ _POSITIONS = (
     needs=("cache", "causal"),
     causes=(
         *_POSITIONS,
+        "alibi-lost-in-decode",
         "window-ignored-in-decode",
         "cache-drops-oldest",
         "cache-object-replaced",

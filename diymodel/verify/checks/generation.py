@@ -161,7 +161,12 @@ def eos_per_row(trial: Trial) -> None:
     title="a padded prompt continues from its last real token, as it does alone",
     step="5.1",
     needs=("greedy", "generate_batch", "generate_padded"),
-    causes=("continues-from-pad", "padding-mask-lost-in-decode", "padded-batch-shared-position"),
+    causes=(
+        "continues-from-pad",
+        "padding-mask-lost-in-decode",
+        "padded-batch-shared-position",
+        "position-ids-ignored",
+    ),
 )
 def padded_prompt(trial: Trial) -> None:
     lm = trial.model()

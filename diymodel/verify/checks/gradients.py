@@ -40,7 +40,7 @@ _CHECKPOINTING = (  # methods that turn it on; transformers deprecates its secon
     title="every parameter gets a gradient from the logits",
     step="1.2",
     needs=("gradient",),
-    causes=("gradient-detached", "module-never-called", "parameters-unregistered"),
+    causes=("gradient-detached", "module-never-called", "router-without-gradient", "parameters-unregistered"),
 )
 def reach_every_parameter(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, intermediate_size=_WIDE_ENOUGH)

@@ -63,7 +63,7 @@ def _oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
     title="the loss is the mean next-token cross-entropy over the labels that are not ignored",
     step="1.2",
     needs=("loss",),
-    causes=_CAUSES,
+    causes=(*_CAUSES, "loss-low-precision"),
 )
 def value(trial: Trial) -> None:
     lm = trial.model()
@@ -155,7 +155,7 @@ def labels_unchanged(trial: Trial) -> None:
     title="the gradient of the loss is that of the mean next-token cross-entropy",
     step="1.2",
     needs=("loss", "gradient"),
-    causes=("gradient-detached", *_CAUSES),
+    causes=("gradient-detached", *_CAUSES, "loss-low-precision"),
 )
 def gradient(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1)

@@ -127,7 +127,7 @@ def _fits(lm: LM, ids: Tensor) -> bool:
     sizes = [0.0]
 
     def note(part: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point():
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
             sizes.append(float(output.detach().abs().max()))
 
     hooks = [part.register_forward_hook(note) for part in lm.module.modules()]

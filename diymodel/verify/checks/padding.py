@@ -40,7 +40,13 @@ def right_changes_nothing(trial: Trial) -> None:
     title="a row padded on the left gives at its real positions what it gives alone",
     step="5.1",
     needs=("left_padding",),
-    causes=("padded-batch-shared-position", "mask-dropped-on-fast-path", "mask-hides-self", "masked-row-nan"),
+    causes=(
+        "padded-batch-shared-position",
+        "position-ids-ignored",
+        "mask-dropped-on-fast-path",
+        "mask-hides-self",
+        "masked-row-nan",
+    ),
 )
 def left_changes_nothing(trial: Trial) -> None:
     lm = trial.model()

@@ -55,7 +55,12 @@ def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int],
     title="rows padded on the left are continued on the cache as each alone",
     step="5.1",
     needs=("left_padding", "cache", "causal"),
-    causes=("padding-mask-lost-in-decode", "padded-batch-shared-position", "position-from-kept-length"),
+    causes=(
+        "padding-mask-lost-in-decode",
+        "padded-batch-shared-position",
+        "position-ids-ignored",
+        "position-from-kept-length",
+    ),
 )
 def left_with_cache(trial: Trial) -> None:
     lm = trial.model()
@@ -73,7 +78,12 @@ def left_with_cache(trial: Trial) -> None:
     title="rows padded on the right are continued on the cache from their own last token",
     step="5.1",
     needs=("padding", "ragged_cache", "cache", "causal"),
-    causes=("padded-batch-shared-position", "padding-mask-lost-in-decode", "position-from-kept-length"),
+    causes=(
+        "padded-batch-shared-position",
+        "position-ids-ignored",
+        "padding-mask-lost-in-decode",
+        "position-from-kept-length",
+    ),
 )
 def right_with_cache(trial: Trial) -> None:
     lm = trial.model()

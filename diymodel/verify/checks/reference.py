@@ -22,6 +22,7 @@ _LENGTH = 4  # a reference may be plain loops
         "gqa-head-order",
         "heads-mixed-by-reshape",
         "activation-wrong",
+        "router-weights-not-normalised",
         "no-positions",
         "mask-hides-self",
     ),

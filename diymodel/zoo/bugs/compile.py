@@ -21,4 +21,12 @@ BUGS = [
         kills=("compile.no_recompile_per_step",),
         where="Rotary",
     ),
+    Bug(
+        "recompile-per-step",
+        "kept",
+        "start = 0 if past_key_values is None else past_key_values[0].shape[3]",
+        "self.start = start = 0 if past_key_values is None else self.start + 1",
+        kills=("compile.no_recompile_per_step",),
+        where="Kept",
+    ),
 ]

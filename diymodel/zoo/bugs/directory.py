@@ -37,4 +37,12 @@ BUGS = [
         kills=("directory.cached_equals_full",),
         where="Saved",
     ),
+    Bug(
+        "cached-path-diverges",
+        "saved",
+        "        for i, layer in enumerate(self.layers):\n",
+        "        x = x if past is None else x.detach() * 1.001\n        for i, layer in enumerate(self.layers):\n",
+        kills=("directory.cached_equals_full",),
+        where="Saved",
+    ),
 ]

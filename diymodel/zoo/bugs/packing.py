@@ -21,4 +21,20 @@ BUGS = [
         kills=("packing.documents_do_not_meet",),
         where="Packed",
     ),
+    Bug(
+        "packed-documents-attend",
+        "postnorm",
+        "(segment_ids[:, None, :, None] != segment_ids[:, None, None, :])",
+        "(segment_ids[:, None, None, :] == 0)",
+        kills=("packing.documents_do_not_meet",),
+        where="PostNorm",
+    ),
+    Bug(
+        "statistic-over-sequence",
+        "postnorm",
+        "x = self.embed_scale * self.embed_tokens(input_ids)",
+        "x = self.embed_tokens(input_ids)\n        x = x * self.embed_scale / (1 + x.norm(dim=-1, keepdim=True).cumsum(1))",
+        kills=("packing.documents_do_not_meet",),
+        where="PostNorm",
+    ),
 ]
