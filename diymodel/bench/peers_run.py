@@ -6,7 +6,9 @@ scaled-dot-product attention at batch 1, except the compiled steps, which say so
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from diymodel.model import DIYForCausalLM
 NEW_TOKENS = 64
 STEPS_PER_ROUND = 32  # decode steps before starting again from the prompt
 COMPILED = ("transformers_static", "litgpt", "gpt_fast_like")
+Generate = Callable[[Tensor, int], Tensor]  # prompts (1, T), new tokens -> (1, T + new)
+_COMPILE: dict[str, Any] = {"compile": True}
 FIGURES = {"decode_step": "decode step", "generate": f"generate {NEW_TOKENS} tokens", "construct": "build the model"}
 
 
@@ -88,12 +92,14 @@ def measure_shape(
         rival.to(dtype)
     prompt = random_ids(config.vocab_size, 1, prompt_length, device)
     ours = {"ours": _own(model), "ours_unchecked": _unchecked(model)}
+    loops: dict[str, Generate] = {name: r.generate for name, r in (ours | rivals).items() if r.generate is not None}
+    if compiled and "compile" in inspect.signature(DIYForCausalLM.generate).parameters:
+        loops["ours_compiled"] = functools.partial(model.generate, **_COMPILE)
     figures = {}
     with torch.inference_mode():
         floor = {"floor": Work(matrix_vector_products(model))}
         steps = {name: decode_step(rival, prompt) for name, rival in (ours | rivals).items()}
         figures["decode_step"] = _figures(steps | floor, device, effort)
-        loops = {name: rival.generate for name, rival in (ours | rivals).items() if rival.generate is not None}
         figures["generate"] = _figures({name: generation(loop, prompt) for name, loop in loops.items()}, device, effort)
     makers = {name: rival.construct for name, rival in (ours | rivals).items() if rival.construct is not None}
     works = {name: Work(construct) for name, construct in makers.items()}
@@ -167,7 +173,7 @@ def decode_step(rival: Rival, prompt: Tensor) -> Work:
     return Work(step, prefill, STEPS_PER_ROUND)
 
 
-def generation(generate: Callable[[Tensor, int], Tensor], prompt: Tensor) -> Work:
+def generation(generate: Generate, prompt: Tensor) -> Work:
     """A greedy continuation, all of it.
 
     Raises:
