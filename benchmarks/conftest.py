@@ -63,6 +63,7 @@ def exponents() -> dict[str, dict[str, Fit]]:
     return found
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not config.getoption("benchmark_only", default=False):
         return

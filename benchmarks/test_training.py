@@ -25,6 +25,7 @@ def test_training_step(time_work: Time, shape: str, device: str, kind: str) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.benchmark(group="training step, compiled")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_compiled_training_step(time_work: Time, device: str) -> None:
     _train(time_work, "T", device, torch.float32, compiled=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diymodel import DIYConfig
-from diymodel.bench import decode
+from diymodel.bench import compiled, decode
 from diymodel.bench.bandwidth import matrix_vector_products, read_bytes
 from diymodel.bench.caches import ConcatenatedDecoder, MaskedDecoder
 from diymodel.bench.compiled import engine_decoder, missing
@@ -19,6 +20,8 @@ from diymodel.bench.decode import cached_step
 from diymodel.bench.decoders import Benched, OwnDecoder, greedy
 from diymodel.bench.models import build
 from diymodel.bench.shapes import SHAPES
+from diymodel.bench.timing import Effort, Work, interleave
+from diymodel.checkpoint import save_pretrained
 from diymodel.cli import main
 from diymodel.verify import Subject
 from diymodel.zoo.base import BASES
@@ -92,6 +95,61 @@ def test_the_step_that_is_compiled_and_captured_is_this_one() -> None:
     assert wrapped == [3, 4, 5]
     assert missing("masked_graph", CPU) == "CUDA graphs need a CUDA device"
     assert missing("masked_compiled", CPU) is None
+
+
+class _Graph:
+    """A CUDA graph's part without CUDA: what was called while it was captured is called again by replay."""
+
+    captured: list[Any] = []  # noqa: RUF012
+
+    def replay(self) -> None:
+        self.captured[-1]()
+
+
+def test_a_captured_step_gets_its_inputs_by_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Tensor, Tensor]] = []
+    logits = torch.zeros(1)
+
+    def step(ids: Tensor, position: Tensor) -> Tensor:
+        calls.append((ids, position))
+        _Graph.captured.append(lambda: logits.copy_(10 * ids[0] + position))
+        return logits
+
+    stream: Any = type("", (), {"wait_stream": lambda self, other: None})
+    for name, fake in {
+        "Stream": stream,
+        "current_stream": stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda graph: contextlib.nullcontext(),
+        "CUDAGraph": _Graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    replay = compiled._captured(step)
+    for ids, position in ((1, 2), (3, 4)):
+        assert replay(torch.tensor([[ids]]), torch.tensor([position])).item() == 10 * ids + position
+    assert len(calls) == 4, "three times before, once for the capture"
+    assert calls[0][0] is calls[-1][0], "the graph reads where the inputs are put"
+
+
+def test_a_round_on_cuda_is_timed_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            log.append("event")
+            self.at = len(log)
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    work = Work(lambda: log.append("run"), lambda: log.append("reset"), 2)
+    interleave({"a": work}, torch.device("cuda"), Effort(rounds=1, fewest_rounds=1, round_seconds=100))
+    assert log[-8:] == ["reset", "wait", "event", "run", "event", "run", "event", "wait"]
 
 
 @pytest.mark.gpu
@@ -185,7 +243,7 @@ def test_a_model_without_a_cache_shows_one_column(capsys: pytest.CaptureFixture[
 
 
 def test_a_cached_step_that_recomputes_is_shown_as_such() -> None:
-    plan = decode.Plan([16, 32, 64], 1, CPU, torch.float32, decode.Effort.quick(), 0.0)
+    plan = decode.Plan([16, 32, 64], 1, CPU, torch.float32, Effort.quick(), 0.0)
     rows: list[Any] = []
     found = decode.measure(Benched(Subject(Recomputing), TINY), plan, rows.append)
     assert found["cache"]["verdict"] == "recomputes"
@@ -196,7 +254,7 @@ def test_a_cached_step_that_recomputes_is_shown_as_such() -> None:
 
 @pytest.mark.parametrize("base", ["fastlike", "supplied", "onmodule", "startpos", "resettable", "intermediates", "hub"])
 def test_every_kind_of_cache_is_measured(base: str) -> None:
-    plan = decode.Plan([8, 16], 1, CPU, torch.float32, decode.Effort.quick(), 1.0)
+    plan = decode.Plan([8, 16], 1, CPU, torch.float32, Effort.quick(), 1.0)
     found = decode.measure(Benched(BASES[base].subject(), TINY), plan, lambda row: None)
     assert found["cache"]["verdict"] == "constant"
     assert found["rows"][0]["cached"]["total_generated"]
@@ -211,11 +269,26 @@ def test_lengths_that_a_subject_refuses_are_left_out_or_named() -> None:
             return super().forward(input_ids, past_key_values, use_cache)
 
     subject = Benched(Subject(Short), TINY)
-    plan = decode.Plan([8, 16, 32], 1, CPU, torch.float32, decode.Effort.quick(), 0.0)
+    plan = decode.Plan([8, 16, 32], 1, CPU, torch.float32, Effort.quick(), 0.0)
     assert decode.count(subject, plan, ["no_cache", "cached"])[1] == [8, 16]
-    plan = decode.Plan([8, 32], 1, CPU, torch.float32, decode.Effort.quick(), 0.0)
+    plan = decode.Plan([8, 32], 1, CPU, torch.float32, Effort.quick(), 0.0)
     with pytest.raises(ValueError, match=r"does not take 32 positions \(ValueError: at most 20\)"):
         decode.count(subject, plan, ["no_cache", "cached"])
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_model_of_transformers_by_name_and_by_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    _, named = run(capsys, "decode", "hf:llama", "--shape", "tiny", "--lengths", "8,16")
+    save_pretrained(build(TINY), tmp_path / "model")
+    _, opened = run(capsys, "decode", str(tmp_path / "model"), "--lengths", "8,16")
+    _, ours = run(capsys, "decode", "--shape", "tiny", "--lengths", "8,16")
+    assert opened["shape"] is None
+    for found in (named, opened):
+        for way in ("no_cache", "cached"):
+            flops = [row[way]["step_flops"] for row in found["rows"]]
+            assert flops == [row[way]["step_flops"] for row in ours["rows"]], "the same architecture"
+        assert found["rows"][0]["cached"]["kv_bytes"] == ours["rows"][0]["cached"]["kv_bytes"]
 
 
 @pytest.mark.parametrize(

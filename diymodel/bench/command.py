@@ -81,7 +81,7 @@ def _add_decode(kinds: Any) -> None:
 def _decode(args: argparse.Namespace) -> int:
     from diymodel.bench.compiled import ENGINES
     from diymodel.bench.decode import ROOM, Plan, measure
-    from diymodel.bench.decode_table import print_head, print_rest, print_row
+    from diymodel.bench.decode_table import print_head, print_progress, print_rest, print_row
     from diymodel.bench.decoders import Benched
     from diymodel.bench.results import finish
 
@@ -105,7 +105,8 @@ def _decode(args: argparse.Namespace) -> int:
     print(f"called as {subject.called_as}")
     affordable = min(args.affordable, 1.0) if args.quick else args.affordable
     print_head()
-    result = measure(subject, Plan(lengths, args.prompt, device, dtype, effort, affordable, engines), print_row)
+    plan = Plan(lengths, args.prompt, device, dtype, effort, affordable, engines)
+    result = measure(subject, plan, print_row, print_progress)
     print_rest(result)
     finish(document | result, args.json)
     return 0

@@ -68,11 +68,17 @@ class Plan:
 Counts = dict[str, dict[int, StepCost]]
 
 
-def measure(subject: Benched, plan: Plan, report: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
+def measure(
+    subject: Benched,
+    plan: Plan,
+    report: Callable[[Mapping[str, Any]], object],
+    progress: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
     """All rows and fits of one subject: a part of the results file.
 
     Args:
         report: called with each row as it is done.
+        progress: called with what comes next.
 
     Raises:
         ValueError: the subject cannot be built in these sizes, or refuses even two of the lengths.
@@ -80,14 +86,16 @@ def measure(subject: Benched, plan: Plan, report: Callable[[Mapping[str, Any]], 
     skipped = {"cached": subject.no_cache_reason} if subject.no_cache_reason else {}
     if subject.always_cached:
         skipped["no_cache"] = "there is no call without the cache"
+    progress("counting FLOPs")
     counts, lengths, where = count(subject, plan, [way for way in ("no_cache", "cached") if way not in skipped])
     prefills = {plan.prompt: _prefill_cost(subject, plan, counts, where)}
     decoders = _decoders(subject, plan, skipped)
-    times, peaks = time_steps(decoders, lengths, plan, subject.config.vocab_size)
+    times, peaks = time_steps(decoders, lengths, plan, subject.config.vocab_size, progress)
     weights = next(iter(decoders.values())).module
     bandwidth = measured_bandwidth(plan.device)
     rows = []
     for length in lengths:
+        progress(f"generating {length} tokens")
         row: dict[str, Any] = {"length": length}
         for way in times[length]:
             seconds = {t: Spread.of(times[t][way]).median for t in lengths}
@@ -198,12 +206,17 @@ def _decoders(subject: Benched, plan: Plan, skipped: dict[str, str]) -> dict[str
 
 @torch.inference_mode()
 def time_steps(
-    decoders: Mapping[str, Decoder], lengths: Sequence[int], plan: Plan, vocab_size: int
+    decoders: Mapping[str, Decoder],
+    lengths: Sequence[int],
+    plan: Plan,
+    vocab_size: int,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> tuple[dict[int, dict[str, list[float]]], dict[int, dict[str, int]]]:
     """Seconds of the step at each length, all ways in turn, for each one figure a round; and the bytes it takes."""
     times, peaks = {}, {}
     floor = matrix_vector_products(next(iter(decoders.values())).module)
     for length in lengths:
+        progress(f"timing steps at {length} positions")
         ids = random_ids(vocab_size, 1, length, plan.device)
         works = {
             way: uncached_step(decoder, ids) if way == "no_cache" else cached_step(decoder, ids)

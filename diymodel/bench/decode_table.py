@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,16 @@ def print_head() -> None:
     print(f"{'length':>6} | {_COLUMNS} | {_COLUMNS} | {'KV MiB':>8}")
 
 
+def print_progress(text: str) -> None:
+    """What comes next, on a terminal; a pipe gets the table alone."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text} …", end="", file=sys.stderr, flush=True)
+
+
 def print_row(row: Mapping[str, Any]) -> None:
     """One length, both ways; MiB is what a step allocates at most."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     cells = [f"{row['length']:>6}"]
     for way in _MAIN:
         r = row.get(way)

@@ -70,7 +70,7 @@ def measure_plugin(rounds: int) -> Spread:
 
 def run(document: dict[str, Any], subjects: Sequence[str], quick: bool, path: Path | None) -> None:
     """Measure, print and write."""
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     document["runs"] = {}
     for subject in subjects:
         for profile in ("quick",) if quick else ("quick", "standard"):
