@@ -133,5 +133,12 @@ BASES = {
             ("strict_context", "small_init", "meta_init"),
             {"save": lambda file: file.save_pretrained, "load": lambda file: file.from_pretrained},
         ),
+        Base(
+            "experts",
+            "Experts",
+            _NO_CACHE | {"left_padding", "loss"},
+            ("strict_context", "nan_contained", "strict_generation", "generate_eval"),
+            generation=NO_GENERATION - {"generate", "generate_batch", "generate_padded", "greedy"},
+        ),
     )
 }

@@ -16,14 +16,15 @@ from diymodel._files import replace_file
 from diymodel.verify.registry import Check, list_checks
 from diymodel.verify.runner import PROFILES, Settings, verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
+from diymodel.verify.symptoms import observe
 from diymodel.zoo.bug import Bug, list_bugs
 
 
 def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
-    """Run every check that is not optional on a bug."""
-    subject, settings = bug.subject(), Settings(PROFILES[profile], seed)
+    """Run every check that is not optional on a bug, and look for symptoms."""
+    subject, settings = bug.subject(), Settings(PROFILES[profile], seed, shrink=False)
     results = [verify_one(subject, check, settings) for check in list_checks() if not check.optional]
-    return sample_of(results, bug.id, bug.slug, bug.base)
+    return sample_of(results, observe(subject, results), bug.id, bug.slug, bug.base)
 
 
 def extend(

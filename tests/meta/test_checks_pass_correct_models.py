@@ -32,7 +32,7 @@ NOT_APPLICABLE = {
         (name, "state.tied_weights_stay_tied")  # they never share a weight
         for name in (
             *("plain", "onmodule", "fastlike", "supplied", "startpos", "resettable", "intermediates"),
-            *("rolling", "headwise", "kept"),
+            *("rolling", "headwise", "kept", "experts"),
         )
     ),
     *((name, "modes.dropout_active_in_training") for name in ("fastlike", "supplied", "startpos", "saved")),  # has none

@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from importlib import resources
 
+from diymodel.verify.catalogue import bug_class
 from diymodel.verify.registry import Check, list_checks, nearest
-from diymodel.verify.report import Lang
+from diymodel.verify.report import Diagnosis, Lang
+from diymodel.verify.symptoms import SYMPTOMS
 
 _MARKER = "\n<!-- zh -->\n"
 _SUFFIX = ".md"
+_CHECKS_NAMED = 4  # in the explanation of a diagnosis
 
 
 def explain(check_id: str, lang: Lang = "en") -> str:
@@ -45,3 +48,15 @@ def cause(slug: str, check: Check, lang: Lang = "en") -> str:
     """What the check's text says of a bug: ``slug: sentence``."""
     found = re.search(rf"^- `({re.escape(slug)})`(.*)$", explain(check.id, lang), re.MULTILINE)
     return f"{found[1]}{found[2]}" if found else slug
+
+
+def explain_diagnosis(found: Diagnosis, lang: Lang = "en") -> str:
+    """What the bug is, and what was seen that speaks for it."""
+    about, zh = bug_class(found.bug), lang == "zh"
+    shown = [SYMPTOMS[fact] for fact in found.evidence if fact in SYMPTOMS]
+    said = [symptom.yes_zh if zh else symptom.yes for symptom in shown]
+    failed = [fact for fact in found.evidence if fact not in SYMPTOMS]
+    if failed:
+        more = f" +{len(failed) - _CHECKS_NAMED}" if len(failed) > _CHECKS_NAMED else ""
+        said.append(("失败的检查：" if zh else "failed: ") + ", ".join(failed[:_CHECKS_NAMED]) + more)
+    return f"{about.what_zh}依据：{'；'.join(said)}。" if zh else f"{about.what} Evidence: {'; '.join(said)}."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WINDOW = 3
+WINDOW = 2
 
 
 class Rolled(NamedTuple):

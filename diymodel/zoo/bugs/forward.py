@@ -190,4 +190,12 @@ BUGS = [
         kills=("context.overlong_refused",),
         where="SwitchForCausalLM",
     ),
+    Bug(
+        "statistic-over-batch",
+        "experts",
+        "scores = torch.sigmoid(F.linear(x, self.gate))",
+        "scores = F.linear(x, self.gate)\n        scores = torch.sigmoid(scores - scores.mean(0))",
+        kills=("batch.row_alone",),
+        where="MoE",
+    ),
 ]

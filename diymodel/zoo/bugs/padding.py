@@ -223,4 +223,20 @@ BUGS = [
         where="SwitchForCausalLM",
         claims=("nan_contained",),
     ),
+    Bug(
+        "masked-nan-leaks",
+        "experts",
+        "h = h.masked_fill((torch.arange(seqlen) >= lengths[:, None])[..., None], 0.0)",
+        "h = h * (torch.arange(seqlen) < lengths[:, None])[..., None]",
+        kills=("padding.nan_contained",),
+        where="Experts",
+    ),
+    Bug(
+        "statistic-over-sequence",
+        "experts",
+        "scores = torch.sigmoid(F.linear(x, self.gate))",
+        "scores = F.linear(x, self.gate)\n        scores = torch.sigmoid(scores - scores.mean(1, keepdim=True))",
+        kills=("padding.right_changes_nothing", "causality.edit"),
+        where="MoE",
+    ),
 ]

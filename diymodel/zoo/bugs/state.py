@@ -224,4 +224,20 @@ BUGS = [
         kills=("state.round_trip",),
         where="SparseMLP",
     ),
+    Bug(
+        "block-shared",
+        "experts",
+        "[ExpertsBlock(args) for _ in range(args.num_layers)]",
+        "[ExpertsBlock(args)] * args.num_layers",
+        kills=("state.depth_adds_parameters",),
+        where="Experts",
+    ),
+    Bug(
+        "state-outside-checkpoint",
+        "experts",
+        "self.gate = nn.Parameter(torch.empty(n_routed, dim).normal_(std=dim**-0.5))",
+        'self.register_buffer("gate", torch.empty(n_routed, dim).normal_(std=dim**-0.5), persistent=False)',
+        kills=("state.round_trip",),
+        where="MoE",
+    ),
 ]
