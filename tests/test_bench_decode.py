@@ -89,7 +89,7 @@ def test_the_step_that_is_compiled_and_captured_is_this_one() -> None:
 
         return counted
 
-    decoder = MaskedDecoder(build(TINY), 20, wrap)
+    decoder = MaskedDecoder(build(TINY), 20, wrap=wrap)
     with torch.no_grad():
         assert torch.equal(greedy(decoder, IDS[:, :3], 4, True), greedy(eager, IDS[:, :3], 4, True))
     assert wrapped == [3, 4, 5]

@@ -33,10 +33,10 @@ def read_bytes(module: nn.Module, cache_bytes: int) -> int:
     return weights - sum(table.nbytes - table[0].nbytes for table in tables) + cache_bytes
 
 
-def matrix_vector_products(module: nn.Module) -> Callable[[], None]:
-    """All linear layers of a module, each on one vector, in the order of the module."""
+def matrix_vector_products(module: nn.Module, rows: int = 1) -> Callable[[], None]:
+    """All linear layers of a module, each on one vector a row, in the order of the module."""
     layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    vectors = {layer.in_features: layer.weight.new_ones(1, 1, layer.in_features) for layer in layers}
+    vectors = {layer.in_features: layer.weight.new_ones(rows, 1, layer.in_features) for layer in layers}
 
     def run() -> None:
         for layer in layers:

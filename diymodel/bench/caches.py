@@ -96,6 +96,7 @@ class MaskedDecoder:
 
     Args:
         capacity: positions that the buffer holds, C.
+        rows: that it holds, B.
         wrap: what the step of one token becomes: ``torch.compile``, say, or a CUDA graph of it.
     """
 
@@ -105,11 +106,12 @@ class MaskedDecoder:
         self,
         module: DIYForCausalLM,
         capacity: int,
+        rows: int = 1,
         wrap: Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]] | None = None,
     ) -> None:
         self.module = module
         config, like = module.config, module.lm_head.weight
-        shape = (config.num_layers, 2, 1, config.kv_heads, capacity, config.head_size)
+        shape = (config.num_layers, 2, rows, config.kv_heads, capacity, config.head_size)
         self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.layers = [tuple(pair.unbind()) for pair in self.buffer.unbind()]
         self.slots = torch.arange(capacity, device=like.device)
@@ -127,7 +129,7 @@ class MaskedDecoder:
         return logits, (start + T, self.buffer)
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits (1, 1, V) of the last of the tokens (1, T) at these positions (T,)."""
+        """Logits (B, 1, V) of the last of the tokens (B, T) at these positions (T,)."""
 
         def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = self.layers[layer]

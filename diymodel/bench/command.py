@@ -127,6 +127,7 @@ def _add_peers(kinds: Any) -> None:
     parser.add_argument("--shapes", default="T,S", metavar="NAME,…", help="(default: %(default)s)")
     parser.add_argument("--peers", metavar="NAME,…", help="(default: all that are installed)")
     parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens to continue (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: %(default)s)")
     parser.add_argument(
         "--compiled", action="store_true", help="compiled steps as well, ours and the peers': a minute each on a CPU"
     )
@@ -141,10 +142,12 @@ def _peers(args: argparse.Namespace) -> int:
     chosen = args.peers.split(",") if args.peers else list(PEERS)
     if unknown := [name for name in chosen if name not in PEERS]:
         raise ValueError(f"--peers {','.join(unknown)}: there are {', '.join(PEERS)}")
+    if args.batch < 1 or args.prompt < 1:
+        raise ValueError(f"--batch {args.batch} --prompt {args.prompt}: at least one prompt of one token")
     if args.resume and args.json is None:
         raise ValueError("--resume goes on with a file: name it with --json FILE")
     device, dtype, effort, document = _begin(args, rounds=25, seconds=60)
-    document |= {"prompt": args.prompt, "compiled": args.compiled, "shapes": {}}
+    document |= {"prompt": args.prompt, "batch": args.batch, "compiled": args.compiled, "shapes": {}}
     if args.resume and args.json.exists():
         document = resumed(args.json, document)
     run(document, shapes, chosen, device, dtype, effort, args.json)

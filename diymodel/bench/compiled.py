@@ -11,7 +11,7 @@ from torch import Tensor
 from diymodel.bench.caches import MaskedDecoder
 from diymodel.model import DIYForCausalLM
 
-StaticStep = Callable[[Tensor, Tensor], Tensor]  # ids (1, 1), position (1,) -> logits (1, 1, V)
+StaticStep = Callable[[Tensor, Tensor], Tensor]  # ids (B, 1), position (1,) -> logits (B, 1, V)
 
 ENGINES = {
     "masked_compiled": "masked buffer, torch.compile",
@@ -27,7 +27,7 @@ def missing(engine: str, device: torch.device) -> str | None:
     return None
 
 
-def engine_decoder(engine: str, module: DIYForCausalLM, capacity: int) -> MaskedDecoder:
+def engine_decoder(engine: str, module: DIYForCausalLM, capacity: int, rows: int = 1) -> MaskedDecoder:
     """Our model on a masked buffer, its step run by an engine of :data:`ENGINES`."""
 
     def wrap(step: StaticStep) -> StaticStep:
@@ -35,7 +35,7 @@ def engine_decoder(engine: str, module: DIYForCausalLM, capacity: int) -> Masked
             step = torch.compile(step, fullgraph=True, dynamic=False)
         return _captured(step) if "graph" in engine else step
 
-    return MaskedDecoder(module, capacity, wrap)
+    return MaskedDecoder(module, capacity, rows, wrap)
 
 
 def _captured(step: StaticStep) -> StaticStep:

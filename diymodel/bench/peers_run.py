@@ -1,7 +1,7 @@
 """Our model beside its peers: everybody's decode step in turn, everybody's own ``generate``, and construction.
 
 A ratio above 1 says how many times as fast ours is. All run eagerly under ``torch.inference_mode`` with
-scaled-dot-product attention at batch 1, except the compiled steps, which say so.
+scaled-dot-product attention, except the compiled steps, which say so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diymodel.bench.bandwidth import matrix_vector_products
 from diymodel.bench.decoders import OwnDecoder, random_ids
 from diymodel.bench.figures import Spread, ratios, seconds_text
 from diymodel.bench.models import build
-from diymodel.bench.peers import PEERS, PeerMissing, Rival
+from diymodel.bench.peers import PEERS, PeerMissing, Rival, Room
 from diymodel.bench.peers.rival import logit_difference
 from diymodel.bench.results import finish, plain, read_results, write_results
 from diymodel.bench.timing import Effort, Work, interleave
@@ -31,7 +31,7 @@ from diymodel.model import DIYForCausalLM
 NEW_TOKENS = 64
 STEPS_PER_ROUND = 32  # decode steps before starting again from the prompt
 COMPILED = ("transformers_static", "litgpt", "gpt_fast_like")
-Generate = Callable[[Tensor, int], Tensor]  # prompts (1, T), new tokens -> (1, T + new)
+Generate = Callable[[Tensor, int], Tensor]  # prompts (B, T), new tokens -> (B, T + new)
 _COMPILE: dict[str, Any] = {"compile": True}
 FIGURES = {"decode_step": "decode step", "generate": f"generate {NEW_TOKENS} tokens", "construct": "build the model"}
 
@@ -43,7 +43,7 @@ def resumed(path: Path, document: dict[str, Any]) -> dict[str, Any]:
         ValueError: that run had other settings.
     """
     earlier = read_results(path, "peers")
-    for key in ("device", "dtype", "quick", "prompt", "compiled"):
+    for key in ("device", "dtype", "quick", "prompt", "batch", "compiled"):
         if earlier[key] != document[key]:
             raise ValueError(f"--resume: {path} has {key} {earlier[key]!r} and this run {document[key]!r}")
     return document | {"shapes": earlier["shapes"]}
@@ -64,7 +64,9 @@ def run(
             print(f"{name}: kept")
             continue
         print(f"{name}: {num_parameters(config):,} parameters")
-        result = measure_shape(config, chosen, document["prompt"], device, dtype, effort, document["compiled"])
+        result = measure_shape(
+            config, chosen, (document["batch"], document["prompt"]), device, dtype, effort, document["compiled"]
+        )
         result["measured"] = document["machine"]["date"]
         print_shape(result)
         document["shapes"][name] = plain(result)
@@ -77,27 +79,30 @@ def run(
 def measure_shape(
     config: DIYConfig,
     chosen: Sequence[str],
-    prompt_length: int,
+    size: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
     effort: Effort,
     compiled: bool,
 ) -> dict[str, Any]:
-    """All figures of one shape: a part of the results file."""
+    """All figures of one shape, a part of the results file; ``size`` is rows and tokens of the prompt."""
+    rows, prompt_length = size
     model = build(config).to(device)
-    capacity = prompt_length + STEPS_PER_ROUND + NEW_TOKENS
-    rivals, skipped, differences = _rivals(model, chosen, capacity, compiled)
+    room = Room(rows, prompt_length + STEPS_PER_ROUND + NEW_TOKENS)
+    rivals, skipped, differences = _rivals(model, chosen, room, compiled)
     model.to(dtype)
     for rival in rivals.values():
         rival.to(dtype)
-    prompt = random_ids(config.vocab_size, 1, prompt_length, device)
+    prompt = random_ids(config.vocab_size, rows, prompt_length, device)
     ours = {"ours": _own(model), "ours_unchecked": _unchecked(model)}
+    if dtype == torch.float32:
+        ours["ours_bfloat16"] = _unchecked(build(config).to(device, torch.bfloat16))
     loops: dict[str, Generate] = {name: r.generate for name, r in (ours | rivals).items() if r.generate is not None}
     if compiled and "compile" in inspect.signature(DIYForCausalLM.generate).parameters:
         loops["ours_compiled"] = functools.partial(model.generate, **_COMPILE)
     figures = {}
     with torch.inference_mode():
-        floor = {"floor": Work(matrix_vector_products(model))}
+        floor = {"floor": Work(matrix_vector_products(model, rows))}
         steps = {name: decode_step(rival, prompt) for name, rival in (ours | rivals).items()}
         figures["decode_step"] = _figures(steps | floor, device, effort)
         figures["generate"] = _figures({name: generation(loop, prompt) for name, loop in loops.items()}, device, effort)
@@ -115,7 +120,7 @@ def measure_shape(
 
 
 def _rivals(
-    model: DIYForCausalLM, chosen: Sequence[str], capacity: int, compiled: bool
+    model: DIYForCausalLM, chosen: Sequence[str], room: Room, compiled: bool
 ) -> tuple[dict[str, Rival], dict[str, str], dict[str, float]]:
     """The peers that are here, why others are not, and how far the logits of those on our weights lie from ours."""
     rivals: dict[str, Rival] = {}
@@ -125,12 +130,12 @@ def _rivals(
         for compile_ in (False, True) if compiled and name in COMPILED else (False,):
             title = f"{name}_compiled" if compile_ else name
             try:
-                rival = PEERS[name](model, capacity, compile_)
+                rival = PEERS[name](model, room, compile_)
             except PeerMissing as missing:
                 skipped[title] = str(missing)
                 continue
             if rival.same_weights:
-                differences[title] = logit_difference(model, rival)
+                differences[title] = logit_difference(model, rival, room.rows)
             rivals[title] = rival
     return rivals, skipped, differences
 

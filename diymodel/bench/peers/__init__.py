@@ -1,6 +1,6 @@
 """What others decode with, on the same shapes and, where the architecture agrees, on the same weights.
 
-Each peer is a function ``(model, capacity, compiled) -> Rival`` that may raise :class:`PeerMissing` with the reason;
+Each peer is a function ``(model, room, compiled) -> Rival`` that may raise :class:`PeerMissing` with the reason;
 none imports its package before it is called.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from diymodel.bench.peers.lit import litgpt
 from diymodel.bench.peers.loops import concatenated, masked, nano_gpt, uncached
-from diymodel.bench.peers.rival import PeerMissing, Rival
+from diymodel.bench.peers.rival import PeerMissing, Rival, Room
 from diymodel.bench.peers.transformers import dynamic, llama_like, static
 from diymodel.bench.peers.x import x_transformers
 from diymodel.model import DIYForCausalLM
 
-PEERS: Mapping[str, Callable[[DIYForCausalLM, int, bool], Rival]] = {
+PEERS: Mapping[str, Callable[[DIYForCausalLM, Room, bool], Rival]] = {
     "transformers": dynamic,
     "transformers_static": static,
     "litgpt": litgpt,
@@ -27,7 +27,7 @@ PEERS: Mapping[str, Callable[[DIYForCausalLM, int, bool], Rival]] = {
     "nanogpt": nano_gpt,
 }
 
-__all__ = ["PEERS", "PeerMissing", "Rival", "same_weights"]
+__all__ = ["PEERS", "PeerMissing", "Rival", "Room", "same_weights"]
 
 
 def same_weights(model: DIYForCausalLM) -> tuple[Any, str | None]:

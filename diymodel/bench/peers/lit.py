@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diymodel.bench.peers.rival import Rival, require
+from diymodel.bench.peers.rival import Rival, Room, require
 from diymodel.model import DIYForCausalLM
 
 _NAMES = {
@@ -22,12 +22,12 @@ _NAMES = {
 }
 
 
-def litgpt(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def litgpt(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """With its cache on the module; its step can be compiled."""
     package = require("litgpt")
     config, weight = model.config, model.lm_head.weight
     settings = package.Config(
-        block_size=capacity,
+        block_size=room.positions,
         vocab_size=config.vocab_size,
         padded_vocab_size=config.vocab_size,
         n_layer=config.num_layers,
@@ -47,11 +47,11 @@ def litgpt(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
         peer = package.GPT(settings)
     peer.load_state_dict(_weights(model), strict=True)
     peer.to(weight.device, weight.dtype).eval()
-    peer.set_kv_cache(1, max_seq_length=capacity, device=weight.device, dtype=weight.dtype)
+    peer.set_kv_cache(room.rows, max_seq_length=room.positions, device=weight.device, dtype=weight.dtype)
 
     def to(dtype: torch.dtype) -> None:
         peer.to(dtype)
-        peer.set_kv_cache(1, max_seq_length=capacity, device=weight.device, dtype=dtype)
+        peer.set_kv_cache(room.rows, max_seq_length=room.positions, device=weight.device, dtype=dtype)
 
     step = torch.compile(peer, dynamic=False) if compiled else peer
 

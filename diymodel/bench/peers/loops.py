@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,21 @@ from torch import Tensor
 from diymodel.bench.caches import ConcatenatedDecoder, MaskedDecoder
 from diymodel.bench.compiled import engine_decoder
 from diymodel.bench.decoders import Decoder, greedy
-from diymodel.bench.peers.rival import Rival
+from diymodel.bench.peers.rival import Rival, Room
 from diymodel.model import DIYForCausalLM
 from diymodel.zoo.base import BASES
 
 
-def masked(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def masked(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """As gpt-fast: a buffer of full length under a mask, positions as tensors; its step is compiled as a whole."""
     decoder: MaskedDecoder | None = None
 
     def current() -> MaskedDecoder:
         nonlocal decoder
         if decoder is None or decoder.buffer.dtype != model.lm_head.weight.dtype:
-            make = engine_decoder("masked_compiled", model, capacity) if compiled else MaskedDecoder(model, capacity)
-            decoder = make
+            rows, positions = room
+            make = functools.partial(engine_decoder, "masked_compiled") if compiled else MaskedDecoder
+            decoder = make(model, positions, rows)
         return decoder
 
     return Rival(
@@ -36,13 +38,13 @@ def masked(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
     )
 
 
-def concatenated(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def concatenated(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """A cache that grows by torch.cat."""
     decoder = ConcatenatedDecoder(model)
     return Rival(_prefill(decoder), decoder.extend, same_weights=True, to=lambda dtype: None, note="our blocks")
 
 
-def uncached(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def uncached(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """Our own model, which computes the whole sequence again at every step."""
 
     def whole(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,7 @@ def uncached(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
     )
 
 
-def nano_gpt(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def nano_gpt(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """nanoGPT's architecture and loop, without a cache: LayerNorm, GELU, learned positions; weights of its own."""
     subject = BASES["nanogpt"].subject()
     weight = model.lm_head.weight

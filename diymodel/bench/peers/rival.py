@@ -7,7 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,19 +22,26 @@ class PeerMissing(Exception):
     """Why a peer cannot be measured here."""
 
 
+class Room(NamedTuple):
+    """What a cache of fixed size must hold."""
+
+    rows: int
+    positions: int
+
+
 @dataclass(frozen=True)
 class Rival:
     """A peer that is built.
 
-    ``prefill`` takes prompts (1, T), forgets what came before, and returns logits that end with the last position's and
-    a state; ``step`` takes one token (1, 1) and the state, and returns the same of it.
+    ``prefill`` takes prompts (B, T), forgets what came before, and returns logits that end with the last position's and
+    a state; ``step`` takes one token a row (B, 1) and the state, and returns the same of it.
     """
 
     prefill: Callable[[Tensor], tuple[Tensor, Any]]
     step: Callable[[Tensor, Any], tuple[Tensor, Any]]
     same_weights: bool
     to: Callable[[torch.dtype], object]
-    generate: Callable[[Tensor, int], Tensor] | None = None  # prompts (1, T), new tokens -> (1, T + new)
+    generate: Callable[[Tensor, int], Tensor] | None = None  # prompts (B, T), new tokens -> (B, T + new)
     construct: Callable[[], object] | None = None  # a new model with random weights
     note: str = ""
 
@@ -56,7 +63,7 @@ def require(package: str) -> Any:
 
 
 @torch.inference_mode()
-def logit_difference(model: DIYForCausalLM, rival: Rival, length: int = 48) -> float:
+def logit_difference(model: DIYForCausalLM, rival: Rival, rows: int = 1, length: int = 48) -> float:
     """The largest difference between the logits of the two, after a prompt and after each of a few steps.
 
     Call it in float32: half types round differently in each model.
@@ -64,7 +71,7 @@ def logit_difference(model: DIYForCausalLM, rival: Rival, length: int = 48) -> f
     Raises:
         ValueError: they differ by more than :data:`LARGEST_LOGIT_DIFFERENCE`, so comparing times would mean nothing.
     """
-    ids = random_ids(model.config.vocab_size, 1, length, model.lm_head.weight.device)
+    ids = random_ids(model.config.vocab_size, rows, length, model.lm_head.weight.device)
     ours = model(ids)
     worst = 0.0
     logits, state = rival.prefill(ids[:, :-4])

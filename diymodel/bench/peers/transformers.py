@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diymodel.bench.peers.rival import PeerMissing, Rival, require
+from diymodel.bench.peers.rival import PeerMissing, Rival, Room, require
 from diymodel.config import DIYConfig
 from diymodel.model import DIYForCausalLM
 
 
-def dynamic(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def dynamic(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """With the cache that it takes when nothing is said. It grows by ``torch.cat``, so it is never compiled."""
     peer = llama_like(model)
 
@@ -36,7 +36,7 @@ def dynamic(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
     )
 
 
-def static(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def static(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """With its cache of fixed length, whose step can be compiled."""
     peer = llama_like(model)
     from transformers import StaticCache
@@ -47,7 +47,7 @@ def static(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
     def prefill(ids: Tensor) -> tuple[Tensor, Any]:
         nonlocal cache
         if cache is None or cache.dtype != peer.dtype:
-            cache = _Kept(StaticCache(config=peer.config, max_cache_len=capacity), peer.dtype)
+            cache = _Kept(StaticCache(config=peer.config, max_cache_len=room.positions), peer.dtype)
         cache.store.reset()
         positions = torch.arange(ids.shape[1], device=ids.device)
         return forward(peer, ids, positions)

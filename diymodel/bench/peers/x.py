@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diymodel.bench.peers.rival import Rival, require
+from diymodel.bench.peers.rival import Rival, Room, require
 from diymodel.model import DIYForCausalLM
 
 
-def x_transformers(model: DIYForCausalLM, capacity: int, compiled: bool) -> Rival:
+def x_transformers(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """Pre-norm RMSNorm, rotary positions, SwiGLU, grouped queries, no biases; it turns neighbouring features."""
     package = require("x_transformers")
     require("loguru").logger.disable("x_transformers")  # advice on training
