@@ -31,7 +31,8 @@ def test_fit_and_spread() -> None:
     assert Spread.of([1, 2, 3, 4, 5]) == Spread(3, 2, 4)
     assert Spread.read({"median": 3, "q1": 2, "q3": 4}).text() == "3.00 [2.00–4.00]"
     assert ratios([2.0], [4.0]) == Spread(0.5, 0.5, 0.5)
-    assert [seconds_text(seconds) for seconds in (2.5, 0.0025, 2.5e-6)] == ["2.5 s", "2.5 ms", "2.5 us"]
+    texts = [seconds_text(seconds) for seconds in (2655.4, 2.5, 0.0025, 2.5e-6)]
+    assert texts == ["2655 s", "2.5 s", "2.5 ms", "2.5 us"]
 
 
 def test_interleave_takes_turns_and_resets_before_each_round() -> None:

@@ -61,5 +61,7 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
 
 def seconds_text(seconds: float) -> str:
     """Seconds with three digits and a unit, for a table."""
+    if seconds >= 1000:
+        return f"{seconds:.0f} s"
     scale, unit = next(((scale, unit) for scale, unit in ((1.0, "s"), (1e-3, "ms")) if seconds >= scale), (1e-6, "us"))
     return f"{seconds / scale:.3g} {unit}"
