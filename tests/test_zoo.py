@@ -110,8 +110,8 @@ def test_a_quiz_has_a_number() -> None:
 
 
 def test_samples_survive_their_file() -> None:
-    with_traits = [*SAMPLES[1:], Sample("c", "tie-lost", "hub", dict(SAMPLES[0].verdicts), {"x.one": ("layers",)})]
-    assert read_samples(write_samples(with_traits, {"profile": "quick"})) == with_traits
+    with_symptoms = [*SAMPLES[1:], Sample("c", "tie-lost", "hub", dict(SAMPLES[0].verdicts), {"leak.faint": True})]
+    assert read_samples(write_samples(with_symptoms, {"profile": "quick"})) == with_symptoms
 
 
 def test_figures_of_a_matrix() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,7 @@ Load = Callable[[Path], nn.Module]
 Shifted = Callable[
     [nn.Module, Tensor, int], Tensor
 ]  # module, ids (B, T), offset -> logits with every position + offset
+Around = Callable[[int, int], AbstractContextManager[Any]]  # start, T: what each call of the module happens in
 Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # config, state_dict, ids -> logits, float64
 
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
@@ -148,6 +150,7 @@ class LM:
         self.config = config
         self.convention = convention
         self.keep_layout = False  # pass views as they are
+        self.around: Around | None = None
 
     def logits(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences without a cache; ``real`` (B, T) is False at padding."""
@@ -252,7 +255,7 @@ class LM:
             inputs[convention.new_tokens] = input_ids.shape[1]
         if convention.cache_on_module and convention.positions:
             inputs[convention.positions] = self._positions(input_ids, start)
-        output = self._call(inputs)
+        output = self._call(inputs, start)
         if not convention.cache_on_module:
             cache = output.past if output.past is not None else cache
             if cache is None:
@@ -298,10 +301,12 @@ class LM:
             )
         return logits[..., : self.config.vocab_size]  # litgpt and others pad the vocabulary
 
-    def _call(self, inputs: Mapping[str, Any]) -> Output:
+    def _call(self, inputs: Mapping[str, Any], start: int = 0) -> Output:
         if not self.keep_layout:  # how tensors lie in memory is the matter of one check only
             inputs = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        return read_output(self.module(**inputs), self.config.vocab_size)
+        T = inputs[self.convention.ids].shape[1]
+        with nullcontext() if self.around is None else self.around(start, T):
+            return read_output(self.module(**inputs), self.config.vocab_size)
 
 
 def own_model() -> dict[str, Any]:

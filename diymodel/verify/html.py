@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from diymodel.verify.explain import cause, explain, title
+from diymodel.verify.catalogue import bug_class
+from diymodel.verify.explain import cause, explain, explain_diagnosis, title
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Failure, Lang, Report, Result
 from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS, equal_means
@@ -82,6 +83,7 @@ def to_html(report: Report, lang: Lang = "en") -> str:
         *(_step(step, list(results), lang) for step, results in itertools.groupby(report.results, _step_of)),
     ]
     if report.failed:
+        parts.append(_diagnosis(report, lang))
         parts.append(f"<h2>{words['failures']}</h2>")
         parts += [_failure(result, lang) for result in report.failed]
     return "\n".join([*parts, "</main></body>", "</html>"]) + "\n"
@@ -116,6 +118,24 @@ def _header(report: Report, lang: Lang) -> str:
             "</dl></div>",
         ]
     )
+
+
+def _diagnosis(report: Report, lang: Lang) -> str:
+    words = WORDS[lang]
+    lines = [f"<h2>{words['diagnosis']}</h2>"]
+    if not report.likely:
+        lines.append(f'<p class="card">{words["unknown"]}</p>')
+    for found in report.likely:
+        about = bug_class(found.bug)
+        look = about.look_for_zh if lang == "zh" else about.look_for
+        lines += [
+            '<section class="card failure">',
+            f"<h3><code>{escape(found.bug)}</code> · {found.score:.0%}</h3>",
+            f"<p>{_inline(explain_diagnosis(found, lang))}</p>",
+            f"<h4>{words['look']}</h4><p>{_inline(look)}</p>",
+            f'<p class="soft"><code>diymodel zoo show {escape(found.bug)}</code></p></section>',
+        ]
+    return "\n".join(lines)
 
 
 def _step_of(result: Result) -> str:

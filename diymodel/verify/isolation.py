@@ -19,9 +19,11 @@ from diymodel.verify.registry import Check
 from diymodel.verify.report import Result
 from diymodel.verify.runner import Settings, run_checks, run_here
 from diymodel.verify.subject import Subject
+from diymodel.verify.symptoms import observe
 
 _Run = Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]
 
+_OBSERVE_SECONDS = 120.0
 _PATIENCE = 4  # times the limit of a check: the child itself gives up a hanging trial, and shrinking, before that
 
 
@@ -51,9 +53,26 @@ def _run_here(subject: Subject, checks: Sequence[Check], settings: Settings) -> 
     return (run_here(subject, check, settings) for check in checks)
 
 
+def observe_isolated(subject: Subject, results: Sequence[Result]) -> dict[str, bool]:
+    """As :func:`observe`, in a child of its own; nothing where that crashes or hangs."""
+    with _child(lambda sender: sender.send(observe(subject, results))) as (_, receiver):
+        if not receiver.poll(_OBSERVE_SECONDS):
+            return {}
+        try:
+            answers: dict[str, bool] = receiver.recv()
+        except EOFError:
+            return {}
+        return answers
+
+
 def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run) -> Iterator[Result]:
     """The results that one child gives; the last is that of the check that ended it, if one did."""
-    with _child(subject, checks, settings, run) as (process, receiver):
+
+    def work(sender: Connection) -> None:
+        for result in run(subject, checks, settings):
+            sender.send((result, subject.refused, subject.refusal))
+
+    with _child(work) as (process, receiver):
         for check in checks:
             started = time.perf_counter()
             if not receiver.poll(_PATIENCE * settings.check_seconds):
@@ -72,12 +91,11 @@ def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run
 
 
 @contextlib.contextmanager
-def _child(
-    subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run
-) -> Iterator[tuple[BaseProcess, Connection]]:
+def _child(work: Callable[[Connection], object]) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A child that calls ``work`` with where to send what it finds."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, subject, checks, settings, run))
+    process = context.Process(target=_work, args=(sender, work))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads; torch's are idle
         process.start()
@@ -90,11 +108,10 @@ def _child(
         receiver.close()
 
 
-def _work(sender: Connection, subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run) -> None:
+def _work(sender: Connection, work: Callable[[Connection], object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     faulthandler.disable()  # a crash is the report's to tell
-    for result in run(subject, checks, settings):
-        sender.send((result, subject.refused, subject.refusal))
+    work(sender)
 
 
 def _since(started: float) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from diymodel.verify.registry import Check
-    from diymodel.verify.report import Result
+    from diymodel.verify.report import Result, Status
     from diymodel.verify.runner import Settings
     from diymodel.verify.subject import Factory, Subject
 
@@ -62,6 +62,43 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         items[:0] = checks.collect()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if isinstance(item, CheckItem) and call.when == "call" and item.result is not None:
+        failure = item.result.failure  # under xdist the report, and what hangs on it, comes from another process
+        report.lm = [item.check.id, item.result.status, failure and failure.values]  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = (report for kind in terminalreporter.stats.values() for report in kind)
+    verdicts = [report.lm for report in reports if hasattr(report, "lm")]
+    if any(status in ("failed", "error") for _, status, _ in verdicts):
+        heading, *lines = _diagnosis(_subject(config), verdicts)
+        terminalreporter.section(heading)
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _diagnosis(subject: Subject, verdicts: Iterable[tuple[str, Status, dict[str, Any] | None]]) -> list[str]:
+    """What the failures look like, from the check, the verdict and the failing values of each test."""
+    from diymodel.verify.registry import list_checks
+    from diymodel.verify.report import Failure, Report, Result
+    from diymodel.verify.runner import diagnose
+    from diymodel.verify.text import diagnosis_lines
+
+    checks = {check.id: check for check in list_checks()}
+    report = Report(subject.name)
+    for id, status, values in verdicts:
+        failure = None if values is None else Failure("", checks[id].causes, values.get("config", {}), values, "")
+        report.results.append(Result(checks[id], status, failure=failure))
+    diagnose(report, subject)
+    return diagnosis_lines(report)
+
+
 class ChecksCollector(pytest.Collector):
     """The checks on one subject."""
 
@@ -79,13 +116,15 @@ class CheckItem(pytest.Item):
         super().__init__(**node)
         self.check = check
         self.subject = subject
+        self.result: Result | None = None
 
     def runtest(self) -> None:
         from diymodel.verify.runner import Settings
 
         options = {name: self.config.getoption(f"--lm-{name}") for name in ("profile", "seed", "device", "dtype")}
         named = self.check.id.partition(".")[0] in self.config.getoption("keyword")
-        run_one(self.subject, self.check, Settings.of(**options, optional=named))
+        self.result = verdict(self.subject, self.check, Settings.of(**options, optional=named))
+        raise_for(self.result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, CheckFailed):
@@ -100,24 +139,28 @@ class CheckFailed(Exception):
     """A check failed; the text is what the report says of it."""
 
 
-def run_one(subject: Subject, check: Check, settings: Settings) -> Result:
-    """Run one check inside a pytest test: skip it with its reason, or fail with the report's words."""
+def verdict(subject: Subject, check: Check, settings: Settings) -> Result:
+    """Of one check, on one thread: the modules are tiny."""
     import torch
 
     from diymodel.verify.runner import verify_one
-    from diymodel.verify.text import failure_lines
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = verify_one(subject, check, settings)
+        return verify_one(subject, check, settings)
     finally:
         torch.set_num_threads(threads)
+
+
+def raise_for(result: Result) -> None:
+    """Skip the running test with the result's reason, or fail it with the report's words."""
+    from diymodel.verify.text import failure_lines
+
     if result.status in ("skipped", "inconclusive"):
         pytest.skip(f"{result.status}: {result.reason}")
     if result.status in ("failed", "error"):
         raise CheckFailed("\n".join(failure_lines(result)))
-    return result
 
 
 def parametrize_with_checks(
@@ -147,8 +190,8 @@ def parametrize_with_checks(
         if id not in {check.id for check in checks}:
             raise ValueError(f"no check is called {id!r}{nearest(id, checks)}")
 
-    def call(check: Check) -> Callable[[Subject], Result]:
-        return lambda lm: run_one(lm, check, Settings.of())
+    def call(check: Check) -> Callable[[Subject], None]:
+        return lambda lm: raise_for(verdict(lm, check, Settings.of()))
 
     cases = [
         pytest.param(

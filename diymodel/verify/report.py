@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from diymodel.verify.registry import Check
 
 Lang = Literal["en", "zh"]
 Status = Literal["passed", "failed", "skipped", "inconclusive", "expected_failure", "error"]
+
+_LEAST_SCORE = 0.02  # of a diagnosis that is shown beside a likelier one
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,32 @@ class Result:
     failure: Failure | None = None
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """A class of bugs that a run looks like."""
+
+    bug: str  # slug
+    score: float  # share of the belief among all classes; the facts are not independent, so it ranks, and is no odds
+    evidence: tuple[str, ...]  # ids of failed checks and of symptoms that speak for it, the strongest first
+
+
 @dataclass
 class Report:
     """All verdicts of one run, in the order of the roadmap."""
 
     subject: str
-    seed: int
-    profile: str
-    torch: str
-    device: str
-    dtype: str
+    seed: int = 0
+    profile: str = "standard"
+    torch: str = ""
+    device: str = "cpu"
+    dtype: str = "float64"
     seconds: float = 0.0
     results: list[Result] = field(default_factory=list)
     refused: tuple[str, ...] = ()  # configurations that the subject could not build
     interrupted: str | None = None  # why some checks were not run
     called: str = ""  # how the subject was called
+    symptoms: Mapping[str, bool] = field(default_factory=dict)  # answers of verify/symptoms.py
+    diagnosis: tuple[Diagnosis, ...] = ()  # the likeliest first; none where nothing failed, or nothing fits
 
     @property
     def failed(self) -> list[Result]:
@@ -67,6 +81,11 @@ class Report:
     @property
     def verdict(self) -> Literal["passed", "failed"]:
         return "failed" if self.failed else "passed"
+
+    @property
+    def likely(self) -> tuple[Diagnosis, ...]:
+        """What is worth showing of the diagnosis: the likeliest, and what comes near it."""
+        return tuple(found for place, found in enumerate(self.diagnosis) if not place or found.score >= _LEAST_SCORE)
 
     def to_dict(self) -> dict[str, Any]:
         """The document of ``--json``."""
@@ -84,6 +103,8 @@ class Report:
             "interrupted": self.interrupted,
             "configurations_refused": len(self.refused),
             "checks": [_result_dict(result) for result in self.results],
+            "symptoms": dict(self.symptoms),
+            "diagnosis": [_diagnosis_dict(found) for found in self.diagnosis],
         }
 
     def to_json(self) -> str:
@@ -94,6 +115,17 @@ class Report:
         from diymodel.verify.text import to_text
 
         return to_text(self, color, lang)
+
+
+def _diagnosis_dict(found: Diagnosis) -> dict[str, Any]:
+    from diymodel.verify.explain import explain_diagnosis
+
+    return {
+        "bug": found.bug,
+        "score": round(found.score, 4),
+        "explanation": explain_diagnosis(found),
+        "evidence": list(found.evidence),
+    }
 
 
 def _result_dict(result: Result) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import shlex
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,9 @@ from diymodel.verify.failure import CheckFailure, Inconclusive, NotApplicable, S
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
+from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Factory, Subject, resolve
+from diymodel.verify.symptoms import observe
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import Trial
@@ -31,6 +32,7 @@ CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a singl
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
+DIAGNOSES = 5  # classes of bugs that a report names
 _SHRINKS = 400  # trials spent on making a failure smaller
 _HARNESS = "diymodel/verify"
 _TOOLS = (_HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
@@ -143,26 +145,35 @@ def check_causal_lm(
         report.interrupted += f" before a verdict on {chosen[len(report.results)].id}"
     if resolved.refusal and report.results and not any(result.examples for result in report.results):
         raise SubjectError(f"{resolved.name} refused every configuration that was drawn, the last: {resolved.refusal}")
-    report.results = _rank_causes(report.results)
+    if report.failed:
+        diagnose(report, resolved, isolate)
     report.seconds = time.perf_counter() - started
     report.refused = tuple(sorted(resolved.refused))
     return report
 
 
-def _rank_causes(results: list[Result]) -> list[Result]:
-    """Put the causes that many failed checks name first in each failure, and those that passed checks name last."""
-    votes: Counter[str] = Counter()
-    for result in results:
-        weight = {"failed": 1, "passed": -1}.get(result.status, 0)
-        votes.update(dict.fromkeys(result.check.causes, weight))
+def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
+    """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them."""
+    from diymodel.verify.diagnose import signatures
+    from diymodel.verify.isolation import can_isolate, observe_isolated
 
-    def ranked(result: Result) -> Result:
+    look = observe_isolated if isolate and can_isolate() else observe
+    report.symptoms = look(subject, report.results)
+    known = signatures()
+    ranked = known.rank(sample_of(report.results, report.symptoms))
+    report.diagnosis = tuple(ranked[:DIAGNOSES])
+    places = {found.bug: place for place, found in enumerate(ranked)}
+    sure = {found.bug for found in ranked[:1] if found.score > 0.5}
+
+    def ordered(result: Result) -> Result:
         if result.failure is None:
             return result
-        causes = tuple(sorted(result.failure.likely_causes, key=lambda cause: -votes[cause]))
-        return replace(result, failure=replace(result.failure, likely_causes=causes))
+        explained = {slug for slug in sure if known.probability(slug, result.check.id) > 0.5}
+        causes = explained.union(result.failure.likely_causes)
+        in_order = sorted(causes, key=lambda slug: (places.get(slug, len(places)), slug))
+        return replace(result, failure=replace(result.failure, likely_causes=tuple(in_order)))
 
-    return [ranked(result) for result in results]
+    report.results = [ordered(result) for result in report.results]
 
 
 def _runner(isolate: bool) -> Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]:

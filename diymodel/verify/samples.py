@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from diymodel.verify.report import Failure, Result
+from diymodel.verify.report import Result
 
 _LETTERS = {
     "passed": ".",
@@ -32,7 +32,7 @@ class Sample:
     slug: str  # its class
     base: str  # the model it stands in
     verdicts: Mapping[str, str]  # status by check id
-    traits: Mapping[str, tuple[str, ...]]  # of each failure, as traits_of
+    symptoms: Mapping[str, bool]  # answers of verify/symptoms.py, by id
 
     @property
     def killers(self) -> tuple[str, ...]:
@@ -40,47 +40,11 @@ class Sample:
         return tuple(id for id, status in self.verdicts.items() if status in ("failed", "error"))
 
 
-def sample_of(results: Iterable[Result], bug: str = "", slug: str = "", base: str = "") -> Sample:
+def sample_of(
+    results: Iterable[Result], symptoms: Mapping[str, bool], bug: str = "", slug: str = "", base: str = ""
+) -> Sample:
     """What a run saw."""
-    results = list(results)
-    return Sample(
-        bug,
-        slug,
-        base,
-        {result.check.id: result.status for result in results},
-        {result.check.id: traits_of(result.failure) for result in results if result.failure is not None},
-    )
-
-
-def traits_of(failure: Failure) -> tuple[str, ...]:
-    """What the smallest example of a failure needs that smaller ones would have had.
-
-    A shrunk example with two layers says that one layer does not show the bug.
-    """
-    config, values = failure.config, failure.values
-    heads, kv_heads = config.get("num_heads", 1), config.get("num_kv_heads") or config.get("num_heads", 1)
-    found = {
-        "raises": failure.traceback is not None,
-        "layers": config.get("num_layers", 1) > 1,
-        "heads": heads > 1,
-        "grouped": kv_heads < heads,
-        "dropout": config.get("dropout", 0) > 0,
-        "tied": bool(config.get("tie_word_embeddings")),
-        "rows": _rows(values) > 1,
-        "longer": _length(values) > 2,
-    }
-    return tuple(name for name, holds in found.items() if holds)
-
-
-def _rows(values: Mapping[str, Any]) -> int:
-    tokens = values.get("tokens")
-    return values.get("rows") or (len(tokens) if isinstance(tokens, list) else 1)
-
-
-def _length(values: Mapping[str, Any]) -> int:
-    tokens = values.get("tokens")
-    drawn = max((len(row) for row in tokens if isinstance(row, list)), default=0) if isinstance(tokens, list) else 0
-    return values.get("length") or drawn
+    return Sample(bug, slug, base, {result.check.id: result.status for result in results}, dict(symptoms))
 
 
 def read_samples(text: str | None = None) -> list[Sample]:
@@ -95,7 +59,7 @@ def read_samples(text: str | None = None) -> list[Sample]:
             row["slug"],
             row["base"],
             {id: _STATUS[letter] for id, letter in zip(checks, row["verdicts"], strict=True)},
-            {id: tuple(traits) for id, traits in row["traits"].items()},
+            row["symptoms"],
         )
         for row in content["samples"]
     ]
@@ -110,7 +74,7 @@ def write_samples(samples: Sequence[Sample], facts: Mapping[str, Any]) -> str:
             "slug": sample.slug,
             "base": sample.base,
             "verdicts": "".join(_LETTERS[sample.verdicts[id]] for id in checks),
-            "traits": {id: list(traits) for id, traits in sample.traits.items() if traits},
+            "symptoms": dict(sample.symptoms),
         }
         for sample in samples
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diymodel.verify.explain import cause, title
+from diymodel.verify.catalogue import bug_class
+from diymodel.verify.explain import cause, explain_diagnosis, title
 from diymodel.verify.report import Lang, Report, Result, Status
 from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS, equal_means
 
@@ -33,6 +34,8 @@ def to_text(report: Report, color: bool = False, lang: Lang = "en") -> str:
         lines.append(_line(result, color, lang))
     for result in report.failed:
         lines += ["", *failure_lines(result, color, lang)]
+    if report.failed:
+        lines += ["", *diagnosis_lines(report, color, lang)]
     return "\n".join([*lines, "", _paint(equal_means(lang), "90", color), _summary(report, color, lang)]) + "\n"
 
 
@@ -56,6 +59,21 @@ def failure_lines(result: Result, color: bool = False, lang: Lang = "en") -> lis
     said[words["replay"]] = failure.reproduce
     said[words["more"]] = f"diymodel explain {check.id}" + (f" --lang {lang}" if lang != "en" else "")
     return [heading, *(f"  {_paint(name, '90', color)}: {text}" for name, text in said.items())]
+
+
+def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> list[str]:
+    """The bugs that the whole pattern of verdicts and symptoms looks like."""
+    words = WORDS[lang]
+    lines = [_paint(words["diagnosis"], "1", color)]
+    if not report.likely:
+        return [*lines, f"  {words['unknown']}"]
+    for found in report.likely:
+        about = bug_class(found.bug)
+        look = about.look_for_zh if lang == "zh" else about.look_for
+        lines.append(f"  {found.score:4.0%}  {_paint(found.bug, '1', color)}: {explain_diagnosis(found, lang)}")
+        lines.append(f"        {_paint(words['look'], '90', color)}: {look}")
+        lines.append(f"        {_paint(words['more'], '90', color)}: diymodel zoo show {found.bug}")
+    return lines
 
 
 def _line(result: Result, color: bool, lang: Lang) -> str:

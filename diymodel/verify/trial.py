@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM
+from diymodel.verify.adapters import LM, Around
 from diymodel.verify.failure import CheckFailure, SubjectError
 from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, noise_factor, rounding
@@ -59,6 +59,7 @@ class Trial:
         self.seen_difference: float | None = None  # the largest effect that a guard saw; None: no guard
         self._noise: dict[Any, float] = {}  # measured rounding, by module and place in a check
         self.unknown: str | None = None  # a value that a replay lacks
+        self.around: Around | None = None  # what each call of its modules happens in
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,9 @@ class Trial:
             self.subject.refused.add(str(config))
             self.subject.refusal = str(error)
             reject()
-        return LM(module.to(self.device, self.dtype).eval(), config, self.subject.convention)
+        lm = LM(module.to(self.device, self.dtype).eval(), config, self.subject.convention)
+        lm.around = self.around
+        return lm
 
     def tokens(self, lm: LM, min_length: int = 1, max_length: int = MAX_LENGTH, rows: int | None = None) -> Tensor:
         """Token ids (B, T)."""

@@ -75,6 +75,9 @@ WORDS: dict[Lang, dict[str, str]] = {
         "replay": "Replay",
         "select": "a click selects the whole command",
         "more": "Read more",
+        "diagnosis": "Diagnosis: the bugs that this pattern of failures looks like",
+        "unknown": "none that we know: the pattern fits no class of bugs (diymodel zoo list)",
+        "look": "Look for",
         "explain": "What this check means and how to fix it",
         "equal": "Equal means within 1e-11 of the largest value in float64, or within 16 times the subject's own "
         "measured rounding (4 times in half types): {alarms} false alarms in {trials:,} trials on correct models.",
@@ -105,6 +108,9 @@ WORDS: dict[Lang, dict[str, str]] = {
         "replay": "重放命令",
         "select": "点一下即可全选",
         "more": "详细说明",
+        "diagnosis": "诊断：这些失败合起来像是哪种 bug",
+        "unknown": "不像任何已知的 bug 类型（diymodel zoo list）",
+        "look": "该看哪里",
         "explain": "这项检查的含义与修法",
         "equal": "“相等”指与最大值相差不超过 1e-11（float64），或不超过模型自身实测舍入误差的 16 倍（半精度为 4 倍）："
         "在正确的模型上试验 {trials:,} 次，误报 {alarms} 次。",

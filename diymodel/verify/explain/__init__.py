@@ -45,9 +45,12 @@ def title(check: Check, lang: Lang = "en") -> str:
 
 
 def cause(slug: str, check: Check, lang: Lang = "en") -> str:
-    """What the check's text says of a bug: ``slug: sentence``."""
+    """What the check's text says of a bug, ``slug: sentence``; where it does not name it, what the catalogue says."""
     found = re.search(rf"^- `({re.escape(slug)})`(.*)$", explain(check.id, lang), re.MULTILINE)
-    return f"{found[1]}{found[2]}" if found else slug
+    if found:
+        return f"{found[1]}{found[2]}"
+    about = bug_class(slug)
+    return f"{slug}：{about.what_zh}" if lang == "zh" else f"{slug}: {about.what}"
 
 
 def explain_diagnosis(found: Diagnosis, lang: Lang = "en") -> str:
