@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from diymodel._compat import attention as attend
 from diymodel.cache import Span
 from diymodel.model import Attention, DIYForCausalLM, ModelBlock, rotate
 
@@ -60,7 +60,7 @@ def _attend(
     qk, v = attention.qkv_proj(hidden).view(B, T, H + 2 * K, D).transpose(1, 2).split_with_sizes((H + K, K), 1)
     q, k = rotate(qk, cos, sin).split_with_sizes((H, K), 1)
     k, v = keep(layer, k, v)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=H != K)
+    y = attend(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=H != K)
     attended: Tensor = attention.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
     return attended
 
