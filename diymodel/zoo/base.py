@@ -118,7 +118,7 @@ BASES = {
             (),
             {"window": lambda file: file.WINDOW, "shifted": lambda file: file.shifted},
         ),
-        Base("headwise", "GPTLanguageModel", _NO_CACHE | _NO_PADDING, generation=_ONLY_SAMPLES | {"top_k"}),
+        Base("headwise", "GPTLanguageModel", _NO_CACHE | _NO_PADDING, generation=_ONLY_SAMPLES | {"top_k", "greedy"}),
         Base(
             "scribe",
             "Scribe",
