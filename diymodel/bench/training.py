@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diymodel._compat import FUSED_DEVICES
 from diymodel.bench.decoders import random_ids
 from diymodel.bench.figures import Spread, ratios, seconds_text
 from diymodel.bench.models import build
@@ -34,7 +35,7 @@ def training_step(
         logits_of: ids (B, T) to logits (B, T, V).
     """
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ids.device.type in FUSED_DEVICES)
 
     def loss_of(ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
