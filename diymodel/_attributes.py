@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from diymodel._compat import COMPILES_PROPERTIES
+
 ModuleType = TypeVar("ModuleType", bound=type[nn.Module])
 
 
@@ -19,6 +21,8 @@ def direct(*, modules: tuple[str, ...] = (), parameters: tuple[str, ...] = ()) -
     """
 
     def decorate(cls: ModuleType) -> ModuleType:
+        if not COMPILES_PROPERTIES:  # pragma: no cover - old torch
+            return cls
         for name in modules:
             setattr(cls, name, property(_module(name)))
         for name in parameters:

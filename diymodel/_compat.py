@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "COMPILES_PROPERTIES",
     "FUSED_DEVICES",
     "TORCH",
     "SDPBackend",
@@ -38,6 +39,8 @@ def parse_version(text: str) -> tuple[int, int]:
 
 
 TORCH = parse_version(torch.__version__)
+
+COMPILES_PROPERTIES = TORCH >= (2, 3)  # whether torch.compile follows properties of a module
 
 FUSED_DEVICES = ("cpu", "cuda", "mps") if TORCH >= (2, 4) else ("cuda",)  # where AdamW has a fused kernel
 

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name. None: those of this process.
     """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nothing here needs it
     try:
         args = _parser().parse_args(argv)
     except SystemExit as exit_:  # argparse has printed the help or the error
