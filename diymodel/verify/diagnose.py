@@ -22,6 +22,7 @@ from diymodel.verify.symptoms import SYMPTOMS
 _NAMED = 0.7  # how often a fact is taken to hold on a class that it names first among its causes …
 _LEAST_NAMED = 0.4  # … and last
 _UNNAMED = 0.04  # on a class that it does not name
+_SYMPTOM = 2.0  # what a symptom weighs, which is asked to tell classes apart, against a verdict
 _SAYING = ("passed", "failed", "error")
 _PRIOR = 0.7  # bases whose measurement weighs as much as what is taken to be so
 _FITS = 2.0  # log-likelihood ratio below which nothing is said
@@ -85,9 +86,10 @@ class Signatures:
     def _weight(self, slug: str, fact: str, holds: bool) -> float:
         """What one fact says for the class, as a log-likelihood ratio."""
         probability, rate = self.probability(slug, fact), self._rates[fact]
+        weight = _SYMPTOM if fact in SYMPTOMS else 1.0
         if holds:
-            return max(math.log(probability / rate), 0.0)
-        return math.log((1 - probability) / (1 - rate))
+            return weight * max(math.log(probability / rate), 0.0)
+        return weight * math.log((1 - probability) / (1 - rate))
 
 
 def _evidence(weights: Mapping[str, float], facts: Mapping[str, bool]) -> tuple[str, ...]:

@@ -70,6 +70,9 @@ class CausalAttention(Repair):
             inputs = _attention_inputs(args, kwargs)
             mask = self._seen(inputs["query"], inputs["query"].shape[-2], inputs["key"].shape[-2])
             return function(**{**inputs, "attn_mask": mask, "is_causal": False})
+        if function is F.multi_head_attention_forward:
+            length = args[0].shape[0]  # (T, B, hidden)
+            return function(*args, **{**kwargs, "attn_mask": ~self._seen(args[0], length, length), "is_causal": False})
         if function in _SOFTMAX and self._over_keys(args[0], _dimension(args, kwargs)):
             scores = args[0]
             hidden = ~self._seen(scores, scores.shape[-2], scores.shape[-1])

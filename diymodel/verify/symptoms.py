@@ -11,11 +11,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import IGNORED, LM
@@ -51,13 +53,13 @@ class Patient:
         self.subject = subject
         self.failed = failed
 
-    def lm(self, **fixed: Any) -> LM:
+    def lm(self, sharpness: int = 2, **fixed: Any) -> LM:
         """A module with one layer and sharp weights; of a failing configuration where the subject refuses others."""
         first = next(result.failure.config for result in self.failed.values() if result.failure is not None)
         trial = Trial(self.subject, None)
         for config in ({**_WIDE, "num_layers": 1, **fixed}, {**first, "dropout": 0.0, **fixed}):
             try:
-                return trial.build(DIYConfig.from_dict(config), seed=1, sharpness=2)
+                return trial.build(DIYConfig.from_dict(config), seed=1, sharpness=sharpness)
             except Exception as error:  # a stranger's constructor may raise anything
                 refusal = error
         raise refusal
@@ -198,7 +200,7 @@ def _all_tokens(patient: Patient) -> bool | None:
     ("mask-value-too-small",),
 )
 def _faint(patient: Patient) -> bool | None:
-    lm = patient.lm()
+    lm = patient.lm(sharpness=1)
     ids = _ids(lm)
     future = max(leak for row in _leaks(lm, ids) for leak in row)
     past = _influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
@@ -221,6 +223,23 @@ def _blind_to_order(patient: Patient) -> bool | None:
     if _apart(lm.logits(_changed(ids, -1))[:, 0], plain) <= _SAME:
         return None
     return _apart(lm.logits(exchanged)[:, 0], plain) <= _SAME
+
+
+@symptom(
+    "leak.on_some_paths",
+    "it leaks on some paths and not on others: with and without gradients, under one attention kernel or another",
+    "有的路径泄漏，有的不泄漏：开关梯度、换 attention kernel，结果不同",
+    ("causality.*", "training.*"),
+    ("mask-dropped-on-fast-path", "attention-backends-disagree"),
+)
+def _on_some_paths(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = _ids(lm)
+    found = set()
+    for path in (torch.enable_grad, torch.no_grad, partial(sdpa_kernel, SDPBackend.MATH)):
+        with path():
+            found.add(_influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1] > _SAME)
+    return len(found) > 1
 
 
 @symptom(
@@ -275,6 +294,37 @@ def _softmax_over_keys(patient: Patient) -> bool | None:
 def _no_dropout(patient: Patient) -> bool | None:
     checks = ("forward.deterministic", "causality.edit", "decode.cached_equals_full", "modes.dropout_off_in_eval")
     return patient.passes_under(NoDropout, checks)
+
+
+@symptom(
+    "gradients.module_not_called",
+    "a module that has parameters is never called",
+    "有参数的模块从来没有被调用",
+    ("gradients.*", "causality.gradient"),
+    ("module-never-called",),
+)
+def _module_not_called(patient: Patient) -> bool | None:
+    lm = patient.lm(num_layers=2)
+    called: set[str] = set()
+    for name, module in lm.module.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
+    lm.logits(_ids(lm))
+    own = {
+        name for name, module in lm.module.named_modules() if next(module.parameters(recurse=False), None) is not None
+    }
+    return bool(own - called)
+
+
+@symptom(
+    "shift.faint",
+    "moving all positions changes little, as rounding in a half type does",
+    "整体平移位置只引起很小的变化，像半精度的舍入",
+    ("sensitivity.shift_invariance",),
+    ("rope-low-precision",),
+)
+def _shift_faint(patient: Patient) -> bool | None:
+    failure = patient.failed["sensitivity.shift_invariance"].failure
+    return None if failure is None or failure.max_abs_diff is None else failure.max_abs_diff < 1e-2
 
 
 # --- what a cached step sees -----------------------------------------------------------------------------------------
