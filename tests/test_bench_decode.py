@@ -254,6 +254,8 @@ def test_a_cached_step_that_recomputes_is_shown_as_such() -> None:
 
 @pytest.mark.parametrize("base", ["fastlike", "supplied", "onmodule", "startpos", "resettable", "intermediates", "hub"])
 def test_every_kind_of_cache_is_measured(base: str) -> None:
+    if base == "supplied" and not hasattr(torch.nn.functional, "rms_norm"):
+        pytest.skip("this model of the zoo needs torch 2.4")
     plan = decode.Plan([8, 16], 1, CPU, torch.float32, Effort.quick(), 1.0)
     found = decode.measure(Benched(BASES[base].subject(), TINY), plan, lambda row: None)
     assert found["cache"]["verdict"] == "constant"
