@@ -1,9 +1,16 @@
-"""Every check fails on a model with one bug, names that bug, and says it without raising."""
+"""Every check fails on a model with one bug, names that bug, and shows it on an example that fits on paper and replays.
+
+One test asks all of it of one run: these are the slowest tests, and xdist would run a bug anew for each of several.
+"""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from diymodel.verify.report import Failure
+from diymodel.verify.runner import replay
 from diymodel.zoo.bug import Bug
 from tests.meta.verdicts import CHECKS, KILL_IDS, KILLS, verdict
 
@@ -15,6 +22,24 @@ def test_the_check_fails_on_the_broken_model(bug: Bug, check_id: str) -> None:
     assert result.failure is not None
     assert "the subject raised" not in result.failure.message
     assert bug.slug in result.failure.likely_causes
+    assert_small(result.failure)
+    assert_replays(result.failure, bug, check_id)
+
+
+def assert_small(failure: Failure) -> None:
+    """Two layers, and three rows of three tokens, can be redone by hand."""
+    assert failure.config["num_layers"] <= 2
+    rows = failure.values.get("tokens", [])
+    assert len(rows) <= 3 or not isinstance(rows[0], list)
+    assert all(len(row) <= 3 for row in rows if isinstance(row, list))
+
+
+def assert_replays(first: Failure, bug: Bug, check_id: str) -> None:
+    """What a report prints is enough to see the same failure again."""
+    values = json.loads(json.dumps(first.values))
+    again = replay(bug.subject(), CHECKS[check_id], values).failure
+    assert again is not None
+    assert (again.message, again.likely_causes, again.values) == (first.message, first.likely_causes, first.values)
 
 
 def test_no_check_is_without_a_bug_that_it_kills() -> None:

@@ -1,8 +1,6 @@
-"""What the checks say of the zoo's bugs, run once for all tests that ask."""
+"""What the checks say of the zoo's bugs."""
 
 from __future__ import annotations
-
-import functools
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Result
@@ -15,7 +13,6 @@ KILLS = [(bug, id) for bug in list_bugs() for id in bug.kills]
 KILL_IDS = [f"{id}-{bug.slug}-{bug.base}" for bug, id in KILLS]
 
 
-@functools.cache
 def verdict(bug: Bug, check_id: str) -> Result:
     """Of one check on one broken model, shrunk."""
     return verify_one(bug.subject(), CHECKS[check_id], Settings(EXAMPLES))
