@@ -85,7 +85,7 @@ def to_html(report: Report, lang: Lang = "en") -> str:
     if report.failed:
         parts.append(_diagnosis(report, lang))
         parts.append(f"<h2>{words['failures']}</h2>")
-        parts += [_failure(result, lang) for result in report.failed]
+        parts += [_failure(result, lang, report.first_with_the_error_of(result)) for result in report.failed]
     return "\n".join([*parts, "</main></body>", "</html>"]) + "\n"
 
 
@@ -124,7 +124,7 @@ def _diagnosis(report: Report, lang: Lang) -> str:
     words = WORDS[lang]
     lines = [f"<h2>{words['diagnosis']}</h2>"]
     if not report.likely:
-        lines.append(f'<p class="card">{words["unknown"]}</p>')
+        lines.append(f'<p class="card">{words["raises" if report.only_raises else "unknown"]}</p>')
     for found in report.likely:
         about = bug_class(found.bug)
         look = about.look_for_zh if lang == "zh" else about.look_for
@@ -135,6 +135,9 @@ def _diagnosis(report: Report, lang: Lang) -> str:
             f"<h4>{words['look']}</h4><p>{_inline(look)}</p>",
             f'<p class="soft"><code>diymodel zoo show {escape(found.bug)}</code></p></section>',
         ]
+    if report.likely and report.unexplained:
+        names = ", ".join(f"<code>{escape(id)}</code>" for id in report.unexplained)
+        lines.append(f"<p>{words['unexplained']}: {names}</p>")
     return "\n".join(lines)
 
 
@@ -165,7 +168,7 @@ def _jump(result: Result) -> str:
     return f'<a href="#{name}"><code>{name}</code></a>'
 
 
-def _failure(result: Result, lang: Lang) -> str:
+def _failure(result: Result, lang: Lang, told_at: str | None) -> str:
     words, check, failure = WORDS[lang], result.check, result.failure
     lines = [
         f'<section class="card failure" id="{escape(check.id)}">',
@@ -174,7 +177,9 @@ def _failure(result: Result, lang: Lang) -> str:
     ]
     if result.reason:
         lines.append(f"<p>{escape(result.reason)}</p>")
-    if failure is not None:
+    if told_at is not None:
+        lines.append(f'<p>{words["same"]} <a href="#{escape(told_at)}"><code>{escape(told_at)}</code></a></p>')
+    elif failure is not None:
         lines += [*_message(failure, lang), *_evidence(failure, check, lang)]
     text = _without_title(explain(check.id, lang))
     lines.append(f"<details><summary>{words['explain']}</summary>\n{render_markdown(text)}\n</details>")

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from diymodel.verify.failure import SubjectError
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Result
 from diymodel.verify.runner import Settings, run_checks, run_here
@@ -51,6 +52,27 @@ def run_alone(subject: Subject, check: Check, settings: Settings) -> Result:
 
 def _run_here(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:
     return (run_here(subject, check, settings) for check in checks)
+
+
+def probe_isolated(subject: Subject) -> None:
+    """Find in a child how the subject is called, before this process does.
+
+    Raises:
+        SubjectError: it crashes when it is built or called.
+    """
+    with _child(lambda sender: sender.send(_probed(subject))) as (process, receiver):
+        try:
+            receiver.recv()
+        except EOFError:
+            process.join()
+            raise SubjectError(f"{subject.name} cannot be built and called: {_died(process.exitcode)}") from None
+
+
+def _probed(subject: Subject) -> bool:
+    try:
+        return bool(subject.convention)
+    except SubjectError:  # this process will meet it too, and say it
+        return False
 
 
 def observe_isolated(subject: Subject, results: Sequence[Result]) -> dict[str, bool]:

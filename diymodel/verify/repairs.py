@@ -63,13 +63,20 @@ class PositionsAfterTheCache(Repair):
 
 
 class CausalAttention(Repair):
-    """Attention masks become exactly causal: each query sees all keys up to its own, those in the cache included."""
+    """Attention masks become exactly causal: each query sees all keys up to its own, those in the cache included.
+
+    What is added to the scores of keys that are seen stays: ALiBi is no mask.
+    """
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is F.scaled_dot_product_attention:
             inputs = _attention_inputs(args, kwargs)
-            mask = self._seen(inputs["query"], inputs["query"].shape[-2], inputs["key"].shape[-2])
-            return function(**{**inputs, "attn_mask": mask, "is_causal": False})
+            seen = self._seen(inputs["query"], inputs["query"].shape[-2], inputs["key"].shape[-2])
+            bias = inputs.get("attn_mask")
+            if bias is not None and bias.is_floating_point():
+                shown = bias.masked_fill(bias <= torch.finfo(bias.dtype).min / 2, 0.0)
+                seen = shown.masked_fill(~seen, -torch.inf)
+            return function(**{**inputs, "attn_mask": seen, "is_causal": False})
         if function is F.multi_head_attention_forward:
             length = args[0].shape[0]  # (T, B, hidden)
             return function(*args, **{**kwargs, "attn_mask": ~self._seen(args[0], length, length), "is_causal": False})

@@ -73,6 +73,7 @@ class Report:
     called: str = ""  # how the subject was called
     symptoms: Mapping[str, bool] = field(default_factory=dict)  # answers of verify/symptoms.py
     diagnosis: tuple[Diagnosis, ...] = ()  # the likeliest first; none where nothing failed, or nothing fits
+    unexplained: tuple[str, ...] = ()  # failed checks that no likely bug of the diagnosis explains
 
     @property
     def failed(self) -> list[Result]:
@@ -81,6 +82,23 @@ class Report:
     @property
     def verdict(self) -> Literal["passed", "failed"]:
         return "failed" if self.failed else "passed"
+
+    @property
+    def only_raises(self) -> bool:
+        """Whether every failure is an error that the subject raised."""
+        return all(result.failure is not None and result.failure.traceback is not None for result in self.failed)
+
+    def first_with_the_error_of(self, result: Result) -> str | None:
+        """The id of the earlier check in which the subject raised the very same; None where there is none."""
+        if result.failure is None or result.failure.traceback is None:
+            return None
+        told = (result.failure.message, result.failure.traceback)
+        for earlier in self.failed:
+            if earlier is result:
+                return None
+            if earlier.failure is not None and (earlier.failure.message, earlier.failure.traceback) == told:
+                return earlier.check.id
+        return None
 
     @property
     def likely(self) -> tuple[Diagnosis, ...]:
@@ -105,6 +123,7 @@ class Report:
             "checks": [_result_dict(result) for result in self.results],
             "symptoms": dict(self.symptoms),
             "diagnosis": [_diagnosis_dict(found) for found in self.diagnosis],
+            "unexplained": list(self.unexplained),
         }
 
     def to_json(self) -> str:

@@ -125,7 +125,12 @@ def check_causal_lm(
     for id in expected_failures:
         if not any(check.id == id for check in chosen):
             raise ValueError(f"expected_failures names no check that runs: {id!r}{nearest(id, chosen)}")
+    from diymodel.verify.isolation import can_isolate, probe_isolated
+
+    isolate = isolate and can_isolate()
     resolved = resolve(subject)
+    if isolate:
+        probe_isolated(resolved)
     convention = resolved.convention  # found first, so that a subject that cannot be called says so at once
     dtype_name = _name(settings.dtype or convention.dtype)
     report = Report(resolved.name, seed, profile, torch.__version__, device, dtype_name, called=convention.describe())
@@ -154,21 +159,27 @@ def check_causal_lm(
 
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them."""
-    from diymodel.verify.diagnose import signatures
-    from diymodel.verify.isolation import can_isolate, observe_isolated
+    from diymodel.verify.diagnose import EXPLAINED, signatures
+    from diymodel.verify.isolation import observe_isolated
 
-    look = observe_isolated if isolate and can_isolate() else observe
+    look = observe_isolated if isolate else observe
     report.symptoms = look(subject, report.results)
     known = signatures()
     ranked = known.rank(sample_of(report.results, report.symptoms))
     report.diagnosis = tuple(ranked[:DIAGNOSES])
+    likely = [found.bug for found in report.likely]
+    report.unexplained = tuple(
+        result.check.id
+        for result in report.failed
+        if not any(known.probability(slug, result.check.id) >= EXPLAINED for slug in likely)
+    )
     places = {found.bug: place for place, found in enumerate(ranked)}
     sure = {found.bug for found in ranked[:1] if found.score > 0.5}
 
     def ordered(result: Result) -> Result:
         if result.failure is None:
             return result
-        explained = {slug for slug in sure if known.probability(slug, result.check.id) > 0.5}
+        explained = {slug for slug in sure if known.probability(slug, result.check.id) >= EXPLAINED}
         causes = explained.union(result.failure.likely_causes)
         in_order = sorted(causes, key=lambda slug: (places.get(slug, len(places)), slug))
         return replace(result, failure=replace(result.failure, likely_causes=tuple(in_order)))
@@ -177,9 +188,9 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
 
 
 def _runner(isolate: bool) -> Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]:
-    from diymodel.verify.isolation import can_isolate, run_isolated
+    from diymodel.verify.isolation import run_isolated
 
-    return run_isolated if isolate and can_isolate() else run_checks
+    return run_isolated if isolate else run_checks
 
 
 def run_checks(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:

@@ -43,8 +43,12 @@ class Sample:
 def sample_of(
     results: Iterable[Result], symptoms: Mapping[str, bool], bug: str = "", slug: str = "", base: str = ""
 ) -> Sample:
-    """What a run saw."""
-    return Sample(bug, slug, base, {result.check.id: result.status for result in results}, dict(symptoms))
+    """What a run saw. That the subject raised tells no bug from another, so it counts as an error of the check."""
+
+    def status(result: Result) -> str:
+        return "error" if result.failure is not None and result.failure.traceback is not None else result.status
+
+    return Sample(bug, slug, base, {result.check.id: status(result) for result in results}, dict(symptoms))
 
 
 def read_samples(text: str | None = None) -> list[Sample]:

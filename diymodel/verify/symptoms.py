@@ -308,11 +308,10 @@ def _module_not_called(patient: Patient) -> bool | None:
     called: set[str] = set()
     for name, module in lm.module.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    lm.logits(_ids(lm))
-    own = {
-        name for name, module in lm.module.named_modules() if next(module.parameters(recurse=False), None) is not None
-    }
-    return bool(own - called)
+    lm.logits(_ids(lm)).sum().backward()  # type: ignore[no-untyped-call]
+    parts = lm.module.named_modules()
+    silent = {name for name, part in parts if any(p.grad is None for p in part.parameters(recurse=False))}
+    return bool(silent - called)
 
 
 @symptom(

@@ -33,18 +33,25 @@ def to_text(report: Report, color: bool = False, lang: Lang = "en") -> str:
             lines.append("\n" + _paint(f"  {words['step']} {step}  {name}", "1", color))
         lines.append(_line(result, color, lang))
     for result in report.failed:
-        lines += ["", *failure_lines(result, color, lang)]
+        earlier = report.first_with_the_error_of(result)
+        lines += ["", *failure_lines(result, color, lang, earlier)]
     if report.failed:
         lines += ["", *diagnosis_lines(report, color, lang)]
     return "\n".join([*lines, "", _paint(equal_means(lang), "90", color), _summary(report, color, lang)]) + "\n"
 
 
-def failure_lines(result: Result, color: bool = False, lang: Lang = "en") -> list[str]:
-    """What is known of one failed check, or of one that could not give a verdict."""
+def failure_lines(result: Result, color: bool = False, lang: Lang = "en", told_at: str | None = None) -> list[str]:
+    """What is known of one failed check, or of one that could not give a verdict.
+
+    Args:
+        told_at: the check that was shown before with the very same error; this one is kept short then.
+    """
     words, check, failure = WORDS[lang], result.check, result.failure
     heading = _paint(f"{MARKS[result.status]} {check.id}: {title(check, lang)}", "1;31", color)
     if failure is None:
         return [heading, f"  {result.reason}"]
+    if told_at is not None:
+        return [heading, f"  {words['same']} {told_at}"]
     expected, seen = failure.expected_and_seen
     said = {words["expected"]: expected, words["seen"]: seen} if seen else {words["raised"]: expected}
     if failure.traceback:
@@ -66,13 +73,15 @@ def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> l
     words = WORDS[lang]
     lines = [_paint(words["diagnosis"], "1", color)]
     if not report.likely:
-        return [*lines, f"  {words['unknown']}"]
+        return [*lines, f"  {words['raises' if report.only_raises else 'unknown']}"]
     for found in report.likely:
         about = bug_class(found.bug)
         look = about.look_for_zh if lang == "zh" else about.look_for
         lines.append(f"  {found.score:4.0%}  {_paint(found.bug, '1', color)}: {explain_diagnosis(found, lang)}")
         lines.append(f"        {_paint(words['look'], '90', color)}: {look}")
         lines.append(f"        {_paint(words['more'], '90', color)}: diymodel zoo show {found.bug}")
+    if report.unexplained:
+        lines.append(f"  {words['unexplained']}: {', '.join(report.unexplained)}")
     return lines
 
 

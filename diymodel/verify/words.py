@@ -65,6 +65,7 @@ WORDS: dict[Lang, dict[str, str]] = {
         "expected": "Expected",
         "seen": "Seen",
         "raised": "Raised",
+        "same": "The same error, from the same line, as in",
         "cause": "Most likely cause",
         "others": "Other causes",
         "difference": "Largest difference",
@@ -77,6 +78,8 @@ WORDS: dict[Lang, dict[str, str]] = {
         "more": "Read more",
         "diagnosis": "Diagnosis: the bugs that this pattern of failures looks like",
         "unknown": "none that we know: the pattern fits no class of bugs (diymodel zoo list)",
+        "raises": "none: the model raises an error; mend that first, and verify it again",
+        "unexplained": "Not explained by these",
         "look": "Look for",
         "explain": "What this check means and how to fix it",
         "equal": "Equal means within 1e-11 of the largest value in float64, or within 16 times the subject's own "
@@ -98,6 +101,7 @@ WORDS: dict[Lang, dict[str, str]] = {
         "expected": "应当",
         "seen": "实际",
         "raised": "异常",
+        "same": "与此前相同的异常，出自同一行：",
         "cause": "最可能的原因",
         "others": "其他可能",
         "difference": "最大差异",
@@ -110,6 +114,8 @@ WORDS: dict[Lang, dict[str, str]] = {
         "more": "详细说明",
         "diagnosis": "诊断：这些失败合起来像是哪种 bug",
         "unknown": "不像任何已知的 bug 类型（diymodel zoo list）",
+        "raises": "无法诊断：模型抛出了异常；先修好它，再验证一次",
+        "unexplained": "以上都解释不了的失败",
         "look": "该看哪里",
         "explain": "这项检查的含义与修法",
         "equal": "“相等”指与最大值相差不超过 1e-11（float64），或不超过模型自身实测舍入误差的 16 倍（半精度为 4 倍）："

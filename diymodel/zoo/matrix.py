@@ -6,7 +6,7 @@ import concurrent.futures
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from diymodel.zoo.bug import Bug, list_bugs
 
 
 def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
-    """Run every check that is not optional on a bug, and look for symptoms."""
+    """Run the checks on a bug, of the optional ones those that must kill it, and look for symptoms."""
     subject, settings = bug.subject(), Settings(PROFILES[profile], seed, shrink=False)
-    results = [verify_one(subject, check, settings) for check in list_checks() if not check.optional]
+    wanted = replace(settings, optional=False)
+    results = [verify_one(subject, check, settings if check.id in bug.kills else wanted) for check in list_checks()]
     return sample_of(results, observe(subject, results), bug.id, bug.slug, bug.base)
 
 
@@ -38,7 +39,7 @@ def extend(
         ValueError: the file was measured with another profile or seed, or other checks.
     """
     bugs = {bug.id: bug for bug in list_bugs()}
-    checks = [check.id for check in list_checks() if not check.optional]
+    checks = [check.id for check in list_checks()]
     facts = {"profile": profile, "seed": seed, "torch": torch.__version__}
     samples = [sample for sample in _measured(path, facts, checks) if sample.bug in bugs]
     left = [bug for id, bug in bugs.items() if id not in {sample.bug for sample in samples}]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from diymodel.verify.catalogue import AREAS, bug_class
+from diymodel.verify.diagnose import leave_one_base_out
 from diymodel.verify.samples import Sample
-from diymodel.zoo.matrix import Figures, figures
+from diymodel.zoo.matrix import figures
 
 _CELL = 9  # pixels
 _LEFT, _TOP = 210, 215  # room for the labels
@@ -86,7 +87,7 @@ def page(samples: Sequence[Sample]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>The kill matrix of diymodel</title><style>{_PAGE_STYLE}</style></head><body>\n"
         f"<h1>The kill matrix: {said.killed} of {said.bugs} bugs killed</h1>\n"
-        f"{''.join(f'<p>{escape(line)}</p>' for line in figure_lines(said))}\n"
+        f"{''.join(f'<p>{escape(line)}</p>' for line in figure_lines(samples))}\n"
         f"<figure>{picture(samples)}</figure>\n"
         "<h2>Every bug, and the checks that kill it</h2>\n"
         f"<table><tr><th>bug</th><th>base</th><th>killed by</th></tr>\n{rows}\n</table></body></html>\n"
@@ -103,12 +104,19 @@ def text(samples: Sequence[Sample]) -> str:
         said = ", ".join(f"{id} {count}" if len(of_class) > 1 else id for id, count in kills.most_common(4))
         more = f", and {len(kills) - 4} more" if len(kills) > 4 else ""
         lines.append(f"{slug:<36} {killed}/{len(of_class)}  {said}{more}")
-    return "\n".join([*lines, "", *figure_lines(figures(samples))]) + "\n"
+    return "\n".join([*lines, "", *figure_lines(samples)]) + "\n"
 
 
-def figure_lines(said: Figures) -> list[str]:
+def figure_lines(samples: Sequence[Sample]) -> list[str]:
     """The figures in words."""
+    said, named = figures(samples), leave_one_base_out(samples)
     lines = [f"{said.killed} of {said.bugs} bugs of {said.classes} classes are killed."]
+    if named.bugs:
+        lines.append(
+            f"Diagnosed in a model that the diagnosis has not learned from (leave one base out): {named.first} of "
+            f"{named.bugs} come first ({named.first / named.bugs:.1%}), {named.among_three} among the first three "
+            f"({named.among_three / named.bugs:.1%})."
+        )
     if said.not_killed:
         lines.append(f"Not killed: {', '.join(said.not_killed)}.")
     lines.append(
