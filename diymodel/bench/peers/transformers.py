@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from diymodel.model import DIYForCausalLM
 def dynamic(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     """With the cache that it takes when nothing is said. It grows by ``torch.cat``, so it is never compiled."""
     peer = llama_like(model)
+    name = _cache_argument(peer)
 
     def forward(ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        output = peer(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-        return output.logits, output.past_key_values
+        output = peer(input_ids=ids, **{name: past}, use_cache=True, logits_to_keep=1)
+        return output.logits, output[name]
 
     def generate(prompt: Tensor, tokens: int) -> Tensor:
         mask = torch.ones_like(prompt)  # without one, prompt tokens equal to pad_token_id are taken for padding
@@ -42,6 +44,7 @@ def static(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     from transformers import StaticCache
 
     cache: Any = None
+    name = _cache_argument(peer)
     step = torch.compile(peer.forward, dynamic=False) if compiled else peer
 
     def prefill(ids: Tensor) -> tuple[Tensor, Any]:
@@ -55,7 +58,7 @@ def static(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
     def forward(call: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, Any]:
         output = call(
             input_ids=ids,
-            past_key_values=cache.store,
+            **{name: cache.store},
             position_ids=positions[None],
             use_cache=True,
             logits_to_keep=1,
@@ -63,6 +66,11 @@ def static(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
         return output.logits, positions[-1:] + 1
 
     return Rival(prefill, lambda ids, position: forward(step, ids, position), same_weights=True, to=peer.to)
+
+
+def _cache_argument(peer: Any) -> str:
+    """What the cache is called: ``cache`` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(peer.forward).parameters else "past_key_values"
 
 
 class _Kept:
