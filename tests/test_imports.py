@@ -73,6 +73,12 @@ def test_every_row_is_in_the_label_of_all_and_installs_its_torch() -> None:
         assert f"torch{major}{minor}: torch=={major}.{minor}.*\n" in text
 
 
+def test_the_workflow_runs_every_row() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    label = {f"py{python[0]}{python[1]}-torch{torch[0]}{torch[1]}" for python, torch in rows()}
+    assert set(re.findall(r"row: ([\w-]+)}", workflow)) == label | {"py311-lowest"}
+
+
 def test_the_version_stands_in_one_place() -> None:
     assert PYPROJECT["project"]["dynamic"] == ["version"]
     assert metadata.version("diymodel") == diymodel.__version__
