@@ -24,7 +24,7 @@ from diymodel.verify.report import Report
 from diymodel.verify.runner import PROFILES, Settings, diagnose, verify_one
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.subject import resolve
-from diymodel.verify.symptoms import SYMPTOMS, observe
+from diymodel.verify.symptoms import list_symptoms, observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
 
@@ -43,7 +43,7 @@ def sample(failed: set[str], passed: set[str] = frozenset(), **symptoms: bool) -
 def test_the_samples_are_those_of_the_zoo_and_the_checks() -> None:
     assert {found.bug for found in SAMPLES} == {bug.id for bug in list_bugs()}, "diymodel zoo matrix --measure"
     assert set(SAMPLES[0].verdicts) == {check.id for check in list_checks()}, "diymodel zoo matrix --measure"
-    assert {id for found in SAMPLES for id in found.symptoms} <= set(SYMPTOMS)
+    assert {id for found in SAMPLES for id in found.symptoms} <= set(list_symptoms())
 
 
 def test_every_bug_is_killed_by_a_check_that_must() -> None:
@@ -53,7 +53,7 @@ def test_every_bug_is_killed_by_a_check_that_must() -> None:
 
 
 def test_every_symptom_shows_on_a_bug_it_points_to_and_not_on_all() -> None:
-    for symptom in SYMPTOMS.values():
+    for symptom in list_symptoms().values():
         answers = [(found.slug, found.symptoms[symptom.id]) for found in SAMPLES if symptom.id in found.symptoms]
         assert any(shows and slug in symptom.causes for slug, shows in answers), symptom.id
         assert not all(shows for _, shows in answers), symptom.id
@@ -61,7 +61,7 @@ def test_every_symptom_shows_on_a_bug_it_points_to_and_not_on_all() -> None:
 
 def test_symptoms_point_to_classes_of_the_catalogue_in_both_languages() -> None:
     slugs = {found.slug for found in list_bug_classes()}
-    for symptom in SYMPTOMS.values():
+    for symptom in list_symptoms().values():
         assert set(symptom.causes) <= slugs, symptom.id
         assert symptom.yes.isascii()
         assert not symptom.yes_zh.isascii()

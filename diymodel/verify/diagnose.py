@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Diagnosis
 from diymodel.verify.samples import Sample, read_samples
-from diymodel.verify.symptoms import SYMPTOMS
+from diymodel.verify.symptoms import list_symptoms
 
 EXPLAINED = 0.3  # a class explains a failure that it shows at least as often
 _NAMED = 0.7  # how often a fact is taken to hold on a class that it names first among its causes …
@@ -93,7 +93,7 @@ def _probability(seen: Sequence[bool], slug: str, named: Sequence[str]) -> float
 
 def _weights(fact: str, probability: float, rate: float) -> tuple[float, float]:
     """What it says for the class that a fact does not hold, and that it does, as log-likelihood ratios."""
-    weight = _SYMPTOM if fact in SYMPTOMS else 1.0
+    weight = _SYMPTOM if fact in list_symptoms() else 1.0
     return weight * math.log((1 - probability) / (1 - rate)), weight * max(math.log(probability / rate), _UNEXPLAINED)
 
 
@@ -101,7 +101,7 @@ def known_causes() -> dict[str, tuple[str, ...]]:
     """What every check and symptom names, by its id."""
     return {
         **{check.id: check.causes for check in list_checks()},
-        **{symptom.id: symptom.causes for symptom in SYMPTOMS.values()},
+        **{symptom.id: symptom.causes for symptom in list_symptoms().values()},
     }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+_TABLE_DIMENSIONS = 3  # of cosines, (S, 1, D) at most; a cache (B, S, H, D) has more
 _DROPOUT = (F.dropout, torch.dropout)
 
 
@@ -57,6 +58,8 @@ class PositionsAfterTheCache(Repair):
         if not isinstance(first, slice) or first.step not in (None, 1):
             return index
         if first.start not in (None, 0) or first.stop != self.length or table.shape[0] < self.start + self.length:
+            return index
+        if table.dim() > _TABLE_DIMENSIONS:
             return index
         moved = slice(self.start, self.start + self.length)
         return (moved, *index[1:]) if isinstance(index, tuple) else moved

@@ -11,7 +11,7 @@ from importlib import resources
 from diymodel.verify.catalogue import bug_class
 from diymodel.verify.registry import Check, list_checks, nearest
 from diymodel.verify.report import Diagnosis, Lang
-from diymodel.verify.symptoms import SYMPTOMS
+from diymodel.verify.symptoms import list_symptoms
 
 _MARKER = "\n<!-- zh -->\n"
 _SUFFIX = ".md"
@@ -56,9 +56,9 @@ def cause(slug: str, check: Check, lang: Lang = "en") -> str:
 def explain_diagnosis(found: Diagnosis, lang: Lang = "en") -> str:
     """What the bug is, and what was seen that speaks for it."""
     about, zh = bug_class(found.bug), lang == "zh"
-    shown = [SYMPTOMS[fact] for fact in found.evidence if fact in SYMPTOMS]
+    shown = [list_symptoms()[fact] for fact in found.evidence if fact in list_symptoms()]
     said = [symptom.yes_zh if zh else symptom.yes for symptom in shown]
-    failed = [fact for fact in found.evidence if fact not in SYMPTOMS]
+    failed = [fact for fact in found.evidence if fact not in list_symptoms()]
     if failed:
         more = f" +{len(failed) - _CHECKS_NAMED}" if len(failed) > _CHECKS_NAMED else ""
         said.append(("失败的检查：" if zh else "failed: ") + ", ".join(failed[:_CHECKS_NAMED]) + more)

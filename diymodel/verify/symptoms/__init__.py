@@ -1,0 +1,164 @@
+"""Symptoms: small experiments on a module that failed, which tell one bug from another that fails the same checks.
+
+Each asks one question of the module as it is, without its code: which tokens a logit depends on, which formula a loss
+is, whether a failing trial passes once an operation is repaired. The answers are facts for the diagnosis.
+
+Shapes: B batch, T query length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import LM
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.randomness import seeded
+from diymodel.verify.repairs import RepairOf
+from diymodel.verify.report import Result
+from diymodel.verify.subject import Subject
+from diymodel.verify.timing import time_limit
+from diymodel.verify.trial import Trial
+
+LENGTH = 6
+SAME = 1e-9  # of the largest logit: what is nearer is the same
+_SECONDS = 20  # for one symptom
+_WIDE = {  # no unit is so alone that a norm hides what it says
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 8,
+    "max_seq_len": 16,
+    "dropout": 0.0,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
+
+class Patient:
+    """A subject that failed, with what its failures showed."""
+
+    def __init__(self, subject: Subject, failed: Mapping[str, Result]) -> None:
+        self.subject = subject
+        self.failed = failed
+
+    def lm(self, sharpness: int = 2, **fixed: Any) -> LM:
+        """A module with one layer and sharp weights; of a failing configuration where the subject refuses others."""
+        first = next(result.failure.config for result in self.failed.values() if result.failure is not None)
+        trial = Trial(self.subject, None)
+        for config in ({**_WIDE, "num_layers": 1, **fixed}, {**first, "dropout": 0.0, **fixed}):
+            try:
+                return trial.build(DIYConfig.from_dict(config), seed=1, sharpness=sharpness)
+            except Exception as error:  # a stranger's constructor may raise anything
+                refusal = error
+        raise refusal
+
+    def passes_under(self, repair: RepairOf, ids: Iterable[str]) -> bool | None:
+        """Whether the failing trials of these checks pass under a repair."""
+        known = [result for id, result in self.failed.items() if id in ids and result.failure is not None]
+        for result in known:
+            assert result.failure is not None
+            trial = Trial(self.subject, None, result.failure.values)
+            trial.around = repair
+            try:
+                with seeded():
+                    result.check.function(trial)
+            except CheckFailure:
+                return False
+        return True if known else None
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """One question, and which bugs a yes speaks for."""
+
+    id: str
+    yes: str  # what a yes means, as evidence
+    yes_zh: str
+    when: tuple[str, ...]  # globs: asked where one of these checks failed
+    causes: tuple[str, ...]  # slugs that a yes points to
+    ask: Callable[[Patient], bool | None]
+
+
+_SYMPTOMS: dict[str, Symptom] = {}
+
+
+def symptom(
+    id: str, yes: str, yes_zh: str, when: Iterable[str], causes: Iterable[str]
+) -> Callable[[Callable[[Patient], bool | None]], Callable[[Patient], bool | None]]:
+    """Register the decorated question."""
+
+    def register(ask: Callable[[Patient], bool | None]) -> Callable[[Patient], bool | None]:
+        assert id not in _SYMPTOMS, id
+        _SYMPTOMS[id] = Symptom(id, yes, yes_zh, tuple(when), tuple(causes), ask)
+        return ask
+
+    return register
+
+
+@functools.cache
+def list_symptoms() -> dict[str, Symptom]:
+    """All of them by id, in the order in which they are asked."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(_SYMPTOMS)
+
+
+def observe(subject: Subject, results: Iterable[Result]) -> dict[str, bool]:
+    """The answers to the questions that the failures raise, by id; those that the module cannot answer are left out."""
+    failed = {result.check.id: result for result in results if result.status == "failed"}
+    answers: dict[str, bool] = {}
+    if not any(result.failure is not None for result in failed.values()):
+        return answers
+    patient = Patient(subject, failed)
+    for found in list_symptoms().values():
+        if not any(fnmatch.fnmatchcase(id, glob) for id in failed for glob in found.when):
+            continue
+        try:
+            with seeded(), time_limit(_SECONDS):
+                answer = found.ask(patient)
+        except Exception:  # the module is broken: that it raises here says nothing more
+            continue
+        if answer is not None:
+            answers[found.id] = answer
+    return answers
+
+
+# --- what the experiments share --------------------------------------------------------------------------------------
+
+
+def distinct_tokens(lm: LM, rows: int = 1, length: int = LENGTH) -> Tensor:
+    """Distinct tokens in each row (B, T)."""
+    generator = torch.Generator().manual_seed(3)
+    rows_of = [torch.randperm(lm.config.vocab_size, generator=generator)[:length] for _ in range(rows)]
+    return torch.stack(rows_of)
+
+
+def changed(ids: Tensor, position: int, row: int = 0) -> Tensor:
+    """The tokens with another one at a position."""
+    other = ids.clone()
+    other[row, position] = (ids[row, position] + 7) % 16 if int(ids.max()) > 8 else 1 - ids[row, position].clamp(max=1)
+    return other
+
+
+def apart(seen: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    scale = float(other.detach().abs().max())
+    return float((seen - other).detach().abs().max()) / scale if scale else 0.0
+
+
+def influence(logits: Callable[[Tensor], Tensor], ids: Tensor) -> list[float]:
+    """How far changing each token moves what ``logits`` gives."""
+    plain = logits(ids)
+    return [apart(logits(changed(ids, position)), plain) for position in range(ids.shape[1])]

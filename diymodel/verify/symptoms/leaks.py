@@ -1,0 +1,157 @@
+"""Which later tokens a logit depends on, and what makes the leak go away.
+
+Shapes: T query length.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
+from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
+
+_LEAKS = ("causality.*",)
+
+
+def _leaks(lm: LM, ids: Tensor) -> list[list[float]]:
+    """For each position, how far each later token moves its logits."""
+    return [
+        influence(lambda tokens, t=t: lm.logits(tokens)[:, t], ids)[t + 1 :]  # type: ignore[misc]
+        for t in range(ids.shape[1] - 1)
+    ]
+
+
+@symptom(
+    "leak.next_token_only",
+    "in one layer a position sees the token after it, and none further",
+    "单层时，每个位置只能看到它后面的那一个 token",
+    _LEAKS,
+    ("mask-sees-next-token",),
+)
+def _next_token_only(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    leaks = _leaks(lm, distinct_tokens(lm))
+    beyond = max((leak for row in leaks for leak in row[1:]), default=0.0)
+    nearest = max(row[0] for row in leaks)
+    return None if nearest <= SAME and beyond <= SAME else beyond <= SAME
+
+
+@symptom(
+    "leak.of_all_tokens",
+    "in one layer a position sees all tokens after it",
+    "单层时，每个位置能看到后面的所有 token",
+    _LEAKS,
+    ("bidirectional-mask", "mask-dropped-on-fast-path", "softmax-wrong-axis", "statistic-over-sequence"),
+)
+def _all_tokens(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    return all(leak > SAME for row in _leaks(lm, distinct_tokens(lm)) for leak in row)
+
+
+@symptom(
+    "leak.faint",
+    "what a position sees of the future is a hundredth of what it sees of its past",
+    "看到的未来只有看到的过去的百分之一",
+    _LEAKS,
+    ("mask-value-too-small",),
+)
+def _faint(patient: Patient) -> bool | None:
+    lm = patient.lm(sharpness=1)
+    ids = distinct_tokens(lm)
+    future = max(leak for row in _leaks(lm, ids) for leak in row)
+    past = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
+    return None if future <= SAME else future < 0.01 * max(past)
+
+
+@symptom(
+    "leak.blind_to_order",
+    "exchanging two later tokens changes nothing, though changing one does: something is averaged over the sequence",
+    "交换后面两个 token 没有影响，改掉其中一个却有：有东西对整个序列做了平均",
+    _LEAKS,
+    ("statistic-over-sequence",),
+)
+def _blind_to_order(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    exchanged = ids.clone()
+    exchanged[:, -2:] = ids[:, -2:].flip(1)
+    plain = lm.logits(ids)[:, 0]
+    if apart(lm.logits(changed(ids, -1))[:, 0], plain) <= SAME:
+        return None
+    return apart(lm.logits(exchanged)[:, 0], plain) <= SAME
+
+
+@symptom(
+    "leak.on_some_paths",
+    "it leaks on some paths and not on others: with and without gradients, under one attention kernel or another",
+    "有的路径泄漏，有的不泄漏：开关梯度、换 attention kernel，结果不同",
+    ("causality.*", "training.*"),
+    ("mask-dropped-on-fast-path", "attention-backends-disagree"),
+)
+def _on_some_paths(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    found = set()
+    for path in (torch.enable_grad, torch.no_grad, partial(sdpa_kernel, SDPBackend.MATH)):
+        with path():
+            found.add(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1] > SAME)
+    return len(found) > 1
+
+
+@symptom(
+    "leak.with_dropout_only",
+    "without dropout nothing leaks",
+    "没有 dropout 时不泄漏",
+    ("causality.in_training",),
+    ("mask-dropped-with-dropout",),
+)
+def _with_dropout_only(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    lm.module.train()
+    return max(leak for row in _leaks(lm, distinct_tokens(lm)) for leak in row) <= SAME
+
+
+@symptom(
+    "repair.causal_attention",
+    "with an exactly causal mask put into attention, the failing trial passes",
+    "把 attention 的掩码换成严格的因果掩码后，失败的例子就通过了",
+    ("causality.*", "decode.chunks", "decode.cached_equals_full"),
+    (
+        "bidirectional-mask",
+        "mask-sees-next-token",
+        "mask-dropped-on-fast-path",
+        "mask-value-too-small",
+        "chunk-unmasked",
+    ),
+)
+def _causal_attention(patient: Patient) -> bool | None:
+    checks = ("causality.edit", "causality.truncation", "causality.in_training", "decode.chunks")
+    return patient.passes_under(CausalAttention, checks)
+
+
+@symptom(
+    "repair.softmax_over_keys",
+    "with the softmax taken over the keys, the failing trial passes",
+    "把 softmax 改到 key 那一维上后，失败的例子就通过了",
+    ("causality.edit", "causality.truncation"),
+    ("softmax-wrong-axis",),
+)
+def _softmax_over_keys(patient: Patient) -> bool | None:
+    return patient.passes_under(SoftmaxOverKeys, ("causality.edit", "causality.truncation"))
+
+
+@symptom(
+    "repair.no_dropout",
+    "without dropout the failing trials pass",
+    "关掉 dropout 后，失败的例子就通过了",
+    ("batch.*", "causality.*", "forward.*", "loss.*", "decode.*", "modes.*"),
+    ("dropout-active-in-eval",),
+)
+def _no_dropout(patient: Patient) -> bool | None:
+    checks = ("forward.deterministic", "causality.edit", "decode.cached_equals_full", "modes.dropout_off_in_eval")
+    return patient.passes_under(NoDropout, checks)

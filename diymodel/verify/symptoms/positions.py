@@ -1,0 +1,39 @@
+"""How a module tells where a token stands.
+
+Shapes: T query length.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
+
+
+@symptom(
+    "shift.faint",
+    "moving all positions changes little, as rounding in a half type does",
+    "整体平移位置只引起很小的变化，像半精度的舍入",
+    ("sensitivity.shift_invariance",),
+    ("rope-low-precision",),
+)
+def _shift_faint(patient: Patient) -> bool | None:
+    failure = patient.failed["sensitivity.shift_invariance"].failure
+    return None if failure is None or failure.max_abs_diff is None else failure.max_abs_diff < 1e-2
+
+
+@symptom(
+    "context.blind_to_order_beyond",
+    "beyond max_seq_len it no longer tells two tokens' order: they share a position",
+    "超过 max_seq_len 之后分不清两个 token 的先后：它们共用一个位置",
+    ("context.*", "shape.longest"),
+    ("position-table-clamped",),
+)
+def _blind_to_order_beyond(patient: Patient) -> bool | None:
+    lm = patient.lm(max_seq_len=5)
+    longest = lm.config.max_seq_len
+    ids = distinct_tokens(lm, length=longest + 2)
+    exchanged = ids.clone()
+    exchanged[:, longest - 1 : longest + 1] = ids[:, longest - 1 : longest + 1].flip(1)
+    with torch.no_grad():
+        return apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) <= SAME

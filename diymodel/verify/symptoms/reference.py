@@ -1,0 +1,101 @@
+"""Under which restriction a module agrees with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.repairs import CausalAttention
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
+
+_REFERENCE = ("reference.*",)
+
+
+def _differs(patient: Patient, ids: Callable[[LM], Tensor] = distinct_tokens, **fixed: Any) -> bool | None:
+    """Whether the logits are not those of the reference, over a configuration."""
+    if patient.subject.reference is None:
+        return None
+    lm = patient.lm(**fixed)
+    if any(getattr(lm.config, name) != value for name, value in fixed.items()):
+        return None
+    tokens = distinct_tokens(lm)
+    expected = patient.subject.reference(lm.config, lm.module.state_dict(), tokens)
+    return apart(lm.logits(tokens).double(), expected) > SAME
+
+
+def _right_when(patient: Patient, ids: Callable[[LM], Tensor] = distinct_tokens, **fixed: Any) -> bool | None:
+    """Whether it is right under a restriction and wrong without it."""
+    restricted = _differs(patient, ids, **fixed)
+    if restricted is None or not _differs(patient, hidden_size=16, num_heads=4, num_kv_heads=2):
+        return None
+    return not restricted
+
+
+@symptom(
+    "reference.right_for_one_token",
+    "one token alone is right: the bug is in how tokens attend to each other",
+    "只有一个 token 时是对的：问题出在 token 之间的 attention",
+    _REFERENCE,
+    ("attention-scale-wrong", "rope-pairing-convention", "no-positions"),
+)
+def _right_for_one_token(patient: Patient) -> bool | None:
+    return _right_when(patient, lambda lm: distinct_tokens(lm, length=1))
+
+
+@symptom(
+    "reference.right_for_equal_tokens",
+    "with all tokens equal it is right: what differs is where attention looks, not what it finds",
+    "所有 token 相同时是对的：错的是 attention 看向哪里，而不是看到什么",
+    _REFERENCE,
+    ("attention-scale-wrong", "rope-pairing-convention", "mask-hides-self", "no-positions"),
+)
+def _right_for_equal_tokens(patient: Patient) -> bool | None:
+    return _right_when(patient, lambda lm: torch.full((1, LENGTH), 3))
+
+
+@symptom(
+    "reference.right_without_groups",
+    "with as many key heads as query heads it is right",
+    "key 头数等于 query 头数时是对的",
+    _REFERENCE,
+    ("gqa-head-order",),
+)
+def _right_without_groups(patient: Patient) -> bool | None:
+    return _right_when(patient, hidden_size=16, num_heads=4, num_kv_heads=4)
+
+
+@symptom(
+    "reference.right_with_one_head",
+    "with one head it is right",
+    "只有一个头时是对的",
+    _REFERENCE,
+    ("heads-mixed-by-reshape", "gqa-head-order"),
+)
+def _right_with_one_head(patient: Patient) -> bool | None:
+    return _right_when(patient, hidden_size=4, num_heads=1, num_kv_heads=1)
+
+
+@symptom(
+    "reference.right_for_heads_of_two",
+    "with heads of size 2 it is right: larger ones are paired otherwise",
+    "头的大小为 2 时是对的：更大时两两配对的方式不同",
+    _REFERENCE,
+    ("rope-pairing-convention",),
+)
+def _right_for_heads_of_two(patient: Patient) -> bool | None:
+    return _right_when(patient, hidden_size=8, num_heads=4, num_kv_heads=2)
+
+
+@symptom(
+    "repair.mask_against_the_reference",
+    "with an exactly causal mask put into attention, it is right",
+    "把 attention 的掩码换成严格的因果掩码后就对了",
+    _REFERENCE,
+    ("mask-hides-self",),
+)
+def _mask_against_the_reference(patient: Patient) -> bool | None:
+    return patient.passes_under(CausalAttention, ("reference.logits",))

@@ -1,0 +1,184 @@
+"""What a module keeps from call to call, writes to, loses on the way to its files, or never uses.
+
+Shapes: B batch, T query length.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from diymodel.verify.adapters import Opened
+from diymodel.verify.randomness import reseed
+from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
+
+_NAMES = re.compile(r"([\w.]+) (missing|left over)")  # in what Opened says of a directory
+
+
+@symptom(
+    "state.earlier_call_matters",
+    "a call changes what the next one gives, with the same random numbers",
+    "随机数相同，前一次调用却改变了后一次的结果",
+    ("causality.*", "batch.*", "forward.*", "decode.*"),
+    ("state-survives-calls",),
+)
+def _earlier_call_matters(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    module = lm.module
+
+    def logits(before: Tensor | None) -> Tensor:
+        lm.module = copy.deepcopy(module)
+        if before is not None:
+            lm.logits(before)
+        reseed()
+        return lm.logits(ids)
+
+    return apart(logits(ids.flip(1)), logits(None)) > SAME
+
+
+@symptom(
+    "inputs.written",
+    "the token ids are others after the call",
+    "调用之后，传入的 token id 变了",
+    ("causality.*", "batch.*", "forward.*", "loss.*"),
+    ("inputs-written-in-place",),
+)
+def _inputs_written(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm, rows=2)
+    before = ids.clone()
+    lm.logits(ids)
+    return not ids.equal(before)
+
+
+def _tensors(cache: Any) -> Iterator[Tensor]:
+    if isinstance(cache, Tensor):
+        yield cache
+    elif isinstance(cache, dict):
+        for value in cache.values():
+            yield from _tensors(value)
+    elif isinstance(cache, (list, tuple)):
+        for value in cache:
+            yield from _tensors(value)
+    elif hasattr(cache, "__dict__"):
+        yield from _tensors(vars(cache))
+
+
+class _Step(NamedTuple):
+    """What continuing a cache did to it."""
+
+    others: bool  # it holds other tensors
+    written: bool  # those it held were written to
+    in_a_list: bool
+
+
+def _after_a_step(patient: Patient) -> _Step | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    if lm.convention.cache_on_module:
+        return None
+    _, past = lm.extend(ids[:, :4])
+    held = list(_tensors(past.cache))
+    before = [tensor.clone() for tensor in held]
+    lm.extend(ids[:, 4:5], past)
+    now = list(_tensors(past.cache))
+    others = len(now) != len(held) or any(one is not other for one, other in zip(held, now, strict=True))
+    written = any(not one.equal(other) for one, other in zip(held, before, strict=True))
+    return _Step(others, written, isinstance(past.cache, list))
+
+
+@symptom(
+    "cache.list_holds_others",
+    "the list that was handed in holds other tensors after the step",
+    "传进去的列表，在这一步之后装的是别的张量",
+    ("decode.*",),
+    ("cache-list-mutated",),
+)
+def _list_holds_others(patient: Patient) -> bool | None:
+    seen = _after_a_step(patient)
+    return None if seen is None else seen.others and seen.in_a_list
+
+
+@symptom(
+    "cache.object_holds_others",
+    "the object that was handed in holds other tensors after the step",
+    "传进去的对象，在这一步之后装的是别的张量",
+    ("decode.*",),
+    ("cache-mutated-in-place",),
+)
+def _object_holds_others(patient: Patient) -> bool | None:
+    seen = _after_a_step(patient)
+    return None if seen is None else seen.others and not seen.in_a_list
+
+
+@symptom(
+    "cache.written",
+    "the tensors of the cache that was handed in are written to",
+    "传进去的 cache，其中的张量被改写了",
+    ("decode.*",),
+    ("cache-mutated-in-place",),
+)
+def _cache_written(patient: Patient) -> bool | None:
+    seen = _after_a_step(patient)
+    return None if seen is None else seen.written
+
+
+def _files(patient: Patient) -> tuple[set[str], set[str]] | None:
+    """The names that the files lack, and those that are too many."""
+    if patient.subject.directory is None:
+        return None
+    found = _NAMES.findall("; ".join(Opened(*patient.subject.directory()).problems))
+    return {name for name, what in found if what == "missing"}, {name for name, what in found if what != "missing"}
+
+
+@symptom(
+    "files.names_have_a_prefix",
+    "names in the files are the model's with something before them",
+    "文件里的名字比模型的多了一段前缀",
+    ("directory.complete",),
+    ("wrapper-prefix-keys",),
+)
+def _names_have_a_prefix(patient: Patient) -> bool | None:
+    found = _files(patient)
+    if found is None:
+        return None
+    missing, left_over = found
+    return any(name.endswith(f".{lacking}") for name in left_over for lacking in missing)
+
+
+@symptom(
+    "files.lack_the_head_only",
+    "the files lack the head and nothing else",
+    "文件里只缺输出头",
+    ("directory.complete",),
+    ("tie-lost",),
+)
+def _lack_the_head_only(patient: Patient) -> bool | None:
+    found = _files(patient)
+    if found is None:
+        return None
+    missing, left_over = found
+    return len(missing) == 1 and "head" in next(iter(missing)) and not left_over
+
+
+@symptom(
+    "gradients.module_not_called",
+    "a module that has parameters is never called",
+    "有参数的模块从来没有被调用",
+    ("gradients.*", "causality.gradient"),
+    ("module-never-called",),
+)
+def _module_not_called(patient: Patient) -> bool | None:
+    lm = patient.lm(num_layers=2)
+    called: set[str] = set()
+    for name, module in lm.module.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    lm.logits(distinct_tokens(lm)).sum().backward()  # type: ignore[no-untyped-call]
+    parts = lm.module.named_modules()
+    silent = {name for name, part in parts if any(p.grad is None for p in part.parameters(recurse=False))}
+    return bool(silent - called)
