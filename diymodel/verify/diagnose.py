@@ -1,17 +1,17 @@
 """From the pattern of verdicts and symptoms to the name of the bug.
 
-Each class of bugs has a signature: how often each check fails on it and how often each symptom shows, as measured on
-the zoo (``samples.json``); before that, what checks and symptoms name among their causes. A class is the likelier, the
-more its signature explains of what was seen, against the rate at which that is seen on bugs of any class (a naive
-Bayes classifier). A failure that it does not explain counts for nothing, so that of several bugs at once each can be
-found.
+A class of bugs has several signatures, since it does not look the same in every model: what each known bug of it
+showed on the zoo (``samples.json``), their mean, and what checks and symptoms name among their causes. Each gives every
+fact, a failed check or a symptom, a probability. A run is the likelier of a class, the better the best of its
+signatures explains what was seen, against how often that is seen on bugs of any class. A failure that it does not
+explain says little against it, so that of several bugs at once each can be found.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,13 +21,18 @@ from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.symptoms import list_symptoms
 
 EXPLAINED = 0.3  # a class explains a failure that it shows at least as often
-_NAMED = 0.7  # how often a fact is taken to hold on a class that it names first among its causes …
-_LEAST_NAMED = 0.4  # … and last
-_UNNAMED = 0.02  # on a class that it does not name
-_PRIOR = 0.7  # bases whose measurement weighs as much as what is taken to be so
+_NAMED = 0.3  # how often a fact is taken to hold on the class that it names first among its causes …
+_LEAST_NAMED = 0.1  # … and last
+_UNNAMED = 0.02  # and on one that it does not name
+_PRIOR = 0.7  # known bugs whose measurement weighs as much as what is taken to be so
+_OTHERS = 0.1  # what the mean of a class weighs in the signature of one of its bugs
+_SYMPTOM = 2.0  # what a symptom weighs, which is asked to tell classes apart, against a verdict
 _UNEXPLAINED = -1.0  # the least that a failure says against a class: it may be another bug's
-_SYMPTOM = 4.0  # what a symptom weighs, which is asked to tell classes apart, against a verdict
-_FITS = 2.0  # log-likelihood ratio below which nothing is said
+_NEXT = 0.5  # what the next failed check of an area weighs against the one before
+_FITS = 1.0  # log-likelihood ratio below which nothing is said
+_CERTAIN = 0.99
+
+Signature = Mapping[str, float]  # probability of each fact
 
 
 def facts_of(sample: Sample) -> dict[str, bool]:
@@ -37,64 +42,120 @@ def facts_of(sample: Sample) -> dict[str, bool]:
 
 
 class Signatures:
-    """How often each fact holds on each class of bugs.
+    """How each class of bugs looks.
 
     Args:
         samples: what was measured.
-        causes: of each check and symptom, by id: the classes it names, the likeliest first.
+        causes: of each check and symptom, by id: the classes it names.
     """
 
     def __init__(self, samples: Iterable[Sample], causes: Mapping[str, Sequence[str]]) -> None:
-        seen: dict[tuple[str, str], list[bool]] = defaultdict(list)
-        slugs = {slug for named in causes.values() for slug in named}
+        known: dict[str, list[Mapping[str, bool]]] = {slug: [] for named in causes.values() for slug in named}
         for sample in samples:
-            slugs.add(sample.slug)
-            for fact, holds in facts_of(sample).items():
-                seen[sample.slug, fact].append(holds)
-        self.slugs = sorted(slugs)
-        self._probability: dict[str, dict[str, float]] = {}  # by fact and slug
-        self._weights: dict[str, dict[str, tuple[float, float]]] = {}  # where the fact does not hold, and where it does
-        for fact, named in causes.items():
-            known = {slug: _probability(seen.get((slug, fact), []), slug, named) for slug in self.slugs}
-            rate = sum(known.values()) / len(known)
-            self._probability[fact] = known
-            self._weights[fact] = {slug: _weights(fact, known[slug], rate) for slug in self.slugs}
+            known.setdefault(sample.slug, []).append(facts_of(sample))
+        unnamed = {fact: _unnamed(fact, known.values()) for fact in causes}
+        self._means = {slug: _mean(bugs, _named(slug, causes, unnamed)) for slug, bugs in known.items()}
+        rates = {fact: _sure(sum(mean[fact] for mean in self._means.values()) / len(known)) for fact in causes}
+        self._weights = {
+            slug: [
+                {fact: _weights(fact, signature[fact], rates[fact]) for fact in causes}
+                for signature in (_named(slug, causes, unnamed), self._means[slug], *_of_each(bugs, self._means[slug]))
+            ]
+            for slug, bugs in known.items()
+        }
 
     def probability(self, slug: str, fact: str) -> float:
         """Of a fact on a bug of class ``slug``."""
-        return self._probability[fact][slug]
+        return self._means[slug][fact]
 
     def rank(self, sample: Sample) -> list[Diagnosis]:
         """Every class, the one that the run looks most like first; none where nothing failed or nothing fits."""
-        facts = {fact: holds for fact, holds in facts_of(sample).items() if fact in self._weights}
-        if not any(facts.values()):
+        seen = facts_of(sample)
+        if not any(seen.values()):
             return []
-        scores = {slug: sum(self._weights[fact][slug][facts[fact]] for fact in facts) for slug in self.slugs}
-        best = max(scores.values())
+        fits = {
+            slug: max(_fit(weights, seen) for weights in all_weights) for slug, all_weights in self._weights.items()
+        }
+        best = max(score for score, _ in fits.values())
         if best < _FITS:
             return []
-        total = sum(math.exp(score - best) for score in scores.values())
+        total = sum(math.exp(score - best) for score, _ in fits.values())
         return [
-            Diagnosis(slug, math.exp(scores[slug] - best) / total, self._evidence(slug, facts))
-            for slug in sorted(scores, key=lambda slug: (-scores[slug], slug))
+            Diagnosis(slug, math.exp(score - best) / total, evidence)
+            for slug, (score, evidence) in sorted(fits.items(), key=lambda item: (-item[1][0], item[0]))
         ]
 
-    def _evidence(self, slug: str, facts: Mapping[str, bool]) -> tuple[str, ...]:
-        speaking = [fact for fact, holds in facts.items() if holds and self._weights[fact][slug][True] > 0]
-        return tuple(sorted(speaking, key=lambda fact: -self._weights[fact][slug][True]))
+
+def _unnamed(fact: str, known: Iterable[Sequence[Mapping[str, bool]]]) -> float:
+    """How often a fact is taken to hold on a class that it does not name.
+
+    A check rarely fails. A symptom is looked for only where a failure calls for it: as often as it showed there.
+    """
+    if fact not in list_symptoms():
+        return _UNNAMED
+    seen = [bug[fact] for bugs in known for bug in bugs if fact in bug]
+    return (sum(seen) + _UNNAMED) / (len(seen) + 1)
 
 
-def _probability(seen: Sequence[bool], slug: str, named: Sequence[str]) -> float:
-    expected = _UNNAMED
-    if slug in named:
-        expected = _NAMED - (_NAMED - _LEAST_NAMED) * named.index(slug) / len(named)
-    return (sum(seen) + _PRIOR * expected) / (len(seen) + _PRIOR)
+def _named(slug: str, causes: Mapping[str, Sequence[str]], unnamed: Signature) -> Signature:
+    """What checks and symptoms say of a class."""
+
+    def said(fact: str, named: Sequence[str]) -> float:
+        if slug not in named:
+            return unnamed[fact]
+        return _NAMED - (_NAMED - _LEAST_NAMED) * named.index(slug) / len(named)
+
+    return {fact: said(fact, named) for fact, named in causes.items()}
+
+
+def _mean(bugs: Sequence[Mapping[str, bool]], said: Signature) -> Signature:
+    """What the known bugs of a class showed, begun with what is said of it."""
+    mean = {}
+    for fact, expected in said.items():
+        seen = [bug[fact] for bug in bugs if fact in bug]
+        mean[fact] = (sum(seen) + _PRIOR * expected) / (len(seen) + _PRIOR)
+    return mean
+
+
+def _of_each(bugs: Iterable[Mapping[str, bool]], mean: Signature) -> list[Signature]:
+    """What one bug showed, softened by what its class shows."""
+    return [
+        {fact: (bug[fact] + _OTHERS * rate) / (1 + _OTHERS) if fact in bug else rate for fact, rate in mean.items()}
+        for bug in bugs
+    ]
+
+
+def _sure(probability: float) -> float:
+    """As far from certainty as a measurement of few bugs is."""
+    return min(max(probability, 1 - _CERTAIN), _CERTAIN)
 
 
 def _weights(fact: str, probability: float, rate: float) -> tuple[float, float]:
     """What it says for the class that a fact does not hold, and that it does, as log-likelihood ratios."""
     weight = _SYMPTOM if fact in list_symptoms() else 1.0
+    probability = _sure(probability)
     return weight * math.log((1 - probability) / (1 - rate)), weight * max(math.log(probability / rate), _UNEXPLAINED)
+
+
+def _fit(weights: Mapping[str, tuple[float, float]], seen: Mapping[str, bool]) -> tuple[float, tuple[str, ...]]:
+    """How well a signature explains a run, and what of it, the strongest first.
+
+    Checks of one area fail together and are not so many witnesses: each counts half of the one before.
+    """
+    known = [fact for fact in seen if fact in weights]
+    speaking = sorted(
+        (fact for fact in known if seen[fact] and weights[fact][True] > 0), key=lambda f: -weights[f][True]
+    )
+    score = sum(weights[fact][seen[fact]] for fact in known if fact not in speaking)
+    count: Counter[str] = Counter()
+    for fact in speaking:
+        score += weights[fact][True] * _NEXT ** count[_area(fact)]
+        count[_area(fact)] += fact not in list_symptoms()
+    return score, tuple(speaking)
+
+
+def _area(fact: str) -> str:
+    return fact.partition(".")[0]
 
 
 def known_causes() -> dict[str, tuple[str, ...]]:

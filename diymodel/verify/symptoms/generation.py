@@ -5,23 +5,11 @@ Shapes: B batch, T query length.
 
 from __future__ import annotations
 
+import torch
+
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 
 _NEW = 3
-
-
-@symptom(
-    "generation.prompt_is_there",
-    "the prompt stands where it should in what generate returns",
-    "generate 的返回值里，提示词完好地在它该在的位置",
-    ("generation.*",),
-    ("generated-length-wrong",),
-)
-def _prompt_is_there(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm, length=3)
-    tokens = lm.greedy(ids, _NEW)
-    return tokens.shape[1] >= 3 and bool(tokens[:, :3].equal(ids))
 
 
 @symptom(
@@ -34,3 +22,26 @@ def _prompt_is_there(patient: Patient) -> bool | None:
 def _length_is_wrong(patient: Patient) -> bool | None:
     lm = patient.lm()
     return lm.greedy(distinct_tokens(lm, length=3), _NEW).shape[1] != 3 + _NEW
+
+
+@symptom(
+    "generation.first_new_token_right",
+    "after padding the first new token is right, and later ones are not",
+    "有 padding 时第一个新 token 是对的，之后的才错",
+    ("generation.padded_prompt",),
+    ("padding-mask-lost-in-decode", "position-ids-ignored"),
+)
+def _first_new_token_right(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm, rows=4)
+    real = torch.arange(ids.shape[1]) < torch.tensor([3, 4, 5, 6])[:, None]
+    real = real.flip(1) if lm.generating.pads_left else real
+    found = lm.generating.new_tokens(lm.greedy(ids, _NEW, real), real)
+    firsts, all_right = True, True
+    for row, new in enumerate(found):
+        alone = ids[row : row + 1, real[row]]
+        every = torch.ones_like(alone, dtype=torch.bool)
+        expected = lm.generating.new_tokens(lm.greedy(alone, _NEW, every), every)[0]
+        firsts &= bool(new[0] == expected[0])
+        all_right &= bool(new.equal(expected))
+    return None if all_right else firsts

@@ -55,8 +55,8 @@ def _all_tokens(patient: Patient) -> bool | None:
 
 @symptom(
     "leak.faint",
-    "what a position sees of the future is a hundredth of what it sees of its past",
-    "看到的未来只有看到的过去的百分之一",
+    "what a position sees of the future is a twentieth of what it sees of its past",
+    "看到的未来只有看到的过去的二十分之一",
     _LEAKS,
     ("mask-value-too-small",),
 )
@@ -65,7 +65,7 @@ def _faint(patient: Patient) -> bool | None:
     ids = distinct_tokens(lm)
     future = max(leak for row in _leaks(lm, ids) for leak in row)
     past = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
-    return None if future <= SAME else future < 0.01 * max(past)
+    return None if future <= SAME else future < 0.05 * max(past)
 
 
 @symptom(

@@ -9,17 +9,22 @@ import torch
 
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 
+_ROUNDED = 0.02  # of the largest logit: as far as angles in a half type move them
+
 
 @symptom(
-    "shift.faint",
-    "moving all positions changes little, as rounding in a half type does",
-    "整体平移位置只引起很小的变化，像半精度的舍入",
+    "shift.nearly_right_by_one",
+    "moving all positions by one changes little, as rounding in a half type does",
+    "整体平移一个位置只引起很小的变化，像半精度的舍入",
     ("sensitivity.shift_invariance",),
     ("rope-low-precision",),
 )
-def _shift_faint(patient: Patient) -> bool | None:
-    failure = patient.failed["sensitivity.shift_invariance"].failure
-    return None if failure is None or failure.max_abs_diff is None else failure.max_abs_diff < 1e-2
+def _nearly_right_by_one(patient: Patient) -> bool | None:
+    if patient.subject.shifted is None:
+        return None
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    return apart(patient.subject.shifted(lm.module, ids, 1), lm.logits(ids)) < _ROUNDED
 
 
 @symptom(

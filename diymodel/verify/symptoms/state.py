@@ -18,6 +18,8 @@ from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symp
 
 _NAMES = re.compile(r"([\w.]+) (missing|left over)")  # in what Opened says of a directory
 
+_ROUTER = re.compile(r"router|switch|gate(?!_proj)", re.IGNORECASE)  # what people call it
+
 
 @symptom(
     "state.earlier_call_matters",
@@ -164,6 +166,19 @@ def _lack_the_head_only(patient: Patient) -> bool | None:
         return None
     missing, left_over = found
     return len(missing) == 1 and "head" in next(iter(missing)) and not left_over
+
+
+@symptom(
+    "gradients.none_at_the_router",
+    "the parameters without a gradient are a router's",
+    "没有梯度的是路由器的参数",
+    ("gradients.reach_every_parameter",),
+    ("router-without-gradient",),
+)
+def _none_at_the_router(patient: Patient) -> bool | None:
+    failure = patient.failed["gradients.reach_every_parameter"].failure
+    unreached = (failure.message if failure is not None else "").partition("saw none at ")[2]
+    return bool(unreached) and all(_ROUTER.search(name) for name in unreached.split(", "))
 
 
 @symptom(
