@@ -20,7 +20,6 @@ from diymodel.verify.report import Diagnosis
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.symptoms import list_symptoms
 
-EXPLAINED = 0.3  # a class explains a failure that it shows at least as often
 _NAMED = 0.3  # how often a fact is taken to hold on the class that it names first among its causes …
 _LEAST_NAMED = 0.1  # … and last
 _UNNAMED = 0.02  # and on one that it does not name
@@ -54,19 +53,15 @@ class Signatures:
         for sample in samples:
             known.setdefault(sample.slug, []).append(facts_of(sample))
         unnamed = {fact: _unnamed(fact, known.values()) for fact in causes}
-        self._means = {slug: _mean(bugs, _named(slug, causes, unnamed)) for slug, bugs in known.items()}
-        rates = {fact: _sure(sum(mean[fact] for mean in self._means.values()) / len(known)) for fact in causes}
+        means = {slug: _mean(bugs, _named(slug, causes, unnamed)) for slug, bugs in known.items()}
+        rates = {fact: _sure(sum(mean[fact] for mean in means.values()) / len(known)) for fact in causes}
         self._weights = {
             slug: [
                 {fact: _weights(fact, signature[fact], rates[fact]) for fact in causes}
-                for signature in (_named(slug, causes, unnamed), self._means[slug], *_of_each(bugs, self._means[slug]))
+                for signature in (_named(slug, causes, unnamed), means[slug], *_of_each(bugs, means[slug]))
             ]
             for slug, bugs in known.items()
         }
-
-    def probability(self, slug: str, fact: str) -> float:
-        """Of a fact on a bug of class ``slug``."""
-        return self._means[slug][fact]
 
     def rank(self, sample: Sample) -> list[Diagnosis]:
         """Every class, the one that the run looks most like first; none where nothing failed or nothing fits."""

@@ -159,30 +159,25 @@ def check_causal_lm(
 
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them."""
-    from diymodel.verify.diagnose import EXPLAINED, signatures
+    from diymodel.verify.diagnose import signatures
     from diymodel.verify.isolation import observe_isolated
 
     look = observe_isolated if isolate else observe
     report.symptoms = look(subject, report.results)
-    known = signatures()
-    ranked = known.rank(sample_of(report.results, report.symptoms))
+    ranked = signatures().rank(sample_of(report.results, report.symptoms))
     report.diagnosis = tuple(ranked[:DIAGNOSES])
-    likely = [found.bug for found in report.likely]
-    report.unexplained = tuple(
-        result.check.id
-        for result in report.failed
-        if not any(known.probability(slug, result.check.id) >= EXPLAINED for slug in likely)
-    )
+    explained = {fact for found in report.likely for fact in found.evidence}
+    report.unexplained = tuple(result.check.id for result in report.failed if result.check.id not in explained)
     places = {found.bug: place for place, found in enumerate(ranked)}
-    sure = {found.bug for found in ranked[:1] if found.score > 0.5}
 
     def ordered(result: Result) -> Result:
         if result.failure is None:
             return result
-        explained = {slug for slug in sure if known.probability(slug, result.check.id) >= EXPLAINED}
-        causes = explained.union(result.failure.likely_causes)
-        in_order = sorted(causes, key=lambda slug: (places.get(slug, len(places)), slug))
-        return replace(result, failure=replace(result.failure, likely_causes=tuple(in_order)))
+        sure = {found.bug for found in ranked[:1] if found.score > 0.5 and result.check.id in found.evidence}
+        causes = sorted(
+            sure.union(result.failure.likely_causes), key=lambda slug: (places.get(slug, len(places)), slug)
+        )
+        return replace(result, failure=replace(result.failure, likely_causes=tuple(causes)))
 
     report.results = [ordered(result) for result in report.results]
 
