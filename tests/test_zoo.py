@@ -150,7 +150,15 @@ def test_measuring_goes_on_where_its_file_ends(tmp_path: Path, monkeypatch: pyte
         matrix.extend(path, "quick", 1)
 
 
-def test_luck_counts_the_seeds_that_let_a_bug_through() -> None:
-    checks = {check.id: check for check in list_checks()}
-    found = matrix.luck(bugs_of("chunk-unmasked")[0], checks, "quick", range(2))
-    assert (found.seeds, found.escaped) == (2, ())
+def test_luck_counts_the_seeds_that_let_a_bug_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bugs_of("chunk-unmasked")[0]
+    monkeypatch.setattr(matrix, "list_bugs", lambda: [found])
+    monkeypatch.setattr(matrix, "_parallel", lambda function, work, jobs: map(function, work))
+    path = str(tmp_path / "luck.json")
+    assert main(["zoo", "luck", "--json", path, "--seeds", "2"]) == 0
+    assert "2 of 2 runs of 1 bugs at the quick profile killed the bug" in capsys.readouterr().out
+    assert matrix.luck(Path(path), "quick", 2) == {found.id: []}
+    with pytest.raises(ValueError, match="holds 2 seeds at quick, not 3"):
+        matrix.luck(Path(path), "quick", 3)

@@ -14,6 +14,7 @@ examples:
   diymodel zoo                                    which checks kill which bugs, as it was measured
   diymodel zoo matrix --html zoo.html             the same as a page
   diymodel zoo matrix --measure FILE --jobs 2     measure it anew: every check on every bug; goes on where FILE ends
+  diymodel zoo luck --json FILE --seeds 20        how often few trials miss a bug
   diymodel zoo show position-restarts-in-decode   a bug as a diff, and what one sees when training with it
   diymodel zoo quiz 7 --out quiz.py               a model with an unknown bug
   diymodel zoo quiz 7 --answer tie-lost
@@ -40,6 +41,13 @@ def add_zoo(commands: Any) -> None:
     matrix.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     matrix.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
     matrix.add_argument("--svg", type=Path, metavar="FILE", help="write it as a picture")
+
+    luck = actions.add_parser("luck", help="how often a bug escapes the checks that must kill it, over seeds")
+    luck.set_defaults(command=_luck)
+    luck.add_argument("--json", type=Path, metavar="FILE", required=True, help="goes on where FILE ends")
+    luck.add_argument("--profile", choices=("quick", "standard", "thorough"), default="quick")
+    luck.add_argument("--seeds", type=int, default=20, metavar="N", help="(default: 20)")
+    luck.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
 
     listing = actions.add_parser("list", help="the classes of bugs")
     listing.set_defaults(command=_list)
@@ -76,6 +84,20 @@ def _matrix(args: argparse.Namespace) -> int:
     for path, make in ((args.html, page), (args.svg, picture)):
         if path is not None:
             replace_file(path, lambda file, make=make: file.write(make(samples).encode()))  # type: ignore[misc]
+    return 0
+
+
+def _luck(args: argparse.Namespace) -> int:
+    from diymodel.zoo.matrix import luck
+
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: at least 1")
+    escaped = luck(args.json, args.profile, args.seeds, args.jobs)
+    for bug, seeds in sorted(escaped.items(), key=lambda item: -len(item[1])):
+        if seeds:
+            print(f"{len(seeds)}/{args.seeds}  {bug}")
+    runs, lost = len(escaped) * args.seeds, sum(map(len, escaped.values()))
+    print(f"{runs - lost} of {runs} runs of {len(escaped)} bugs at the {args.profile} profile killed the bug")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diymodel._files import replace_file
-from diymodel.verify.registry import Check, list_checks
+from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import PROFILES, Settings, verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
 from diymodel.verify.symptoms import observe
@@ -104,22 +104,44 @@ def figures(samples: Iterable[Sample]) -> Figures:
     )
 
 
-@dataclass(frozen=True)
-class Luck:
-    """How often a bug escaped the checks that must kill it, over seeds."""
+def luck(path: Path, profile: str, seeds: int, jobs: int = 1) -> dict[str, list[int]]:
+    """With which seeds each bug escaped the checks that must kill it; few trials can miss a bug.
 
-    bug: str
-    profile: str
-    seeds: int
-    escaped: tuple[int, ...]  # the seeds with which one of those checks passed
+    The file is written bug by bug, so that an interrupted run goes on. It holds a table a profile.
+
+    Args:
+        path: the file, in JSON.
+        profile: whose number of trials.
+        seeds: how many, from 0 on.
+        jobs: processes.
+
+    Raises:
+        ValueError: the file holds another number of seeds.
+    """
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    table = content.setdefault(profile, {"seeds": seeds, "torch": torch.__version__, "escaped": {}})
+    if table["seeds"] != seeds:
+        raise ValueError(f"{path} holds {table['seeds']} seeds at {profile}, not {seeds}: begin a new file")
+    bugs = [bug.id for bug in list_bugs()]
+    table["escaped"] = {id: table["escaped"][id] for id in bugs if id in table["escaped"]}
+    left = [(id, profile, seeds) for id in bugs if id not in table["escaped"]]
+    for id, escaped in _parallel(_escapes, left, jobs):
+        table["escaped"][id] = escaped
+        text = f"{json.dumps(content, indent=1)}\n".encode()
+        replace_file(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+    return dict(table["escaped"])
 
 
-def luck(bug: Bug, checks: Mapping[str, Check], profile: str, seeds: Sequence[int]) -> Luck:
-    """Run the checks that must kill a bug with every seed."""
+def _escapes(arguments: tuple[str, str, int]) -> tuple[str, list[int]]:
+    """In a process of the pool."""
+    id, profile, seeds = arguments
+    torch.set_num_threads(1)
+    bug = next(bug for bug in list_bugs() if bug.id == id)
+    checks = {check.id: check for check in list_checks()}
     subject = bug.subject()
 
     def killed(seed: int) -> bool:
         settings = Settings(PROFILES[profile], seed, shrink=False)
         return any(verify_one(subject, checks[id], settings).status == "failed" for id in bug.kills)
 
-    return Luck(bug.id, profile, len(seeds), tuple(seed for seed in seeds if not killed(seed)))
+    return bug.id, [seed for seed in range(seeds) if not killed(seed)]
