@@ -1,0 +1,166 @@
+"""What is allowed by dtype, and that the measured rounding is the module's rounding: not its slope, not its dropout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diymodel.verify import tolerance
+from diymodel.verify.tolerance import estimate_noise, noise_factor, rounding
+
+
+class Line(nn.Module):
+    """A weighted sum, with an error of known size that has no pattern."""
+
+    def __init__(self, error: float, dtype: torch.dtype = torch.float64, size: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first = nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype))
+        self.second = nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype))
+        self.error = error
+        self.calls = 0
+
+    def forward(self) -> Tensor:
+        self.calls += 1
+        noise = torch.randn(1000, generator=torch.Generator().manual_seed(self.calls), dtype=torch.float64)
+        exact = 3 * self.first.sum().exp().clamp(max=1e3) + self.second.square().sum()
+        return exact + self.error * noise
+
+
+def test_what_needs_no_measuring() -> None:
+    assert rounding(torch.float64) == 1e-11
+    assert rounding(torch.float32) == 16 * 2**-23
+    assert rounding(torch.bfloat16) == 4 * 2**-7
+    assert rounding(torch.float16) == 4 * 2**-10
+
+
+def test_how_many_times_the_measured_rounding_is_allowed() -> None:
+    factors = [noise_factor(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
+    assert factors == [16, 16, 4, 4]
+
+
+@pytest.mark.parametrize("error", [1e-4, 1e-7])
+def test_noise_is_measured_in_its_own_size(error: float) -> None:
+    """The largest of 3000 fourth differences of normal noise is some four times its size; a slope adds nothing."""
+    line = Line(error)
+    noise = estimate_noise(line, line, seed=0)
+    assert 2.5 * error < noise < 6 * error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_as_wide_as_the_dtype_shows(dtype: torch.dtype) -> None:
+    """Where weights did not move, or moved to where the result bends, what is measured would not be rounding."""
+    line = Line(0.0, dtype)
+    seen: list[Tensor] = []
+
+    def run() -> Tensor:
+        seen.append(line.first.detach().clone())
+        return line.first.sum()
+
+    noise = estimate_noise(line, run, seed=3)
+    assert not any(a.equal(b) for a, b in zip(seen[:6], seen[1:7], strict=True))
+    eps = torch.finfo(dtype).eps
+    assert eps / 8 < noise < 100 * eps
+
+
+def test_a_module_that_keeps_a_narrow_type_is_measured_in_it() -> None:
+    line = Line(0.0)
+    noise = estimate_noise(line, lambda: line.first.float().sum().double(), seed=0)
+    assert 1e-9 < noise < 1e-5
+    assert estimate_noise(line, lambda: line.first.sum(), seed=0) < 1e-14
+
+
+def test_directions_follow_the_seed_and_differ_by_parameter() -> None:
+    def positions(seed: int) -> list[tuple[Tensor, Tensor]]:
+        line, seen = Line(0.0), []
+        estimate_noise(line, lambda: (seen.append((line.first.clone(), line.second.clone())), line.first)[1], seed)
+        return [(first / line.first - 1, second / line.second - 1) for first, second in seen]
+
+    here, again, there = positions(1), positions(1), positions(2)
+    assert len(here) == 14  # two directions of seven steps
+    assert all(a.equal(b) for pair, other in zip(here, again, strict=True) for a, b in zip(pair, other, strict=True))
+    drawn = [torch.randn(32, generator=torch.Generator().manual_seed(n)).double() for n in (2000, 2001, 3000, 3001)]
+    for step, (first, second) in enumerate(here):
+        scale, direction = step % 7 * 2.0**-20, drawn[step // 7 * 2 :]
+        torch.testing.assert_close(first, scale * direction[0], atol=1e-14, rtol=0)
+        torch.testing.assert_close(second, scale * direction[1], atol=1e-14, rtol=0)
+    assert not there[1][0].equal(here[1][0])
+    assert not there[1][0].equal(here[8][0])
+
+
+@pytest.mark.parametrize(("enough", "calls"), [(0.0, 7), (1e-4, 7), (1.0, 14), (math.inf, 14)])
+def test_a_second_direction_is_left_out_where_the_first_is_enough(enough: float, calls: int) -> None:
+    line = Line(1e-4)
+    estimate_noise(line, line, 0, enough)
+    assert line.calls == calls
+
+
+def test_the_first_direction_is_enough_where_it_gives_just_that() -> None:
+    line = Line(1e-4)
+    line_of_one = tolerance._fourth_difference  # what one direction gives
+    with torch.no_grad():
+        first = line_of_one(line, line, 0)
+    line.calls = 0
+    assert estimate_noise(line, line, 0, enough=first) == first
+    assert line.calls == 7
+
+
+@pytest.mark.parametrize("larger", [1, 2])
+def test_the_larger_of_two_directions_counts(larger: int) -> None:
+    line = Line(0.0)
+
+    def run() -> Tensor:
+        exact = line()
+        return (
+            exact
+            + (1.0 if larger == 1 else 1e-3) * (line.calls == 3)
+            + (1e-3 if larger == 1 else 1.0) * (line.calls == 10)
+        )
+
+    assert estimate_noise(line, run, 0) == pytest.approx(6 / 70**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("call", "weight"), [(1, 1), (2, 4), (3, 6), (4, 6), (5, 6), (6, 4), (7, 1)])
+def test_each_difference_of_four_is_looked_at(call: int, weight: int) -> None:
+    """A jump in one of seven results: what it weighs in the difference in which it weighs most."""
+    line = Line(0.0)
+    assert estimate_noise(line, lambda: line() + (line.calls == call) - 1.0, 0) == pytest.approx(weight / 70**0.5)
+
+
+def test_a_slope_a_bend_and_a_cubic_are_no_noise() -> None:
+    line = Line(0.0)
+    for power in (1, 2, 3):
+        start = line.calls
+        noise = estimate_noise(line, lambda start=start, power=power: line() + 0.1 * (line.calls - start) ** power, 0)
+        assert noise < 1e-10
+
+
+def test_dropout_left_on_is_no_noise() -> None:
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).double()
+    state = torch.get_rng_state()
+    assert estimate_noise(module, lambda: module(torch.ones(1, 8, dtype=torch.float64)), 0) < 1e-14
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_are_as_they_were_even_where_the_run_fails() -> None:
+    line = Line(0.0)
+    before = [parameter.detach().clone() for parameter in line.parameters()]
+
+    def fail() -> Tensor:
+        raise InterruptedError
+
+    estimate_noise(line, line, 0)
+    with pytest.raises(InterruptedError):
+        estimate_noise(line, lambda: line() if line.calls < 17 else fail(), 0)
+    assert all(a.equal(b) for a, b in zip(line.parameters(), before, strict=True))
+
+
+def test_no_graph_is_recorded() -> None:
+    line = Line(0.0)
+    seen: list[bool] = []
+    estimate_noise(line, lambda: (seen.append(line.first.sum().requires_grad), line.first)[1], 0)
+    assert not any(seen)
