@@ -32,6 +32,8 @@ LABELS = torch.tensor([[0, 1, 2], [3, 4, -100]])
         ({"labels": LABELS.int()}, "labels must be int64, got torch.int32"),
         ({"labels": torch.full((2, 3), 5)}, r"label 5 is neither a token id in \[0, 5\) nor ignore_index=-100"),
         ({"labels": torch.full((2, 3), -1)}, r"label -1 is neither"),
+        ({"labels": torch.tensor([[-1, 0, 4], [1, 2, 3]])}, r"label -1 is neither"),
+        ({"labels": torch.tensor([[0, 5, 4], [1, 2, 3]])}, r"label 5 is neither"),
         ({"reduction": "none"}, "reduction='none': must be 'mean' or 'sum'"),
     ],
 )
@@ -53,6 +55,16 @@ def test_a_single_token_has_nothing_to_predict() -> None:
     assert value == 0
     assert logits.grad is not None
     assert (logits.grad == 0).all()
+
+
+def test_what_has_no_values_is_not_looked_at() -> None:
+    """A batch of no rows, and tensors on the meta device, which have a shape alone."""
+    assert loss.next_token_loss(LOGITS[:0], LABELS[:0]) == 0
+    assert loss.next_token_loss(LOGITS.to("meta"), LABELS.to("meta")).shape == ()
+
+
+def test_a_vocabulary_of_one_token_is_predicted_for_sure() -> None:
+    assert loss.next_token_loss(LOGITS[..., :1], torch.tensor([[0, 0, -100], [-100, 0, 0]])) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -6,6 +6,7 @@ One test asks all of it of one run: these are the slowest tests, and xdist would
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -22,6 +23,8 @@ def test_the_check_fails_on_the_broken_model(bug: Bug, check_id: str) -> None:
     assert result.failure is not None
     assert "the subject raised" not in result.failure.message
     assert bug.slug in result.failure.likely_causes
+    assert re.search(r"\bmust\b", result.failure.message), result.failure.message  # what the property is
+    assert all(re.fullmatch("[a-z][a-z_]*", name) for name in result.failure.values), "they are shown to people"
     assert_small(result.failure)
     assert_replays(result.failure, bug, check_id)
 

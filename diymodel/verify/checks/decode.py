@@ -102,7 +102,9 @@ def branch(trial: Trial) -> None:
     again, _ = lm.extend(ids[:, -2:-1], past)
 
     def rerun() -> Tensor:
-        return lm.extend(ids[:, -2:-1], lm.extend(stem)[1])[0]
+        """Both steps."""
+        step, past = lm.extend(ids[:, -2:-1], lm.extend(stem)[1])
+        return torch.cat((step, lm.extend(ids[:, -1:], past)[0]), 1)
 
     trial.same(first, expected, "two equal prefills must continue equally", lm, rerun)
     trial.same(again, expected, "continuing a cache a second time must give what it gave the first time", lm, rerun)
