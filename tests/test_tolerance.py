@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diymodel import DIYConfig
 from diymodel.verify import tolerance
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.subject import resolve
 from diymodel.verify.tolerance import estimate_noise, noise_factor, rounding
+from diymodel.verify.trial import Trial
 
 
 class Line(nn.Module):
@@ -74,20 +79,23 @@ def test_a_module_that_keeps_a_narrow_type_is_measured_in_it() -> None:
     assert estimate_noise(line, lambda: line.first.sum(), seed=0) < 1e-14
 
 
-def test_directions_follow_the_seed_and_differ_by_parameter() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "step"),
+    [(torch.float64, 2.0**-20), (torch.float32, 2.0**-16), (torch.bfloat16, 2.0**-5), (torch.float16, 2.0**-5)],
+)
+def test_directions_follow_the_seed_and_differ_by_parameter(dtype: torch.dtype, step: float) -> None:
     def positions(seed: int) -> list[tuple[Tensor, Tensor]]:
-        line, seen = Line(0.0), []
+        line, seen = Line(0.0, dtype), []
         estimate_noise(line, lambda: (seen.append((line.first.clone(), line.second.clone())), line.first)[1], seed)
         return [(first / line.first - 1, second / line.second - 1) for first, second in seen]
 
-    here, again, there = positions(1), positions(1), positions(2)
+    here, there = positions(1), positions(2)
     assert len(here) == 14  # two directions of seven steps
-    assert all(a.equal(b) for pair, other in zip(here, again, strict=True) for a, b in zip(pair, other, strict=True))
-    drawn = [torch.randn(32, generator=torch.Generator().manual_seed(n)).double() for n in (2000, 2001, 3000, 3001)]
-    for step, (first, second) in enumerate(here):
-        scale, direction = step % 7 * 2.0**-20, drawn[step // 7 * 2 :]
-        torch.testing.assert_close(first, scale * direction[0], atol=1e-14, rtol=0)
-        torch.testing.assert_close(second, scale * direction[1], atol=1e-14, rtol=0)
+    drawn = [torch.randn(32, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (2000, 2001, 3000, 3001)]
+    for call, pair in enumerate(here):
+        for seen, direction in zip(pair, drawn[call // 7 * 2 :], strict=False):
+            expected = call % 7 * step * direction
+            torch.testing.assert_close(seen, expected, atol=8 * torch.finfo(dtype).eps, rtol=0)
     assert not there[1][0].equal(here[1][0])
     assert not there[1][0].equal(here[8][0])
 
@@ -158,6 +166,17 @@ def test_weights_are_as_they_were_even_where_the_run_fails() -> None:
     with pytest.raises(InterruptedError):
         estimate_noise(line, lambda: line() if line.calls < 17 else fail(), 0)
     assert all(a.equal(b) for a, b in zip(line.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("difference", "measured"), [(2e-3, False), (0.5e-3, True), (1e-12, False)])
+def test_a_difference_is_measured_where_rounding_could_explain_it(difference: float, measured: bool) -> None:
+    """More than a thousandth is no rounding in float64, less than 1e-11 needs no explanation."""
+    trial = Trial(resolve(None), None, {"weights": 0})
+    lm = trial.build(DIYConfig(vocab_size=8, num_layers=1, hidden_size=4, num_heads=2, dropout=0.0), 0, 1)
+    one, calls = torch.ones(1, dtype=torch.float64), []
+    with contextlib.nullcontext() if difference < 1e-11 else pytest.raises(CheckFailure, match="must be one, saw"):
+        trial.same(one + difference, one, "must be one", lm, lambda: (calls.append(1), one)[1])
+    assert bool(calls) == measured
 
 
 def test_no_graph_is_recorded() -> None:
