@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from diymodel.verify.diagnose import leave_one_base_out
+from diymodel.verify.samples import read_samples
 from diymodel.verify.tolerance import FALSE_ALARMS, HEALTHY_TRIALS
+from diymodel.zoo.base import BASES
+from diymodel.zoo.matrix import figures
+from diymodel.zoo.page import picture
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -53,3 +58,19 @@ def test_the_false_alarms_that_reports_state_are_those_measured() -> None:
     measured = json.loads((ROOT / "benchmarks/results/false_alarms.json").read_text("utf-8"))["totals"]["all"]
     assert measured["trials"] >= HEALTHY_TRIALS
     assert measured["alarms"] == FALSE_ALARMS
+
+
+def test_the_figures_of_zoo_and_diagnosis_are_those_measured() -> None:
+    samples = read_samples()
+    found, named = figures(samples), leave_one_base_out(samples)
+    first, three = f"{named.first / named.bugs:.1%}", f"{named.among_three / named.bugs:.1%}"
+    english, chinese = (readme.read_text("utf-8") for readme in (ENGLISH, CHINESE))
+    assert f"{found.bugs} planted bugs of {found.classes} classes in {len(BASES)} models" in english
+    assert f"first in {first}, and among the first three in {three}" in english
+    assert f"{found.classes} 类共 {found.bugs} 个 bug" in chinese
+    for text in (english, chinese):
+        assert {first, three} <= set(re.findall(r"\d+\.\d%", text))
+
+
+def test_the_picture_of_the_matrix_is_that_of_the_samples() -> None:
+    assert (ROOT / "benchmarks/results/zoo.svg").read_text("utf-8") == picture(read_samples())

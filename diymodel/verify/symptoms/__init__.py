@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from diymodel.verify.trial import Trial
 
 LENGTH = 6
 SAME = 1e-9  # of the largest logit: what is nearer is the same
+ROUTER = re.compile(r"router|switch|gate(?!_proj)", re.IGNORECASE)  # what people call it
 _SECONDS = 20  # for one symptom
 _WIDE = {  # no unit is so alone that a norm hides what it says
     "vocab_size": 16,

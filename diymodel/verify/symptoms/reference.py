@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.repairs import CausalAttention
-from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import LENGTH, ROUTER, SAME, Patient, apart, distinct_tokens, symptom
 
 _REFERENCE = ("reference.*",)
 
@@ -22,7 +22,7 @@ def _differs(patient: Patient, ids: Callable[[LM], Tensor] = distinct_tokens, **
     lm = patient.lm(**fixed)
     if any(getattr(lm.config, name) != value for name, value in fixed.items()):
         return None
-    tokens = distinct_tokens(lm)
+    tokens = ids(lm)
     expected = patient.subject.reference(lm.config, lm.module.state_dict(), tokens)
     return apart(lm.logits(tokens).double(), expected) > SAME
 
@@ -99,3 +99,14 @@ def _right_for_heads_of_two(patient: Patient) -> bool | None:
 )
 def _mask_against_the_reference(patient: Patient) -> bool | None:
     return patient.passes_under(CausalAttention, ("reference.logits",))
+
+
+@symptom(
+    "reference.with_a_router",
+    "it is a mixture of experts, with a router",
+    "它是混合专家模型，带有路由器",
+    _REFERENCE,
+    ("router-weights-not-normalised",),
+)
+def _with_a_router(patient: Patient) -> bool | None:
+    return any(ROUTER.search(name) for name, _ in patient.lm().module.named_parameters())

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from diymodel.verify.adapters import Opened
 from diymodel.verify.randomness import reseed
-from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
 
 _NAMES = re.compile(r"([\w.]+) (missing|left over)")  # in what Opened says of a directory
-
-_ROUTER = re.compile(r"router|switch|gate(?!_proj)", re.IGNORECASE)  # what people call it
 
 
 @symptom(
@@ -178,7 +176,7 @@ def _lack_the_head_only(patient: Patient) -> bool | None:
 def _none_at_the_router(patient: Patient) -> bool | None:
     failure = patient.failed["gradients.reach_every_parameter"].failure
     unreached = (failure.message if failure is not None else "").partition("saw none at ")[2]
-    return bool(unreached) and all(_ROUTER.search(name) for name in unreached.split(", "))
+    return bool(unreached) and all(ROUTER.search(name) for name in unreached.split(", "))
 
 
 @symptom(
