@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM
-from diymodel.cache import PastKeyValues
+from diymodel.cache import PastKeyValues, Span, append
 from diymodel.verify.strategies import chunk_sizes, real_lengths
 from tests.strategies import Case, assert_near, batches, cases
 
@@ -142,6 +142,20 @@ def test_a_deep_copy_goes_its_own_way(model: DIYForCausalLM, past: PastKeyValues
     logits, continued = model(NEXT, past_key_values=other, use_cache=True)
     assert torch.equal(logits, expected)
     assert address(continued) == address(other) != address(past)
+
+
+def test_positions_are_made_on_the_device_of_the_tokens(model: DIYForCausalLM) -> None:
+    """The meta device refuses to meet another one."""
+    ids, there = IDS.to("meta"), copy.deepcopy(model).to("meta")
+    _, past = there(ids, use_cache=True)
+    logits, _ = there(ids, past_key_values=past, use_cache=True)
+    assert logits.device == ids.device
+    ragged = Span(ids[:, 0], ids[:, 1], 3, 6, 3)
+    mask = ragged.mask(ids.device)
+    assert mask is not None
+    assert mask.device == ids.device
+    keys = ids[:, None, :, None].float()
+    assert append(None, keys, keys, ragged, 8)[0].device == ids.device
 
 
 @given(case=cases(room=4), data=st.data())

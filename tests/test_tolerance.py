@@ -149,7 +149,7 @@ def test_a_slope_a_bend_and_a_cubic_are_no_noise() -> None:
 
 def test_dropout_left_on_is_no_noise() -> None:
     torch.manual_seed(5)
-    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).double()
+    module = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Dropout(0.5)).double()
     state = torch.get_rng_state()
     assert estimate_noise(module, lambda: module(torch.ones(1, 8, dtype=torch.float64)), 0) < 1e-14
     assert torch.equal(torch.get_rng_state(), state)
