@@ -20,6 +20,7 @@ LAYERS = [
     {"config", "_files", "_compat"},
     {"_attributes"},
     {"cost", "inputs", "weights", "loss", "cache", "data", "plot", "hf_form"},
+    {"compiled"},
     {"generate"},
     {"model"},
     {"checkpoint"},

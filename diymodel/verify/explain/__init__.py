@@ -49,7 +49,10 @@ def cause(slug: str, check: Check, lang: Lang = "en") -> str:
     found = re.search(rf"^- `({re.escape(slug)})`(.*)$", explain(check.id, lang), re.MULTILINE)
     if found:
         return f"{found[1]}{found[2]}"
-    about = bug_class(slug)
+    try:
+        about = bug_class(slug)
+    except ValueError:  # a check of one's own may name what the catalogue does not know
+        return slug
     return f"{slug}：{about.what_zh}" if lang == "zh" else f"{slug}: {about.what}"
 
 

@@ -107,36 +107,6 @@ def _right_in_one_layer(patient: Patient) -> bool | None:
 
 
 @symptom(
-    "decode.first_step_right",
-    "the first cached step is right, later ones are not",
-    "第一步解码正确，之后出错",
-    _DECODE,
-    ("cache-dtype-promoted", "cached-keys-rotated-again", "rope-base-changes-mid-cache"),
-)
-def _first_step_right(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    if not _wrong(lm, ids, 2, 1):
-        return None
-    return not any(_wrong(lm, ids[:, : prefill + 1], prefill) for prefill in (2, 3, 4))
-
-
-@symptom(
-    "decode.right_where_short",
-    "with few tokens in the cache it is right, with more it is not",
-    "cache 中 token 少时正确，多了就出错",
-    _DECODE,
-    ("cache-drops-oldest", "rope-base-changes-mid-cache", "ring-cache-overwritten", "window-ignored-in-decode"),
-)
-def _right_where_short(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm, length=8)
-    if not _wrong(lm, ids, 7):
-        return None
-    return not _wrong(lm, ids[:, :3], 2)
-
-
-@symptom(
     "decode.equal_tokens_right",
     "with all tokens equal it is right: what differs is where attention looks, not what it finds",
     "所有 token 相同时是对的：错的是 attention 看向哪里，而不是看到什么",

@@ -73,17 +73,10 @@ _formula(
     lambda logits, labels: _entropy(logits[:, :-1], labels[:, 1:], "sum") / labels.numel(),
 )
 _formula(
-    "a_sum",
-    "the losses are summed and not averaged",
-    "loss 只求和，没有平均",
-    "loss-wrong-denominator",
-    lambda logits, labels: _entropy(logits[:, :-1], labels[:, 1:], "sum"),
-)
-_formula(
     "mean_of_rows",
     "each row is averaged by itself, and then the rows",
     "先在每一行内平均，再对各行平均",
-    "loss-wrong-denominator",
+    "accumulation-mean-of-means",
     lambda logits, labels: torch.stack(
         [_entropy(logits[row, :-1], labels[row, 1:]) for row in range(len(labels))]
     ).mean(),

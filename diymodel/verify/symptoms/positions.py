@@ -5,8 +5,6 @@ Shapes: T query length.
 
 from __future__ import annotations
 
-import torch
-
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 
 _ROUNDED = 0.02  # of the largest logit: as far as angles in a half type move them
@@ -40,5 +38,7 @@ def _blind_to_order_beyond(patient: Patient) -> bool | None:
     ids = distinct_tokens(lm, length=longest + 2)
     exchanged = ids.clone()
     exchanged[:, longest - 1 : longest + 1] = ids[:, longest - 1 : longest + 1].flip(1)
-    with torch.no_grad():
+    try:
         return apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) <= SAME
+    except Exception:  # it is refused after all, where there is no cache: no table that is clamped
+        return False

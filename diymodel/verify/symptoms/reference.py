@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.repairs import CausalAttention
 from diymodel.verify.symptoms import LENGTH, ROUTER, SAME, Patient, apart, distinct_tokens, symptom
 
 _REFERENCE = ("reference.*",)
@@ -88,17 +87,6 @@ def _right_with_one_head(patient: Patient) -> bool | None:
 )
 def _right_for_heads_of_two(patient: Patient) -> bool | None:
     return _right_when(patient, hidden_size=8, num_heads=4, num_kv_heads=2)
-
-
-@symptom(
-    "repair.mask_against_the_reference",
-    "with an exactly causal mask put into attention, it is right",
-    "把 attention 的掩码换成严格的因果掩码后就对了",
-    _REFERENCE,
-    ("mask-hides-self",),
-)
-def _mask_against_the_reference(patient: Patient) -> bool | None:
-    return patient.passes_under(CausalAttention, ("reference.logits",))
 
 
 @symptom(

@@ -73,7 +73,6 @@ class _Step(NamedTuple):
     """What continuing a cache did to it."""
 
     others: bool  # it holds other tensors
-    written: bool  # those it held were written to
     in_a_list: bool
 
 
@@ -84,12 +83,10 @@ def _after_a_step(patient: Patient) -> _Step | None:
         return None
     _, past = lm.extend(ids[:, :4])
     held = list(_tensors(past.cache))
-    before = [tensor.clone() for tensor in held]
     lm.extend(ids[:, 4:5], past)
     now = list(_tensors(past.cache))
     others = len(now) != len(held) or any(one is not other for one, other in zip(held, now, strict=True))
-    written = any(not one.equal(other) for one, other in zip(held, before, strict=True))
-    return _Step(others, written, isinstance(past.cache, list))
+    return _Step(others, isinstance(past.cache, list))
 
 
 @symptom(
@@ -114,18 +111,6 @@ def _list_holds_others(patient: Patient) -> bool | None:
 def _object_holds_others(patient: Patient) -> bool | None:
     seen = _after_a_step(patient)
     return None if seen is None else seen.others and not seen.in_a_list
-
-
-@symptom(
-    "cache.written",
-    "the tensors of the cache that was handed in are written to",
-    "传进去的 cache，其中的张量被改写了",
-    ("decode.*",),
-    ("cache-mutated-in-place",),
-)
-def _cache_written(patient: Patient) -> bool | None:
-    seen = _after_a_step(patient)
-    return None if seen is None else seen.written
 
 
 def _files(patient: Patient) -> tuple[set[str], set[str]] | None:
