@@ -79,11 +79,11 @@ def to_html(report: Report, lang: Lang = "en") -> str:
         f"<style>{_STYLE}</style></head>",
         "<body><main>",
         _header(report, lang),
+        *([_diagnosis(report, lang)] if report.failed else []),
         f"<h2>{words['checks']}</h2>",
         *(_step(step, list(results), lang) for step, results in itertools.groupby(report.results, _step_of)),
     ]
     if report.failed:
-        parts.append(_diagnosis(report, lang))
         parts.append(f"<h2>{words['failures']}</h2>")
         parts += [_failure(result, lang, report.first_with_the_error_of(result)) for result in report.failed]
     return "\n".join([*parts, "</main></body>", "</html>"]) + "\n"
