@@ -5,7 +5,9 @@ That it takes the likeliest token, row by row, and leaves no trace is checked by
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.generate import choose
+from diymodel.verify.trial import draw_weights
 from tests.strategies import SEEDS, Case, cases, lengths
 
 CONFIG = DIYConfig(vocab_size=11, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=8, dropout=0.0)
@@ -39,16 +42,24 @@ def model() -> DIYForCausalLM:
         ),
         ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
         ({"temperature": -0.5}, "temperature=-0.5 must be a finite number, 0 or above"),
+        (
+            {"input_ids": torch.ones(1, 9, dtype=torch.int64), "max_new_tokens": 0},
+            r"prompt of 9 tokens and max_new_tokens=0 make 9 .* at most 0 new tokens fit",
+        ),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a finite number above 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
         ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
         ({"eos_token_id": 11}, r"eos_token_id=11 is outside the vocabulary \[0, 11\)"),
         ({"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside"),
         ({"pad_token_id": 11}, "pad_token_id=11 is outside"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, "at least one token to continue from"),
+        ({"input_ids": torch.tensor([1, 2])}, r"must be \(batch, seq\) .* got \(2,\)"),
         ({"input_ids": torch.tensor([[1, 99]])}, "token id 99 is outside the vocabulary"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has no token"),
         ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "padding on the right only"),
@@ -64,8 +75,10 @@ def test_bad_arguments_are_refused_before_the_first_token(
 
 
 def test_settings_that_greedy_ignores_are_said(model: DIYForCausalLM) -> None:
-    with pytest.warns(UserWarning, match="top_k and top_p are ignored at temperature 0"):
-        generated = model.generate(IDS, 4, top_k=3, top_p=0.5, seed=7)
+    for settings in ({"top_k": 3, "top_p": 0.5, "seed": 7}, {"top_k": 3}, {"top_p": 0.5}):
+        with pytest.warns(UserWarning, match="top_k and top_p are ignored at temperature 0") as warned:
+            generated = model.generate(IDS, 4, **settings)
+        assert [warning.filename for warning in warned] == [__file__]
     assert torch.equal(generated, model.generate(IDS, 4))
 
 
@@ -77,6 +90,45 @@ def test_the_result_is_an_ordinary_tensor(model: DIYForCausalLM) -> None:
     generated = model.generate(IDS, 2)
     assert not generated.is_inference()
     assert generated.dtype == torch.int64
+
+    assert model.generate(IDS.int(), 2).dtype == torch.int64
+
+
+def test_the_cache_is_used_unless_told_otherwise(model: DIYForCausalLM) -> None:
+    for settings, calls in (({}, 3), ({"use_cache": False}, 0)):
+        with mock.patch.object(model, "decode_step", side_effect=model.decode_step) as step:
+            model.generate(IDS, 4, **settings)
+        assert step.call_count == calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}, {"repetition_penalty": 2.0}])
+def test_each_token_is_the_likeliest_after_the_penalty(model: DIYForCausalLM, settings: dict[str, float]) -> None:
+    """Of the row's real tokens, the drawn ones with them; positive logits are divided, negative ones multiplied."""
+    penalty = settings.get("repetition_penalty", 1.0)
+    sharp = copy.deepcopy(model)
+    draw_weights(sharp, 0, 2)
+    prompts = [[1, 2, 3, 4], [5, 6], [7, 7, 8]]
+    mask = torch.tensor([[1] * len(row) + [0] * (4 - len(row)) for row in prompts])
+    found = sharp.generate(torch.tensor([row + [9] * (4 - len(row)) for row in prompts]), 4, mask, **settings)
+    for row, prompt in zip(found.tolist(), prompts, strict=True):
+        tokens = list(prompt)
+        for _ in range(4):
+            logits = sharp(torch.tensor([tokens]))[0, -1].tolist()
+            for token in set(tokens):
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            tokens.append(logits.index(max(logits)))
+        assert row[: len(tokens)] == tokens
+
+
+def test_without_a_seed_the_draws_differ(model: DIYForCausalLM) -> None:
+    drawn = {tuple(model.generate(IDS[:1], 5, temperature=10.0)[0].tolist()) for _ in range(10)}
+    assert len(drawn) > 1
+
+
+def test_a_generator_of_ones_own_goes_on_from_call_to_call(model: DIYForCausalLM) -> None:
+    generator = torch.Generator().manual_seed(3)
+    drawn = [model.generate(IDS[:1], 5, temperature=10.0, generator=generator).tolist() for _ in range(2)]
+    assert drawn[0] == model.generate(IDS[:1], 5, temperature=10.0, seed=3).tolist() != drawn[1]
 
 
 def test_streaming_sees_every_new_token(model: DIYForCausalLM) -> None:
@@ -137,7 +189,14 @@ def test_a_failing_callback_leaves_no_trace(case: Case, data: st.DataObject) -> 
 
 @pytest.mark.parametrize(
     ("arguments", "config_pad", "expected"),
-    [({}, None, 0), ({"eos_token_id": [7, 9]}, None, 7), ({"eos_token_id": 7}, 5, 5), ({"pad_token_id": 2}, 5, 2)],
+    [
+        ({}, None, 0),
+        ({"eos_token_id": []}, None, 0),
+        ({"pad_token_id": 0}, 5, 0),
+        ({"eos_token_id": [7, 9]}, None, 7),
+        ({"eos_token_id": 7}, 5, 5),
+        ({"pad_token_id": 2}, 5, 2),
+    ],
 )
 def test_which_token_pads(arguments: dict[str, Any], config_pad: int | None, expected: int) -> None:
     model = DIYForCausalLM(DIYConfig.from_dict(CONFIG.to_dict() | {"pad_token_id": config_pad}))
@@ -170,6 +229,14 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p() -> None:
     generator = torch.Generator().manual_seed(0)
     assert set(choose(logits, 1.0, None, 0.7, generator).tolist()) == {0, 1}
     assert set(choose(logits, 1.0, None, 0.81, generator).tolist()) == {0, 1, 2}
+    halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(2000, 3)
+    assert set(choose(halves, 1.0, None, 0.5, generator).tolist()) == {0}  # which just reaches it
+
+
+def test_half_logits_are_drawn_from_in_float32() -> None:
+    logits = torch.randn(500, 50, generator=torch.Generator().manual_seed(1)).half()
+    drawn = [choose(x, 0.7, 40, 0.95, torch.Generator().manual_seed(0)) for x in (logits, logits.float())]
+    assert torch.equal(*drawn)
 
 
 def test_draws_follow_the_probabilities() -> None:
