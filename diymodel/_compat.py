@@ -24,6 +24,8 @@ __all__ = [
     "SDPBackend",
     "attention",
     "attention_backends",
+    "autocasting",
+    "compile_options",
     "cpu_has_bfloat16",
     "is_compiling",
     "scores_fit",
@@ -65,6 +67,27 @@ else:  # pragma: no cover - 2.2 has the same under other names
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 (AVX512-BF16); False where this torch cannot tell."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def autocasting(device_type: str) -> bool:
+    """Whether ``torch.autocast`` is on for this type of device."""
+    if TORCH >= (2, 4):
+        return torch.is_autocast_enabled(device_type)
+    return bool(torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled())
+
+
+def compile_options(device_type: str) -> dict[str, Any]:
+    """What ``torch.compile`` is told about a step that the caller guards and calls with the same shapes.
+
+    From 2.8 on no guards are looked at, and on a CPU the kernels are called from C++. CUDA graphs on CUDA, as with
+    ``mode="reduce-overhead"``.
+    """
+    options: dict[str, Any] = {"triton.cudagraphs": True} if device_type == "cuda" else {}
+    if TORCH >= (2, 8):
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+        if device_type == "cpu":
+            options["cpp_wrapper"] = True
+    return options
 
 
 def attention_backends() -> tuple[SDPBackend, ...]:

@@ -123,8 +123,24 @@ class Span(NamedTuple):
         return visible if isinstance(self.start, int) else visible[:, None]
 
 
+class FixedSlots(NamedTuple):
+    """Where one new token a row goes in buffers of fixed size, in place; for a compiled step, whose shapes stay."""
+
+    positions: Tensor  # (B,)
+    visible: int  # slots that are looked at, from the first on
+
+    def put(self, past: LayerPast | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, LayerPast]:
+        """As :func:`append`; ``past`` holds the buffers, (B, K, capacity, D), and keys and values are (B, K, 1, D)."""
+        assert past is not None
+        rows = torch.arange(len(self.positions), device=keys.device)
+        buffers = (past[0]["k"], past[0]["v"])
+        for buffer, new in zip(buffers, (keys, values), strict=True):
+            buffer[rows, :, self.positions] = new.squeeze(2)
+        return buffers[0].narrow(2, 0, self.visible), buffers[1].narrow(2, 0, self.visible), past
+
+
 def append(
-    past: LayerPast | None, keys: Tensor, values: Tensor, span: Span, max_length: int
+    past: LayerPast | None, keys: Tensor, values: Tensor, span: Span | FixedSlots, max_length: int
 ) -> tuple[Tensor, Tensor, LayerPast]:
     """Put new keys and values (B, K, T, D) behind the cached ones of a layer.
 
@@ -139,6 +155,8 @@ def append(
     Raises:
         ValueError: the cache holds another dtype than the new keys.
     """
+    if isinstance(span, FixedSlots):
+        return span.put(past, keys, values)
     if past is not None and (cached_dtype := _dtype(past[0])) != keys.dtype:
         raise ValueError(
             f"the cache holds {cached_dtype} and the new keys are {keys.dtype}: it was filled by this model in another "

@@ -241,6 +241,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--no-cache", action="store_true", help="recompute the whole sequence for every token: the slow way"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step: the first token takes seconds, the others half the time",
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, mps … (default: %(default)s)")
 
 
@@ -249,6 +254,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(
             "--top-k and --top-p have no effect at --temperature 0, which always takes the likeliest token"
         )
+    if args.compile and args.no_cache:
+        raise ValueError("--compile compiles the step on the cache, and --no-cache has none: drop one of them")
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed {args.seed} must be in [0, 2**64)")
     import torch
@@ -286,6 +293,7 @@ def _generate(args: argparse.Namespace) -> int:
         eos_token_id=tokenizer.eos_id if tokenizer.eos_id < model.config.vocab_size else None,
         seed=args.seed,
         on_token=show,
+        compile=args.compile,
     )
     seconds = time.perf_counter() - started
     print(text + stream.flush(), flush=True)

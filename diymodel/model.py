@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diymodel._attributes import direct
 from diymodel._compat import attention
-from diymodel.cache import LayerCache, LayerPast, PastKeyValues, Span, append, check_cache
+from diymodel.cache import FixedSlots, LayerCache, LayerPast, PastKeyValues, Span, append, check_cache
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
 from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
@@ -94,7 +94,7 @@ class RotaryEmbedding(nn.Module):
         """Cosine and sine of the span's positions, (T, D) or (B, 1, T, D), in dtype and on device of ``like``."""
         table = self._table
         if table.shape[1] < span.total or table.dtype != like.dtype or table.device != like.device:
-            table = self._table = self._make_table(1 << (span.total - 1).bit_length(), like)
+            table = self._table = self.make_table(1 << (span.total - 1).bit_length(), like)
         if isinstance(span.start, int):
             cos, sin = table.narrow(1, span.start, span.num_new).unbind()
         else:
@@ -102,7 +102,7 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
     @torch.inference_mode(False)  # a table made in inference mode could not be saved for a later backward
-    def _make_table(self, length: int, like: Tensor) -> Tensor:
+    def make_table(self, length: int, like: Tensor) -> Tensor:
         pairs = torch.arange(0, self.head_size, 2, dtype=torch.float64, device="cpu")
         frequencies = self.theta ** (-pairs / self.head_size)
         angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
@@ -127,7 +127,7 @@ class Step(NamedTuple):
     cos: Tensor  # (T, D) or (B, 1, T, D)
     sin: Tensor
     mask: Tensor | None  # (T, S) or (B, 1, T, S), True where a query may look; None: is_causal says it
-    cached: Span | None  # where the new keys go in the cache; None: no cache
+    cached: Span | FixedSlots | None  # where the new keys go in the cache; None: no cache
 
 
 @direct(modules=("qkv_proj", "o_proj"))
