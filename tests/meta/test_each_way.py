@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from diymodel.verify.report import Failure
+import pytest
+
 from diymodel.verify.runner import Settings, verify_one
 from diymodel.zoo.base import BASES
 from tests.meta.verdicts import CHECKS, EXAMPLES
 
+WAYS = [  # a check, a base, what is changed in its source, and what the failure must name
+    (
+        "checkpoint.wrapped",
+        "pretrained",
+        {
+            "    model = getattr(": '    prefix = "module." * hasattr(model, "module")\n    model = getattr(',
+            "model.state_dict()}, path)": "{prefix + key: value for key, value in model.state_dict().items()}}, path)",
+        },
+        "in DataParallel must load",
+    ),
+]
 
-def failure(base: str, check_id: str, *changes: tuple[str, str]) -> Failure:
-    """Of a check on a base with these changes."""
+
+@pytest.mark.parametrize(("check_id", "base", "changes", "named"), WAYS, ids=[way[0] for way in WAYS])
+def test_one_way_alone_is_wrong(check_id: str, base: str, changes: dict[str, str], named: str) -> None:
     source = BASES[base].source
-    for old, new in changes:
+    for old, new in changes.items():
         assert source.count(old) == 1
         source = source.replace(old, new)
-    result = verify_one(BASES[base].subject(source), CHECKS[check_id], Settings(EXAMPLES))
-    assert result.failure is not None, result
-    return result.failure
-
-
-def test_only_the_names_under_data_parallel_are_wrong() -> None:
-    found = failure(
-        "pretrained",
-        "checkpoint.wrapped",
-        ("    model = getattr(model,", '    prefix = "module." * hasattr(model, "module")\n    model = getattr(model,'),
-        ("model.state_dict()}, path)", "{prefix + name: value for name, value in model.state_dict().items()}}, path)"),
-    )
-    assert "in DataParallel must load" in found.message
+    failure = verify_one(BASES[base].subject(source), CHECKS[check_id], Settings(EXAMPLES, shrink=False)).failure
+    assert failure is not None
+    assert named in failure.message
