@@ -28,7 +28,20 @@ from diymodel.verify.symptoms import list_symptoms, observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
 
-MY_MODEL = Path(__file__).parent / "examples" / "my_model.py"
+EXAMPLES = Path(__file__).parent / "examples"
+MY_MODEL = EXAMPLES / "my_model.py"
+FRESH = [  # bugs in models that no diagnosis has learned from: file, name, the line and what becomes of it, the class
+    (
+        "multi_query.py",
+        "MultiQuery",
+        "[:, :-1].flatten(0, 1), labels[:, 1:].flatten()",
+        ".flatten(0, 1)[:-1], labels.flatten()[1:]",
+        "labels-flattened-before-shift",
+    ),
+    ("multi_query.py", "MultiQuery", "s.softmax(-1)", "s.softmax(-2)", "softmax-wrong-axis"),
+    ("multi_query.py", "MultiQuery", "triu(S - T + 1)", "triu(S - T + 2)", "mask-sees-next-token"),
+    ("nano_gpt.py", "GPT", "self.dropout if self.training else 0.0", "self.dropout", "dropout-active-in-eval"),
+]
 SAMPLES = read_samples()
 REPAIRS = (CausalAttention, NoDropout, PositionsAfterTheCache, SoftmaxOverKeys)
 
@@ -137,6 +150,18 @@ def test_a_strangers_bug_is_named_in_every_form_of_the_report(restarting: Path) 
     assert "position-restarts-in-decode: On a cache" in report.to_text()
     assert "依据：把解码那一步的位置加上已缓存的长度后" in report.to_text(lang="zh")
     assert "<code>position-restarts-in-decode</code> ·" in to_html(report)
+
+
+@pytest.mark.parametrize(("file", "name", "old", "new", "slug"), FRESH, ids=[slug for *_, slug in FRESH])
+def test_a_bug_in_a_model_outside_the_zoo_is_named(
+    tmp_path: Path, file: str, name: str, old: str, new: str, slug: str
+) -> None:
+    source = (EXAMPLES / file).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    path = tmp_path / file
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    report = check_causal_lm(f"{path}:{name}", profile="quick")
+    assert report.diagnosis[0].bug == slug, report.to_text()
 
 
 def test_pytest_names_it_in_its_summary(restarting: Path) -> None:
