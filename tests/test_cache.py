@@ -231,6 +231,12 @@ def replaced(past: PastKeyValues, layer: int, entry: Any) -> PastKeyValues:
         (lambda p: [(c, -1) for c, _ in p], ValueError, "cached_pos -1 is outside the 3 positions"),
         (lambda p: [(c, 2.0) for c, _ in p], TypeError, "cached_pos must be an int or a .batch,. tensor, got float"),
         (lambda p: [(c, torch.tensor([3])) for c, _ in p], ValueError, r"int64 tensor of shape \(2,\)"),
+        (
+            lambda p: [(c, torch.tensor([3, 3]).int()) for c, _ in p],
+            ValueError,
+            r"int64 tensor .* got torch.int32 \(2,\)",
+        ),
+        (lambda p: [(c, torch.tensor([3, 3]).to("meta")) for c, _ in p], ValueError, r"on cpu, got .* on meta"),
         (lambda p: [(c, torch.tensor([3, 4])) for c, _ in p], ValueError, "cached_pos 4 is outside the 3 positions"),
         (lambda p: [(c, torch.tensor([0, 4])) for c, _ in p], ValueError, "cached_pos 4 is outside the 3 positions"),
         (lambda p: [(c, torch.tensor([-1, 3])) for c, _ in p], ValueError, "cached_pos -1 is outside the 3 positions"),
