@@ -227,6 +227,11 @@ def replaced(past: PastKeyValues, layer: int, entry: Any) -> PastKeyValues:
             r"exactly the entries 'k' and 'v', got \['k'\]",
         ),
         (lambda p: replaced(p, 1, (p[1][0], 2)), ValueError, "cached_pos of layer 1 is 2 and of layer 0 3"),
+        (
+            lambda p: replaced(p, 1, (p[1][0], torch.tensor([3, 3]))),
+            ValueError,
+            r"cached_pos of layer 1 is tensor\(\[3, 3\]\) and of layer 0 3",
+        ),
         (lambda p: [(c, 4) for c, _ in p], ValueError, "cached_pos 4 is outside the 3 positions that are cached"),
         (lambda p: [(c, -1) for c, _ in p], ValueError, "cached_pos -1 is outside the 3 positions"),
         (lambda p: [(c, 2.0) for c, _ in p], TypeError, "cached_pos must be an int or a .batch,. tensor, got float"),
