@@ -65,6 +65,17 @@ def test_rows_of_different_length_have_a_position_each(model: DIYForCausalLM) ->
     assert past[1][1].tolist() == [2, 6]
 
 
+def test_positions_are_compared_by_value(model: DIYForCausalLM) -> None:
+    """Each layer may bring a tensor of its own."""
+    _, past = model(IDS, seq_lengths=torch.tensor([1, 3]), use_cache=True)
+    expected = model(NEXT, past_key_values=past)
+    own = [(cached, position.clone()) for cached, position in past if isinstance(position, Tensor)]
+    assert torch.equal(model(NEXT, past_key_values=own), expected)
+    own[1][1][0] = 2
+    with pytest.raises(ValueError, match="cached_pos of layer 1 is"):
+        model(NEXT, past_key_values=own)
+
+
 def test_rows_of_equal_length_share_a_position(model: DIYForCausalLM) -> None:
     _, past = model(IDS, attention_mask=torch.tensor([[1, 1, 0], [1, 1, 0]]), use_cache=True)
     assert past[0][1] == 2
