@@ -6,6 +6,7 @@ That it takes the likeliest token, row by row, and leaves no trace is checked by
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -118,6 +119,13 @@ def test_each_token_is_the_likeliest_after_the_penalty(model: DIYForCausalLM, se
                 logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
             tokens.append(logits.index(max(logits)))
         assert row[: len(tokens)] == tokens
+
+
+def test_a_finished_row_stays_finished(model: DIYForCausalLM) -> None:
+    drawn = [torch.tensor(step) for step in ([7, 1], [2, 2], [3, 3], [4, 7])]
+    with mock.patch.object(importlib.import_module("diymodel.generate"), "choose", side_effect=drawn):
+        generated = model.generate(IDS, 5, eos_token_id=7, pad_token_id=0)
+    assert generated[:, 3:].tolist() == [[7, 0, 0, 0], [1, 2, 3, 7]]
 
 
 def test_without_a_seed_the_draws_differ(model: DIYForCausalLM) -> None:
