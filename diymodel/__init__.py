@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diymodel.checkpoint import save_pretrained as save_pretrained
     from diymodel.config import DIYConfig as DIYConfig
     from diymodel.config import TrainConfig as TrainConfig
+    from diymodel.int8 import quantize_int8 as quantize_int8
     from diymodel.loss import next_token_loss as next_token_loss
     from diymodel.model import DIYForCausalLM as DIYForCausalLM
     from diymodel.model import DIYModel as DIYModel
@@ -28,6 +29,7 @@ _HOME = {
     "DIYModel": "model",
     "DIYForCausalLM": "model",
     "next_token_loss": "loss",
+    "quantize_int8": "int8",
     "save_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_pretrained": "checkpoint",

@@ -27,6 +27,7 @@ __all__ = [
     "autocasting",
     "compile_options",
     "cpu_has_bfloat16",
+    "int8_linear",
     "is_compiling",
     "scores_fit",
     "sdpa_kernel",
@@ -67,6 +68,12 @@ else:  # pragma: no cover - 2.2 has the same under other names
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 (AVX512-BF16); False where this torch cannot tell."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+# Linear on a CPU: (rows, in) bfloat16, (out, in) int8, (out,) bfloat16 -> (rows, out). None: not in this torch.
+int8_linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = (
+    getattr(torch, "_weight_int8pack_mm", None) if TORCH >= (2, 4) else None
+)
 
 
 def autocasting(device_type: str) -> bool:

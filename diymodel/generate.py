@@ -58,7 +58,7 @@ def generate(
         on_token: called after each step with the new tokens (B,), for streaming; a finished row shows padding.
         compile: run the steps on the cache compiled, with CUDA graphs on CUDA. The first call takes the seconds that
             compiling takes; later ones with as many rows, and lengths up to the same power of two, find it done. The
-            tokens are those of ``compile=False`` up to rounding: logits differ by about 1e-6 of the largest in float32.
+            tokens are those of ``compile=False`` up to rounding: logits differ by about 1e-6 of their size in float32.
 
     Returns:
         (B, longest row) int64: each row's real prompt tokens, directly followed by its new ones, then padding. It ends

@@ -55,7 +55,10 @@ def check_state_dict(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], 
         more = f"\n  … and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError("the weights do not fit the configuration:\n  " + "\n  ".join(problems[:_LISTED]) + more)
     check_tied(found, config)
-    dtypes = Counter(weight.dtype for weight in found.values())
+    quantised = {name for name, weight in wanted.items() if weight.dtype == torch.int8}
+    dtypes = Counter(
+        weight.dtype for name, weight in found.items() if not (name in quantised and weight.dtype == torch.int8)
+    )
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         listed = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
         raise ValueError(f"weights must all have one floating-point dtype; these are {listed}")

@@ -23,7 +23,7 @@ LAYERS = [
     {"compiled"},
     {"generate"},
     {"model"},
-    {"checkpoint"},
+    {"checkpoint", "int8"},
     {"train"},
     {"verify"},
     {"zoo"},

@@ -26,6 +26,7 @@ from diymodel.bench.results import finish, plain, read_results, write_results
 from diymodel.bench.timing import Effort, Work, interleave
 from diymodel.config import DIYConfig
 from diymodel.cost import num_parameters
+from diymodel.int8 import quantize_int8
 from diymodel.model import DIYForCausalLM
 
 NEW_TOKENS = 64
@@ -97,6 +98,7 @@ def measure_shape(
     ours = {"ours": _own(model), "ours_unchecked": _unchecked(model)}
     if dtype == torch.float32:
         ours["ours_bfloat16"] = _unchecked(build(config).to(device, torch.bfloat16))
+        ours["ours_int8"] = _unchecked(quantize_int8(build(config)).to(device, torch.bfloat16))
     loops: dict[str, Generate] = {name: r.generate for name, r in (ours | rivals).items() if r.generate is not None}
     if compiled and "compile" in inspect.signature(DIYForCausalLM.generate).parameters:
         loops["ours_compiled"] = functools.partial(model.generate, **_COMPILE)
