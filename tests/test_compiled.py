@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.compiled import compiled_decoder
+from diymodel.verify import Subject, check_causal_lm
 
 CONFIG = DIYConfig(
     vocab_size=31, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, max_seq_len=512, dropout=0.1
@@ -235,3 +236,22 @@ def test_compiled_logits_are_near_those_of_eager(dtype: torch.dtype, relative: f
         for settings in SETTINGS:
             found, expected = (model.generate(ids[:, :5], 70, **settings, compile=c) for c in (True, False))
             assert torch.equal(found, expected)
+
+
+class Compiled(DIYForCausalLM):
+    """Whose ``generate`` is compiled where it can be."""
+
+    def generate(  # type: ignore[override]
+        self, input_ids: Tensor, max_new_tokens: int, *, use_cache: bool = True, **settings: Any
+    ) -> Tensor:
+        return super().generate(input_ids, max_new_tokens, use_cache=use_cache, compile=use_cache, **settings)
+
+
+def test_the_harness_passes_generation_on_fixed_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that ``compile=True`` does but for compiling, which takes seconds a model and is held to it above."""
+    monkeypatch.setattr(torch, "compile", lambda step, **settings: step)
+    subject = Subject(Compiled, "compiled", claims=("cache_value", "strict_context", "strict_generation"))
+    report = check_causal_lm(subject, profile="standard", only=["generation.*"])
+    passed = {result.check.id for result in report.results if result.status == "passed"}
+    assert report.verdict == "passed"
+    assert {"generation.cached_greedy_is_argmax", "generation.overlong_refused"} <= passed

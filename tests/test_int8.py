@@ -162,22 +162,5 @@ def test_the_harness_passes_a_quantised_model_in_bfloat16(area: str) -> None:
     assert report.verdict == "passed"
 
 
-class Compiled(DIYForCausalLM):
-    """Whose ``generate`` is always compiled where it can be."""
-
-    def generate(self, *args: Any, use_cache: bool = True, **settings: Any) -> Tensor:  # type: ignore[override]
-        return super().generate(*args, use_cache=use_cache, compile=use_cache, **settings)
-
-
-@pytest.mark.slow
-def test_the_harness_passes_compiled_generation(counted: Any) -> None:
-    subject = Subject(Compiled, "compiled", claims=("cache_value", "strict_context", "strict_generation"))
-    report = check_causal_lm(
-        subject, profile="quick", only=["generation.cached_greedy_is_argmax", "generation.overlong_refused"]
-    )
-    assert [result.status for result in report.results] == ["passed", "passed"], report.results
-    assert counted.frame_count > 0
-
-
 def test_the_shapes_are_those_of_the_configuration() -> None:
     assert quantize_int8(sharp_model()).config == CONFIG
