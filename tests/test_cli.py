@@ -201,6 +201,7 @@ def test_a_diverged_run_exits_1(text: str, tmp_path: Path, capsys: pytest.Captur
         (["generate", "missing", "x"], "there is no missing"),
         (["generate", ".", "x"], "neither checkpoint.pt nor config.json"),
         (["generate", ".", "x", "--seed=-1"], "--seed -1 must be in"),
+        (["generate", ".", "x", "--compile", "--no-cache"], "--compile compiles the step on the cache"),
         (["generate", ".", "x", "--temperature=0", "--top-k=4"], "no effect at --temperature 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -43,6 +43,17 @@ FRESH = [  # bugs in models that no diagnosis has learned from: file, name, the 
     ("nano_gpt.py", "GPT", "self.dropout if self.training else 0.0", "self.dropout", "dropout-active-in-eval"),
 ]
 SAMPLES = read_samples()
+LIVE = (  # bugs, one for each group of symptoms
+    "attention-scale-wrong-rotary-reference.logits",
+    "rope-pairing-convention-hub-reference.logits",
+    "router-weights-not-normalised-switch-reference.logits",
+    "rope-low-precision-windowed-sensitivity.shift_invariance",
+    "position-table-clamped-plain-context.overlong_refused",
+    "generated-length-wrong-headwise-generation.keeps_prompt",
+    "continues-from-pad-writer-generation.padded_prompt",
+    "cache-list-mutated-rotary-decode.branch",
+    "tie-lost-saved-directory.complete",
+)
 REPAIRS = (CausalAttention, NoDropout, PositionsAfterTheCache, SoftmaxOverKeys)
 
 
@@ -227,6 +238,16 @@ def test_positions_that_restart_are_moved() -> None:
         assert torch.equal(table[:2], table.narrow(0, 5, 2))
         assert torch.equal(table[:2, None], table.narrow(0, 5, 2)[:, None])
         assert table[1:3, 0].tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("id", LIVE)
+def test_symptoms_show_as_they_were_measured(id: str) -> None:
+    bug = next(bug for bug in list_bugs() if bug.id == id)
+    measured = next(found for found in SAMPLES if found.bug == id)
+    subject, checks = bug.subject(), {check.id: check for check in list_checks()}
+    settings = Settings(PROFILES["quick"], shrink=False)
+    seen = observe(subject, [verify_one(subject, checks[killer], settings) for killer in measured.killers])
+    assert seen == measured.symptoms
 
 
 def test_a_module_that_raises_has_no_symptoms() -> None:

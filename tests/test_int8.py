@@ -154,11 +154,13 @@ def test_the_harness_passes_a_quantised_model() -> None:
     assert sum(result.status == "passed" for result in report.results) >= 65
 
 
-@pytest.mark.parametrize("area", ["decode.*", "padding.*"])
 @pytest.mark.slow
-def test_the_harness_passes_a_quantised_model_in_bfloat16(area: str) -> None:
+def test_the_harness_passes_a_quantised_model_in_bfloat16() -> None:
     """Roughly, and by the kernel."""
-    report = check_causal_lm(SUBJECT, profile="quick", dtype="bfloat16", only=[area])
+    expected = {"decode.cost": "torch counts no FLOPs in its kernel for int8, so attention alone is seen"}
+    report = check_causal_lm(
+        SUBJECT, profile="quick", dtype="bfloat16", only=["decode.*", "padding.*"], expected_failures=expected
+    )
     assert report.verdict == "passed"
 
 

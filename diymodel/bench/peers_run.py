@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from diymodel.bench.peers import PEERS, PeerMissing, Rival, Room
 from diymodel.bench.peers.rival import logit_difference
 from diymodel.bench.results import finish, plain, read_results, write_results
 from diymodel.bench.timing import Effort, Work, interleave
+from diymodel.compiled import compiled_decoder
 from diymodel.config import DIYConfig
 from diymodel.cost import num_parameters
 from diymodel.int8 import quantize_int8
@@ -33,7 +33,6 @@ NEW_TOKENS = 64
 STEPS_PER_ROUND = 32  # decode steps before starting again from the prompt
 COMPILED = ("transformers_static", "litgpt", "gpt_fast_like")
 Generate = Callable[[Tensor, int], Tensor]  # prompts (B, T), new tokens -> (B, T + new)
-_COMPILE: dict[str, Any] = {"compile": True}
 FIGURES = {"decode_step": "decode step", "generate": f"generate {NEW_TOKENS} tokens", "construct": "build the model"}
 
 
@@ -100,8 +99,9 @@ def measure_shape(
         ours["ours_bfloat16"] = _unchecked(build(config).to(device, torch.bfloat16))
         ours["ours_int8"] = _unchecked(quantize_int8(build(config)).to(device, torch.bfloat16))
     loops: dict[str, Generate] = {name: r.generate for name, r in (ours | rivals).items() if r.generate is not None}
-    if compiled and "compile" in inspect.signature(DIYForCausalLM.generate).parameters:
-        loops["ours_compiled"] = functools.partial(model.generate, **_COMPILE)
+    if compiled:
+        ours["ours_compiled"] = _compiled(model, room)
+        loops["ours_compiled"] = functools.partial(model.generate, compile=True)
     figures = {}
     with torch.inference_mode():
         floor = {"floor": Work(matrix_vector_products(model, rows))}
@@ -162,6 +162,19 @@ def _unchecked(model: DIYForCausalLM) -> Rival:
     """Our model as its own generate calls it."""
     decoder = OwnDecoder(model)
     return Rival(lambda ids: decoder.extend(ids, None), decoder.extend, same_weights=True, to=lambda dtype: None)
+
+
+def _compiled(model: DIYForCausalLM, room: Room) -> Rival:
+    """Our model as ``generate(compile=True)`` calls it."""
+    with torch.inference_mode(), compiled_decoder(model, room.rows, room.positions) as decoder:
+        pass  # compiled
+
+    def prefill(ids: Tensor) -> tuple[Tensor, None]:
+        logits, past = model(ids, use_cache=True, logits_to_keep=1)
+        decoder.start(past, ids.shape[1])
+        return logits, None
+
+    return Rival(prefill, lambda ids, state: (decoder.step(ids), state), same_weights=True, to=lambda dtype: None)
 
 
 def decode_step(rival: Rival, prompt: Tensor) -> Work:
