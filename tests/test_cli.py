@@ -230,6 +230,9 @@ def test_a_run_directory_and_its_file_generate_the_same(run: str, capsys: pytest
     assert from_directory.startswith("Doc")
     assert generated([f"{run}/checkpoint.pt", "Doc", "--device=cpu"], capsys) == from_directory
     assert generated([run, "Doc", "--device=cpu", "--no-cache"], capsys) == from_directory
+    # one token, for which nothing is compiled: tests/test_compiled.py has the others
+    one = [run, "Doc", "--device=cpu", "--max-new-tokens=1"]
+    assert generated([*one, "--compile"], capsys) == generated(one, capsys)
     assert generated([run, "Doc", "--device=cpu", "--seed=1"], capsys) != from_directory
 
 
