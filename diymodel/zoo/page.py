@@ -119,9 +119,10 @@ def figure_lines(samples: Sequence[Sample]) -> list[str]:
         )
     if said.not_killed:
         lines.append(f"Not killed: {', '.join(said.not_killed)}.")
+    alone = Counter(said.single_killer.values())
     lines.append(
-        f"{len(said.single_killer)} bugs have a single killer: lose that check, and the bug is free."
-        + "".join(f"\n  {id}: {bug}" for bug, id in said.single_killer.items())
+        f"{len(said.single_killer)} bugs have a single killer: lose that check, and the bug is free. "
+        f"By check: {', '.join(f'{id} {count}' for id, count in alone.most_common())}."
     )
     if said.idle:
         lines.append(f"Checks that kill nothing: {', '.join(said.idle)}.")
