@@ -90,6 +90,7 @@ class CompiledDecoder(nn.Module):
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (B, 1, V) after one more token a row, (B, 1). They are valid until the next step."""
         self.filled += 1
+        tokens = tokens.contiguous()  # as it was compiled for
         if not self.varying:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             return self._run(self, tokens, self.slots)
@@ -98,7 +99,8 @@ class CompiledDecoder(nn.Module):
     def warm_up(self) -> None:
         """Compile."""
         tokens = torch.zeros(len(self.positions), 1, dtype=torch.int64, device=self.positions.device)
-        with warnings.catch_warnings():
+        # Of the kinds of attention, the one that is compiled into what is around it. It is chosen here, once.
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # the compiler's own: of how it might have done better
             self.step(tokens)
 
@@ -110,9 +112,8 @@ def _one_token(decoder: CompiledDecoder, tokens: Tensor, slots: Tensor) -> Tenso
     cos, sin = decoder.table[:, positions][:, :, None, None].unbind()  # each (B, 1, 1, D)
     mask = (slots <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
     step = _Step(cos, sin, mask, FixedSlots(positions, slots.shape[0]))
-    with sdpa_kernel(SDPBackend.MATH):  # the one that is compiled into what is around it
-        for block, buffers in zip(model.model.layers, decoder.layers, strict=True):
-            hidden, _ = block(hidden, step, (buffers, positions))
+    for block, buffers in zip(model.model.layers, decoder.layers, strict=True):
+        hidden, _ = block(hidden, step, (buffers, positions))
     logits: Tensor = model.lm_head(model.model.norm(hidden))
     positions.add_(1)
     return logits
