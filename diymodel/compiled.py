@@ -11,6 +11,7 @@ Shapes: B rows, C capacity, S slots attended to, K key/value heads, D head size,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -24,6 +25,7 @@ from diymodel.cache import FixedSlots, PastKeyValues
 
 _SMALLEST_CAPACITY = 128
 _SLOTS = 32  # a CPU step attends to a multiple of so many
+_numbers = itertools.count()
 _KEPT = 4  # compiled steps of one model; each holds its buffers
 
 
@@ -68,8 +70,10 @@ class CompiledDecoder(nn.Module):
         sizes = [min(size, capacity - 1) for size in range(_SLOTS, capacity + 1, _SLOTS)]
         self._looked_at = [self.slots.narrow(0, 0, size) for size in sizes]
         torch._dynamo.mark_dynamic(self._looked_at[0], 0)  # with which it is compiled
-        # torch counts compilations by code object, and gives up at the eighth: each decoder has its own.
-        step = types.FunctionType(_one_token.__code__.replace(), _one_token.__globals__, "compiled_step")
+        # Each decoder has code of its own, by a name of its own: torch counts compilations by code and gives up at the
+        # eighth, and by name it remembers what differed, such as another model's eps, to compile for any.
+        code = _one_token.__code__.replace(co_name=f"compiled_step_{next(_numbers)}")
+        step = types.FunctionType(code, _one_token.__globals__)
         if like.device.type == "cuda":
             for buffer in self.buffers(recurse=False):
                 torch._dynamo.mark_static_address(buffer)
