@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diymodel.bench.machine import describe_machine
+from diymodel._machine import describe_machine
 from diymodel.bench.results import write_results
 from diymodel.verify import check_causal_lm
 from diymodel.verify.runner import PROFILES

@@ -41,6 +41,11 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     _sync_directory(target.parent)
 
 
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """As :func:`replace_file`, with a text, in UTF-8."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
 def create_directory(path: str | os.PathLike[str], files: Mapping[str, bytes | bytearray]) -> None:
     """Create the directory ``path`` with these files (name to content) in it, all at once.
 

@@ -103,6 +103,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.inference_mode(False)  # a table made in inference mode could not be saved for a later backward
     def make_table(self, length: int, like: Tensor) -> Tensor:
+        """Cosines and sines of positions 0 … length - 1, (2, length, D), in dtype and on device of ``like``."""
         pairs = torch.arange(0, self.head_size, 2, dtype=torch.float64, device="cpu")
         frequencies = self.theta ** (-pairs / self.head_size)
         angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from diymodel._machine import describe_machine
 from diymodel.bench.compare import compare
+from diymodel.bench.device import choose
 from diymodel.bench.figures import Fit, Spread, ratios, seconds_text
-from diymodel.bench.machine import choose, describe_machine
 from diymodel.bench.results import read_results, write_results
 from diymodel.bench.shapes import SHAPES, parse_lengths, parse_shapes
 from diymodel.bench.timing import Effort, Work, interleave, timed

@@ -274,7 +274,8 @@ def _begin(
     args: argparse.Namespace, rounds: int, seconds: float
 ) -> tuple[torch.device, torch.dtype, Effort, dict[str, Any]]:
     """Device, dtype and effort of a run, and the head of its document."""
-    from diymodel.bench.machine import choose, describe_machine
+    from diymodel._machine import describe_machine
+    from diymodel.bench.device import choose
     from diymodel.bench.results import SCHEMA
     from diymodel.bench.timing import Effort
 

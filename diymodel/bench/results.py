@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diymodel._files import replace_file
+from diymodel._files import replace_text
 from diymodel.bench.figures import Fit, Spread
 
 SCHEMA = 2
@@ -22,7 +22,7 @@ def write_results(path: Path, document: Mapping[str, Any]) -> None:
     """
     content = json.dumps(document, indent=1, ensure_ascii=False, default=_plain) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: file.write(content.encode()))
+    replace_text(path, content)
 
 
 def read_results(path: Path, *benchmarks: str) -> dict[str, Any]:

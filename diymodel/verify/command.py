@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diymodel._files import replace_file
+from diymodel._files import replace_text
 
 if TYPE_CHECKING:
     from diymodel.verify.report import Report, Result
@@ -172,8 +172,8 @@ def _wants_color() -> bool:
 
 def _write(report: Report, args: argparse.Namespace) -> None:
     if args.json is not None:
-        replace_file(args.json, lambda file: file.write(report.to_json().encode()))
+        replace_text(args.json, report.to_json())
     if args.html is not None:
         from diymodel.verify.html import to_html
 
-        replace_file(args.html, lambda file: file.write(to_html(report, args.lang).encode()))
+        replace_text(args.html, to_html(report, args.lang))

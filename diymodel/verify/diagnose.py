@@ -138,14 +138,16 @@ def _fit(weights: Mapping[str, tuple[float, float]], seen: Mapping[str, bool]) -
     Checks of one area fail together and are not so many witnesses: each counts half of the one before.
     """
     known = [fact for fact in seen if fact in weights]
-    speaking = sorted(
-        (fact for fact in known if seen[fact] and weights[fact][True] > 0), key=lambda f: -weights[f][True]
-    )
+    speaking = [fact for fact in known if seen[fact] and weights[fact][True] > 0]
+    speaking.sort(key=lambda fact: -weights[fact][True])
     score = sum(weights[fact][seen[fact]] for fact in known if fact not in speaking)
-    count: Counter[str] = Counter()
+    witnesses: Counter[str] = Counter()
     for fact in speaking:
-        score += weights[fact][True] * _NEXT ** count[_area(fact)]
-        count[_area(fact)] += fact not in list_symptoms()
+        if fact in list_symptoms():
+            score += weights[fact][True]
+        else:
+            score += weights[fact][True] * _NEXT ** witnesses[_area(fact)]
+            witnesses[_area(fact)] += 1
     return score, tuple(speaking)
 
 

@@ -126,8 +126,7 @@ def _diagnosis(report: Report, lang: Lang) -> str:
     if not report.likely:
         lines.append(f'<p class="card">{words["raises" if report.only_raises else "unknown"]}</p>')
     for found in report.likely:
-        about = bug_class(found.bug)
-        look = about.look_for_zh if lang == "zh" else about.look_for
+        look = bug_class(found.bug).text(lang).look_for
         lines += [
             '<section class="card failure">',
             f"<h3><code>{escape(found.bug)}</code> · {found.score:.0%}</h3>",

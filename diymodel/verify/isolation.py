@@ -75,9 +75,9 @@ def _probed(subject: Subject) -> bool:
         return False
 
 
-def observe_isolated(subject: Subject, results: Sequence[Result]) -> dict[str, bool]:
+def observe_isolated(subject: Subject, results: Sequence[Result], device: str = "cpu") -> dict[str, bool]:
     """As :func:`observe`, in a child of its own; nothing where that crashes or hangs."""
-    with _child(lambda sender: sender.send(observe(subject, results))) as (_, receiver):
+    with _child(lambda sender: sender.send(observe(subject, results, device))) as (_, receiver):
         if not receiver.poll(_OBSERVE_SECONDS):
             return {}
         try:

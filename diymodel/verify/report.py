@@ -71,7 +71,7 @@ class Report:
     refused: tuple[str, ...] = ()  # configurations that the subject could not build
     interrupted: str | None = None  # why some checks were not run
     called: str = ""  # how the subject was called
-    symptoms: Mapping[str, bool] = field(default_factory=dict)  # answers of verify/symptoms.py
+    symptoms: Mapping[str, bool] = field(default_factory=dict)  # answers of verify/symptoms/
     diagnosis: tuple[Diagnosis, ...] = ()  # the likeliest first; none where nothing failed, or nothing fits
     unexplained: tuple[str, ...] = ()  # failed checks that no likely bug of the diagnosis explains
 

@@ -25,11 +25,10 @@ from diymodel.verify.subject import Factory, Subject, resolve
 from diymodel.verify.symptoms import observe
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
-from diymodel.verify.trial import Trial
+from diymodel.verify.trial import DTYPES, Trial
 
 PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
 CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
 DIAGNOSES = 5  # classes of bugs that a report names
@@ -158,12 +157,15 @@ def check_causal_lm(
 
 
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
-    """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them."""
+    """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
+
+    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments.
+    """
     from diymodel.verify.diagnose import signatures
     from diymodel.verify.isolation import observe_isolated
 
     look = observe_isolated if isolate else observe
-    report.symptoms = look(subject, report.results)
+    report.symptoms = {} if report.interrupted else look(subject, report.results, report.device)
     ranked = signatures().rank(sample_of(report.results, report.symptoms))
     report.diagnosis = tuple(ranked[:DIAGNOSES])
     explained = {fact for found in report.likely for fact in found.evidence}
@@ -207,9 +209,8 @@ def replay(subject: str | Subject | Factory | None, check: Check, values: Mappin
         ValueError: the values are not those of this check.
     """
     resolved = resolve(subject)
-    dtype = DTYPES.get(values.get("dtype", ""))
-    trial = Trial(resolved, None, values, dtype)
-    run = _Run(resolved, check, Settings(1, dtype=dtype))
+    trial = Trial.replaying(resolved, values)
+    run = _Run(resolved, check, Settings(1, dtype=trial.dtype))
     result = run.judged(lambda: run.trial(trial))
     if trial.unknown:
         raise ValueError(f"this replay has no value {trial.unknown!r}: it belongs to another check or version")

@@ -32,7 +32,7 @@ class Sample:
     slug: str  # its class
     base: str  # the model it stands in
     verdicts: Mapping[str, str]  # status by check id
-    symptoms: Mapping[str, bool]  # answers of verify/symptoms.py, by id
+    symptoms: Mapping[str, bool]  # answers of verify/symptoms/, by id
 
     @property
     def killers(self) -> tuple[str, ...]:

@@ -75,8 +75,7 @@ def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> l
     if not report.likely:
         return [*lines, f"  {words['raises' if report.only_raises else 'unknown']}"]
     for found in report.likely:
-        about = bug_class(found.bug)
-        look = about.look_for_zh if lang == "zh" else about.look_for
+        look = bug_class(found.bug).text(lang).look_for
         lines.append(f"  {found.score:4.0%}  {_paint(found.bug, '1', color)}: {explain_diagnosis(found, lang)}")
         lines.append(f"        {_paint(words['look'], '90', color)}: {look}")
         lines.append(f"        {_paint(words['more'], '90', color)}: diymodel zoo show {found.bug}")

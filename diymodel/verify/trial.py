@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 8
 MAX_ROWS = 3
 
@@ -60,6 +61,11 @@ class Trial:
         self._noise: dict[Any, float] = {}  # measured rounding, by module and place in a check
         self.unknown: str | None = None  # a value that a replay lacks
         self.around: Around | None = None  # what each call of its modules happens in
+
+    @classmethod
+    def replaying(cls, subject: Subject, values: Mapping[str, Any], device: str = "cpu") -> Trial:
+        """A trial on recorded values, in the dtype that they name, if they name one."""
+        return cls(subject, None, values, DTYPES.get(values.get("dtype", "")), device)
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diymodel._files import replace_file
+from diymodel._files import replace_text
 
 EXAMPLES = """\
 examples:
@@ -83,7 +83,7 @@ def _matrix(args: argparse.Namespace) -> int:
     print(text(samples), end="")
     for path, make in ((args.html, page), (args.svg, picture)):
         if path is not None:
-            replace_file(path, lambda file, make=make: file.write(make(samples).encode()))  # type: ignore[misc]
+            replace_text(path, make(samples))
     return 0
 
 
@@ -105,7 +105,7 @@ def _list(args: argparse.Namespace) -> int:
     from diymodel.verify.catalogue import list_bug_classes
 
     for found in list_bug_classes():
-        print(f"{found.area:<12} {found.slug:<36} {found.what_zh if args.lang == 'zh' else found.what}")
+        print(f"{found.area:<12} {found.slug:<36} {found.text(args.lang).what}")
     return 0
 
 
@@ -126,8 +126,7 @@ def _quiz(args: argparse.Namespace) -> int:
     if args.answer is None:
         if args.out.exists():
             raise ValueError(f"{args.out} exists: name another file")
-        content = quiz_file(args.number, args.out.name).encode()
-        replace_file(args.out, lambda file: file.write(content))
+        replace_text(args.out, quiz_file(args.number, args.out.name))
         print(f"{args.out}: diymodel verify {args.out}:subject, then diymodel zoo quiz {args.number} --answer SLUG")
         return 0
     bug, given = bug_of(args.number), bug_class(args.answer)

@@ -91,10 +91,8 @@ def lesson(slug: str, base: str | None = None, lang: Lang = "en", steps: int = T
         ValueError: there is no such class, or it is not planted in ``base``.
     """
     words, about, bugs = _WORDS[lang], bug_class(slug), bugs_of(slug)
-    zh = lang == "zh"
-    parts = [slug, about.what_zh if zh else about.what]
-    parts += ["", f"{words['look']}: {about.look_for_zh if zh else about.look_for}"]
-    parts += ["", f"{words['symptom']}: {about.symptom_zh if zh else about.symptom}"]
+    text = about.text(lang)
+    parts = [slug, text.what, "", f"{words['look']}: {text.look_for}", "", f"{words['symptom']}: {text.symptom}"]
     if bugs:
         bug = _on(bugs, base)
         parts += [

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from diymodel._files import replace_file
+from diymodel._files import replace_text
+from diymodel._machine import describe_machine
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import PROFILES, Settings, verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
@@ -43,10 +44,10 @@ def extend(
     facts = {"profile": profile, "seed": seed, "torch": torch.__version__}
     samples = [sample for sample in _measured(path, facts, checks) if sample.bug in bugs]
     left = [bug for id, bug in bugs.items() if id not in {sample.bug for sample in samples}]
+    head = {**facts, "machine": describe_machine(torch.device("cpu"))}
     for sample in _parallel(_measure, [(bug.id, profile, seed) for bug in left], jobs):
         samples = sorted([*samples, sample], key=lambda sample: (sample.slug, sample.base, sample.bug))
-        text = write_samples(samples, facts).encode()
-        replace_file(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+        replace_text(path, write_samples(samples, head))
         if on_sample is not None:
             on_sample(sample)
     return samples
@@ -122,13 +123,13 @@ def luck(path: Path, profile: str, seeds: int, jobs: int = 1) -> dict[str, list[
     table = content.setdefault(profile, {"seeds": seeds, "torch": torch.__version__, "escaped": {}})
     if table["seeds"] != seeds:
         raise ValueError(f"{path} holds {table['seeds']} seeds at {profile}, not {seeds}: begin a new file")
+    table["machine"] = describe_machine(torch.device("cpu"))
     bugs = [bug.id for bug in list_bugs()]
     table["escaped"] = {id: table["escaped"][id] for id in bugs if id in table["escaped"]}
     left = [(id, profile, seeds) for id in bugs if id not in table["escaped"]]
     for id, escaped in _parallel(_escapes, left, jobs):
         table["escaped"][id] = escaped
-        text = f"{json.dumps(content, indent=1)}\n".encode()
-        replace_file(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+        replace_text(path, f"{json.dumps(content, indent=1)}\n")
     return dict(table["escaped"])
 
 

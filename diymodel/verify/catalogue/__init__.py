@@ -10,6 +10,7 @@ import functools
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
 
 AREAS = ("masks", "positions", "cache", "layers", "modes", "loss", "gradients", "checkpoints", "generation")
 
@@ -28,6 +29,20 @@ class BugClass:
     symptom_zh: str
     seen: tuple[str, ...]  # issues and pull requests, as "owner/name#number"
     left_out: str = ""  # why the zoo has no such model
+
+    def text(self, lang: str) -> BugText:
+        """What is said of it, in "en" or "zh"."""
+        if lang == "zh":
+            return BugText(self.what_zh, self.look_for_zh, self.symptom_zh)
+        return BugText(self.what, self.look_for, self.symptom)
+
+
+class BugText(NamedTuple):
+    """What is said of a class of bugs, in one language."""
+
+    what: str
+    look_for: str
+    symptom: str
 
 
 def list_bug_classes() -> list[BugClass]:

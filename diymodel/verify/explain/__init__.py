@@ -50,19 +50,19 @@ def cause(slug: str, check: Check, lang: Lang = "en") -> str:
     if found:
         return f"{found[1]}{found[2]}"
     try:
-        about = bug_class(slug)
+        what = bug_class(slug).text(lang).what
     except ValueError:  # a check of one's own may name what the catalogue does not know
         return slug
-    return f"{slug}：{about.what_zh}" if lang == "zh" else f"{slug}: {about.what}"
+    return f"{slug}：{what}" if lang == "zh" else f"{slug}: {what}"
 
 
 def explain_diagnosis(found: Diagnosis, lang: Lang = "en") -> str:
     """What the bug is, and what was seen that speaks for it."""
-    about, zh = bug_class(found.bug), lang == "zh"
+    what, zh = bug_class(found.bug).text(lang).what, lang == "zh"
     shown = [list_symptoms()[fact] for fact in found.evidence if fact in list_symptoms()]
     said = [symptom.yes_zh if zh else symptom.yes for symptom in shown]
     failed = [fact for fact in found.evidence if fact not in list_symptoms()]
     if failed:
         more = f" +{len(failed) - _CHECKS_NAMED}" if len(failed) > _CHECKS_NAMED else ""
         said.append(("失败的检查：" if zh else "failed: ") + ", ".join(failed[:_CHECKS_NAMED]) + more)
-    return f"{about.what_zh}依据：{'；'.join(said)}。" if zh else f"{about.what} Evidence: {'; '.join(said)}."
+    return f"{what}依据：{'；'.join(said)}。" if zh else f"{what} Evidence: {'; '.join(said)}."

@@ -51,14 +51,15 @@ _WIDE = {  # no unit is so alone that a norm hides what it says
 class Patient:
     """A subject that failed, with what its failures showed."""
 
-    def __init__(self, subject: Subject, failed: Mapping[str, Result]) -> None:
+    def __init__(self, subject: Subject, failed: Mapping[str, Result], device: str = "cpu") -> None:
         self.subject = subject
         self.failed = failed
+        self.device = device
 
     def lm(self, sharpness: int = 2, **fixed: Any) -> LM:
         """A module with one layer and sharp weights; of a failing configuration where the subject refuses others."""
         first = next(result.failure.config for result in self.failed.values() if result.failure is not None)
-        trial = Trial(self.subject, None)
+        trial = Trial(self.subject, None, device=self.device)
         for config in ({**_WIDE, "num_layers": 1, **fixed}, {**first, "dropout": 0.0, **fixed}):
             try:
                 return trial.build(DIYConfig.from_dict(config), seed=1, sharpness=sharpness)
@@ -67,18 +68,22 @@ class Patient:
         raise refusal
 
     def passes_under(self, repair: RepairOf, ids: Iterable[str]) -> bool | None:
-        """Whether the failing trials of these checks pass under a repair."""
+        """Whether the failing trials of these checks pass under a repair; None where one passes without it as well."""
         known = [result for id, result in self.failed.items() if id in ids and result.failure is not None]
-        for result in known:
-            assert result.failure is not None
-            trial = Trial(self.subject, None, result.failure.values)
-            trial.around = repair
-            try:
-                with seeded():
-                    result.check.function(trial)
-            except CheckFailure:
-                return False
-        return True if known else None
+        if not known or any(self._passes(result, None) for result in known):
+            return None
+        return all(self._passes(result, repair) for result in known)
+
+    def _passes(self, result: Result, repair: RepairOf | None) -> bool:
+        assert result.failure is not None
+        trial = Trial.replaying(self.subject, result.failure.values, self.device)
+        trial.around = repair
+        try:
+            with seeded():
+                result.check.function(trial)
+        except CheckFailure:
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -117,13 +122,13 @@ def list_symptoms() -> dict[str, Symptom]:
     return dict(_SYMPTOMS)
 
 
-def observe(subject: Subject, results: Iterable[Result]) -> dict[str, bool]:
+def observe(subject: Subject, results: Iterable[Result], device: str = "cpu") -> dict[str, bool]:
     """The answers to the questions that the failures raise, by id; those that the module cannot answer are left out."""
     failed = {result.check.id: result for result in results if result.status == "failed"}
     answers: dict[str, bool] = {}
     if not any(result.failure is not None for result in failed.values()):
         return answers
-    patient = Patient(subject, failed)
+    patient = Patient(subject, failed, device)
     for found in list_symptoms().values():
         if not any(fnmatch.fnmatchcase(id, glob) for id in failed for glob in found.when):
             continue
@@ -144,13 +149,13 @@ def distinct_tokens(lm: LM, rows: int = 1, length: int = LENGTH) -> Tensor:
     """Distinct tokens in each row (B, T)."""
     generator = torch.Generator().manual_seed(3)
     rows_of = [torch.randperm(lm.config.vocab_size, generator=generator)[:length] for _ in range(rows)]
-    return torch.stack(rows_of)
+    return torch.stack(rows_of).to(next(lm.module.parameters()).device)
 
 
-def changed(ids: Tensor, position: int, row: int = 0) -> Tensor:
-    """The tokens with another one at a position."""
+def changed(ids: Tensor, position: int) -> Tensor:
+    """The tokens of distinct ones (B, T) with a neighbour's at a position."""
     other = ids.clone()
-    other[row, position] = (ids[row, position] + 7) % 16 if int(ids.max()) > 8 else 1 - ids[row, position].clamp(max=1)
+    other[:, position] = ids[:, position - 1]
     return other
 
 

@@ -19,7 +19,7 @@ _PREFILL = LENGTH - 1
 
 
 def _cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The logits of the last token, fed ``step`` tokens at a time (None: all at once) after a prefill."""
+    """The logits of the last token, after a prefill; the rest is fed ``step`` tokens at a time (None: all at once)."""
 
     def run(ids: Tensor) -> Tensor:
         logits, past = lm.extend(ids[:, :prefill])
@@ -30,9 +30,9 @@ def _cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Ca
     return run
 
 
-def _wrong(lm: LM, ids: Tensor, prefill: int, step: int | None = None) -> bool:
-    """Whether the last token's logits are wrong so fed."""
-    return apart(_cached_last(lm, prefill, step)(ids), lm.logits(ids)[:, -1]) > SAME
+def _wrong(lm: LM, ids: Tensor) -> bool:
+    """Whether the logits of the last token are wrong on a cache of the others."""
+    return apart(_cached_last(lm)(ids), lm.logits(ids)[:, -1]) > SAME
 
 
 @symptom(
@@ -86,9 +86,9 @@ def _sees_more(patient: Patient) -> bool | None:
 )
 def _right_in_one_row(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if not _wrong(lm, distinct_tokens(lm, rows=3), _PREFILL):
+    if not _wrong(lm, distinct_tokens(lm, rows=3)):
         return None
-    return not _wrong(lm, distinct_tokens(lm), _PREFILL)
+    return not _wrong(lm, distinct_tokens(lm))
 
 
 @symptom(
@@ -100,10 +100,10 @@ def _right_in_one_row(patient: Patient) -> bool | None:
 )
 def _right_in_one_layer(patient: Patient) -> bool | None:
     two = patient.lm(num_layers=2)
-    if two.config.num_layers != 2 or not _wrong(two, distinct_tokens(two), _PREFILL):
+    if two.config.num_layers != 2 or not _wrong(two, distinct_tokens(two)):
         return None
     one = patient.lm()
-    return not _wrong(one, distinct_tokens(one), _PREFILL)
+    return not _wrong(one, distinct_tokens(one))
 
 
 @symptom(
@@ -116,9 +116,9 @@ def _right_in_one_layer(patient: Patient) -> bool | None:
 def _equal_tokens_right(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if not _wrong(lm, ids, _PREFILL):
+    if not _wrong(lm, ids):
         return None
-    return not _wrong(lm, torch.full_like(ids, 3), _PREFILL)
+    return not _wrong(lm, torch.full_like(ids, 3))
 
 
 @symptom(

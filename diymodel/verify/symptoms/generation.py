@@ -34,7 +34,7 @@ def _length_is_wrong(patient: Patient) -> bool | None:
 def _first_new_token_right(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm, rows=4)
-    real = torch.arange(ids.shape[1]) < torch.tensor([3, 4, 5, 6])[:, None]
+    real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor([3, 4, 5, 6], device=ids.device)[:, None]
     real = real.flip(1) if lm.generating.pads_left else real
     found = lm.generating.new_tokens(lm.greedy(ids, _NEW, real), real)
     firsts, all_right = True, True

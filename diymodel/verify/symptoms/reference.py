@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.symptoms import LENGTH, ROUTER, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
 
 _REFERENCE = ("reference.*",)
 
@@ -53,7 +53,7 @@ def _right_for_one_token(patient: Patient) -> bool | None:
     ("attention-scale-wrong", "rope-pairing-convention", "mask-hides-self", "no-positions"),
 )
 def _right_for_equal_tokens(patient: Patient) -> bool | None:
-    return _right_when(patient, lambda lm: torch.full((1, LENGTH), 3))
+    return _right_when(patient, lambda lm: torch.full_like(distinct_tokens(lm), 3))
 
 
 @symptom(

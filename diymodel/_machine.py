@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[1]
 _PEERS = ("transformers", "litgpt", "x-transformers")
 
 
@@ -41,20 +41,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def choose(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a run; on a CPU from here on one thread.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: skipped, torch sees no CUDA device here")
-    if device == "cpu":
-        torch.set_num_threads(1)
-    chosen: torch.dtype = getattr(torch, dtype)
-    return torch.device(device), chosen
-
-
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -75,7 +61,7 @@ def _commit() -> str | None:
     if "DIYMODEL_COMMIT" in os.environ:
         return os.environ["DIYMODEL_COMMIT"]
     try:
-        if not _git("ls-files", "diymodel/bench/machine.py"):
+        if not _git("ls-files", "diymodel/_machine.py"):
             return None  # an installed package inside somebody else's repository
         commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "diymodel")
     except (OSError, subprocess.CalledProcessError):
