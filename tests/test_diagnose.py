@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.diagnosis import EXAMPLES, TRIES, Try
 from diymodel.config import DIYConfig
 from diymodel.verify import check_causal_lm
 from diymodel.verify.adapters import LM
@@ -28,20 +29,7 @@ from diymodel.verify.symptoms import list_symptoms, observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
 
-EXAMPLES = Path(__file__).parent / "examples"
 MY_MODEL = EXAMPLES / "my_model.py"
-FRESH = [  # bugs in models that no diagnosis has learned from: file, name, the line and what becomes of it, the class
-    (
-        "multi_query.py",
-        "MultiQuery",
-        "[:, :-1].flatten(0, 1), labels[:, 1:].flatten()",
-        ".flatten(0, 1)[:-1], labels.flatten()[1:]",
-        "labels-flattened-before-shift",
-    ),
-    ("multi_query.py", "MultiQuery", "s.softmax(-1)", "s.softmax(-2)", "softmax-wrong-axis"),
-    ("multi_query.py", "MultiQuery", "triu(S - T + 1)", "triu(S - T + 2)", "mask-sees-next-token"),
-    ("nano_gpt.py", "GPT", "self.dropout if self.training else 0.0", "self.dropout", "dropout-active-in-eval"),
-]
 SAMPLES = read_samples()
 LIVE = (  # bugs, one for each group of symptoms
     "attention-scale-wrong-rotary-reference.logits",
@@ -163,16 +151,10 @@ def test_a_strangers_bug_is_named_in_every_form_of_the_report(restarting: Path) 
     assert "<code>position-restarts-in-decode</code> ·" in to_html(report)
 
 
-@pytest.mark.parametrize(("file", "name", "old", "new", "slug"), FRESH, ids=[slug for *_, slug in FRESH])
-def test_a_bug_in_a_model_outside_the_zoo_is_named(
-    tmp_path: Path, file: str, name: str, old: str, new: str, slug: str
-) -> None:
-    source = (EXAMPLES / file).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    path = tmp_path / file
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    report = check_causal_lm(f"{path}:{name}", profile="quick")
-    assert report.diagnosis[0].bug == slug, report.to_text()
+@pytest.mark.parametrize("fresh", TRIES, ids=[fresh.slug for fresh in TRIES])
+def test_a_bug_in_a_model_outside_the_zoo_is_named(tmp_path: Path, fresh: Try) -> None:
+    report = check_causal_lm(fresh.plant(tmp_path), profile="quick")
+    assert report.diagnosis[0].bug == fresh.slug, report.to_text()
 
 
 def test_pytest_names_it_in_its_summary(restarting: Path) -> None:
