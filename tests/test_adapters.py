@@ -385,6 +385,49 @@ def test_a_module_that_needs_two_tokens_gets_two() -> None:
     assert report.verdict == "passed", report.to_text()
 
 
+class SequenceFirst(Tiny):
+    """As torch's own modules are by default: (T, B), with padding told as (B, T)."""
+
+    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        ids = src.t()
+
+        def masked(scores: Tensor) -> Tensor:
+            hidden = self.hidden(scores)
+            if src_key_padding_mask is not None:
+                hidden = hidden | src_key_padding_mask[:, None, None]
+            return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+
+        logits = self.run(ids, masked).transpose(0, 1)
+        if labels is None:
+            return logits
+        return logits, F.cross_entropy(logits[:-1].flatten(0, 1), labels[1:].flatten())
+
+    def hidden(self, scores: Tensor) -> Tensor:
+        return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+
+
+class SequenceFirstLeaks(SequenceFirst):
+    def hidden(self, scores: Tensor) -> Tensor:
+        return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(2)
+
+
+def test_a_module_that_takes_the_sequence_first_is_called_so() -> None:
+    assert (
+        resolve(SequenceFirst)
+        .convention.describe()
+        .startswith("forward(src, src_key_padding_mask, labels); tensors are (seq, batch); labels unshifted")
+    )
+    groups = ("shape.*", "causality.*", "batch.*", "loss.*", "padding.*", "gradients.*", "modes.*", "state.*")
+    found = verdicts(SequenceFirst, only=groups)
+    ran = {"causality.edit", "causality.gradient", "batch.row_alone", "loss.value", "padding.right_changes_nothing"}
+    assert ran <= {id for id, status in found.items() if status == "passed"}
+
+
+def test_a_module_that_takes_the_sequence_first_is_seen_through() -> None:
+    report = check_causal_lm(SequenceFirstLeaks, profile="quick", only=["causality.edit"])
+    assert report.verdict == "failed"
+
+
 class SeesAll(Tiny):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.run(tokens, lambda scores: scores)

@@ -38,6 +38,7 @@ Shifted = Callable[
 Around = Callable[[int, int], AbstractContextManager[Any]]  # start, T: what each call of the module happens in
 Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # config, state_dict, ids -> logits, float64
 
+_BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
 _OUTPUTS = ("logits", "loss", "past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")
 
@@ -76,6 +77,7 @@ class Convention:
     causal: str | None = None  # (T, S): the caller makes the causal mask, as causal_mask says
     block_mask: str | None = None  # gpt-fast: the caller makes flex attention's causal mask
     new_tokens: str | None = None  # x-transformers' cache_age: how many of the tokens are not in the cache, an int
+    sequence_first: bool = False  # torch's batch_first=False: tokens, labels and logits come as (T, B, …)
     causal_mask: CausalMask = CAUSAL_MASKS[0]
     mask_dtype: torch.dtype = torch.int64
     mask_marks_padding: bool = False  # torch's key_padding_mask: True at padding
@@ -101,6 +103,8 @@ class Convention:
         """How the module is called, in a line for its author."""
         call = f"forward({', '.join(name for role in ROLES if (name := getattr(self, role)))})"
         notes = []
+        if self.sequence_first:
+            notes.append("tensors are (seq, batch)")
         if self.causal:
             notes.append(f"{self.causal} is a causal mask that the caller makes")
         if self.labels:
@@ -304,9 +308,17 @@ class LM:
     def _call(self, inputs: Mapping[str, Any], start: int = 0) -> Output:
         if not self.keep_layout:  # how tensors lie in memory is the matter of one check only
             inputs = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        T = inputs[self.convention.ids].shape[1]
+        convention, T = self.convention, inputs[self.convention.ids].shape[1]
+        if convention.sequence_first:
+            by_token = {getattr(convention, role) for role in _BY_TOKEN}
+            inputs = {
+                name: x.t().contiguous() if name in by_token and x.dim() == 2 else x for name, x in inputs.items()
+            }
         with nullcontext() if self.around is None else self.around(start, T):
-            return read_output(self.module(**inputs), self.config.vocab_size)
+            output = read_output(self.module(**inputs), self.config.vocab_size)
+        if convention.sequence_first and output.logits is not None:
+            return output._replace(logits=output.logits.transpose(0, 1))
+        return output
 
 
 def own_model() -> dict[str, Any]:

@@ -143,7 +143,10 @@ def _find_call(module: nn.Module, declared: Mapping[str, Any]) -> Convention:
 def _find_logits(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
 ) -> Convention:
-    """The first way to call it in which all positions' logits come and none sees the future; else the first way."""
+    """The first way to call it in which all positions' logits come, the last sees the first, and none sees the future.
+
+    Where none is so, the first in which the last position sees the first; else the first.
+    """
     draw_weights(module, seed=0, sharpness=2)
     ways = [convention] if "causal" in declared else _ways(convention, _required(module))
     accepted, reasons = [], []
@@ -155,12 +158,14 @@ def _find_logits(
             reasons.append(why)
         else:
             continue
-        if _is_causal(LM(module, config, trial), ids):
+        lm = LM(module, config, trial)
+        reaches = _reaches(lm, ids)
+        if reaches and _is_causal(lm, ids):
             return trial
-        accepted.append(trial)
+        accepted.append((not reaches, trial))
     if not accepted:
         raise SubjectError(reasons[0])
-    return accepted[0]
+    return min(accepted, key=lambda way: way[0])[1]
 
 
 def _ways(convention: Convention, required: set[str]) -> list[Convention]:
@@ -179,7 +184,7 @@ def _ways(convention: Convention, required: set[str]) -> list[Convention]:
         ways += [replace(without, causal=name, causal_mask=kind) for kind in CAUSAL_MASKS]
     if convention.positions_always:
         ways = [replace(way, positions_are_shared=shared) for way in ways for shared in (False, True)]
-    return ways
+    return [replace(way, sequence_first=first) for first in (False, True) for way in ways]
 
 
 def _wrong_logits(lm: LM, ids: Tensor) -> str | None:
@@ -201,14 +206,19 @@ def _close(seen: Tensor, expected: Tensor) -> bool:
     return bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
 
 
-def _is_causal(lm: LM, ids: Tensor) -> bool:
-    """Whether the last token reaches no earlier logit, and the first one the last."""
-    first, last = ids.clone(), ids.clone()
+def _reaches(lm: LM, ids: Tensor) -> bool:
+    """Whether the first token reaches the last logits."""
+    first = ids.clone()
     first[:, 0] = (ids[:, 0] + 1) % lm.config.vocab_size
+    return not torch.equal(lm.logits(first)[:, -1], lm.logits(ids)[:, -1])
+
+
+def _is_causal(lm: LM, ids: Tensor) -> bool:
+    """Whether the last token reaches no earlier logit."""
+    last = ids.clone()
     last[:, -1] = (ids[:, -1] + 1) % lm.config.vocab_size
     logits = lm.logits(ids)
-    reached = not torch.equal(lm.logits(first)[:, -1], logits[:, -1])
-    return bool(logits.isfinite().all()) and reached and _close(lm.logits(last)[:, :-1], logits[:, :-1])
+    return bool(logits.isfinite().all()) and _close(lm.logits(last)[:, :-1], logits[:, :-1])
 
 
 def _mask_kinds(convention: Convention) -> list[Convention]:
