@@ -310,10 +310,8 @@ class LM:
             inputs = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         convention, T = self.convention, inputs[self.convention.ids].shape[1]
         if convention.sequence_first:
-            by_token = {getattr(convention, role) for role in _BY_TOKEN}
-            inputs = {
-                name: x.t().contiguous() if name in by_token and x.dim() == 2 else x for name, x in inputs.items()
-            }
+            by_token = {getattr(convention, role) for role in _BY_TOKEN} & inputs.keys()
+            inputs = {**inputs, **{name: x.t().contiguous() for name in by_token if (x := inputs[name]).dim() == 2}}
         with nullcontext() if self.around is None else self.around(start, T):
             output = read_output(self.module(**inputs), self.config.vocab_size)
         if convention.sequence_first and output.logits is not None:
