@@ -66,6 +66,12 @@ def test_only_the_command_line_knows_the_benchmarks() -> None:
         assert "bench" not in imports or path.parts[len(PACKAGE.parts)] in ("bench", "cli.py"), f"{path} imports bench"
 
 
+def test_what_old_torch_lacks_is_imported_in_one_place() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        imports = re.findall(r"^from torch.nn.attention", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not imports or path.name == "_compat.py", f"{path}: torch 2.2 has no torch.nn.attention"
+
+
 def test_public_names_are_lazy_and_resolve() -> None:
     assert set(dir(diymodel)) == set(diymodel.__all__)
     for name in diymodel.__all__:
