@@ -15,7 +15,8 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.handing import Arguments, Calls, fed_to_cache, handed, right_mask, right_positions
 from diymodel.verify.symptoms import Patient, symptom
 
-_LIKELIEST = ("generation.cached_greedy_is_argmax", "generation.greedy_is_argmax", "generation.padded_prompt")
+_LIKELIEST = ("generation.cached_greedy_is_argmax", "generation.greedy_is_argmax")
+_PADDED = ("generation.padded_prompt",)
 _ROWS = 24
 _PROMPT = 4
 _NEW = 4
@@ -79,7 +80,7 @@ def _setting(patient: Patient, lm: LM) -> bool | None:
     "generation.first_new_token_right",
     "after padding the first new token is right, and later ones are not",
     "有 padding 时第一个新 token 是对的，之后的才错",
-    ("generation.padded_prompt",),
+    _PADDED,
     ("padding-mask-lost-in-decode", "position-ids-ignored"),
 )
 def _first_new_token_right(patient: Patient) -> bool | None:
@@ -94,7 +95,7 @@ def _first_new_token_right(patient: Patient) -> bool | None:
     "generation.reads_the_padding",
     "with other tokens at the padding of the prompts, other tokens are generated",
     "换掉提示词里 padding 位置上的 token，生成的结果就变了",
-    ("generation.padded_prompt",),
+    _PADDED,
     ("continues-from-pad", "padding-mask-lost-in-decode"),
 )
 def _reads_the_padding(patient: Patient) -> bool | None:
@@ -111,7 +112,7 @@ def _reads_the_padding(patient: Patient) -> bool | None:
     "generation.goes_on_after_the_padding",
     "the first new token is the likeliest after the padding, not after the prompt",
     "第一个新 token 接的是 padding 的末尾，而不是提示词的末尾",
-    ("generation.padded_prompt",),
+    _PADDED,
     ("continues-from-pad",),
 )
 def _goes_on_after_the_padding(patient: Patient) -> bool | None:
@@ -143,11 +144,14 @@ def _feeds_other_tokens(patient: Patient) -> bool | None:
     return any(not ids.equal(found[:, start : start + ids.shape[1]]) for start, ids in fed)
 
 
-def _right_when_handed(patient: Patient, change: Callable[[Calls, Arguments], None]) -> bool | None:
-    """Whether generate, which goes wrong, keeps to the likeliest tokens once its calls are handed something else."""
+def _right_when_handed(patient: Patient, change: Callable[[Calls, Arguments], None], padded: bool) -> bool | None:
+    """Whether generate, which goes wrong, keeps to the likeliest tokens once its calls are handed something else.
+
+    Args:
+        padded: asked where it takes padding to go wrong; else where it goes wrong without.
+    """
     lm = patient.lm()
-    padded = _setting(patient, lm)
-    if padded is None or lm.convention.cache_on_module:
+    if lm.convention.cache_on_module or _setting(patient, lm) is not padded:
         return None
     prompts = _prompts(patient, lm, padded)
     calls = Calls(lm, prompts.real)
@@ -156,30 +160,38 @@ def _right_when_handed(patient: Patient, change: Callable[[Calls, Arguments], No
     return _parts_at(lm, prompts, found) is None if calls.number else None
 
 
-@symptom(
-    "repair.positions_in_generate",
-    "with the right positions handed to each call that generate makes, it takes the likeliest tokens",
-    "给 generate 的每次调用传入正确的位置后，它选的就是概率最大的 token 了",
-    _LIKELIEST,
+def _handing(
+    id: str, what: str, what_zh: str, change: Callable[[Calls, Arguments], None], argument: str, causes: tuple[str, str]
+) -> None:
+    """Two symptoms: what makes generate right where it is wrong without padding, and where it is with padding only."""
+    for padded, cause in enumerate(causes):
+        behind = "padded_" if padded else ""
+        symptom(
+            f"repair.{id}_in_{behind}generate",
+            f"with the right {what} handed to each call that generate makes, it takes the likeliest tokens"
+            + (" after padded prompts as well" if padded else ""),
+            f"给 generate 的每次调用传入正确的{what_zh}后，"
+            + ("带 padding 的提示词也接得对了" if padded else "它选的就是概率最大的 token 了"),
+            _PADDED if padded else _LIKELIEST,
+            (cause,),
+        )(
+            lambda patient, padded=bool(padded): (  # type: ignore[misc]
+                _right_when_handed(patient, change, padded)
+                if getattr(patient.subject.convention, argument) is not None
+                else None
+            )
+        )
+
+
+_handing(
+    "positions",
+    "positions",
+    "位置",
+    right_positions,
+    "positions",
     ("position-restarts-in-decode", "padded-batch-shared-position"),
 )
-def _positions_in_generate(patient: Patient) -> bool | None:
-    if patient.subject.convention.positions is None:
-        return None
-    return _right_when_handed(patient, right_positions)
-
-
-@symptom(
-    "repair.mask_in_generate",
-    "with the right mask handed to each call that generate makes, it takes the likeliest tokens",
-    "给 generate 的每次调用传入正确的掩码后，它选的就是概率最大的 token 了",
-    _LIKELIEST,
-    ("padding-mask-lost-in-decode", "cached-path-diverges"),
-)
-def _mask_in_generate(patient: Patient) -> bool | None:
-    if patient.subject.convention.mask is None:
-        return None
-    return _right_when_handed(patient, right_mask)
+_handing("mask", "mask", "掩码", right_mask, "mask", ("cached-path-diverges", "padding-mask-lost-in-decode"))
 
 
 @symptom(

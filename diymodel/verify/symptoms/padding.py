@@ -109,7 +109,12 @@ def _wrong(patient: Patient, lm: LM, equal: bool = False) -> tuple[bool, bool] |
     "padded rows are right in one call, and wrong in a step on their cache",
     "带 padding 的行一次算完是对的，接着 cache 解码一步就错了",
     ("padding.*_with_cache",),
-    ("padding-mask-lost-in-decode", "position-from-kept-length", "padded-batch-shared-position"),
+    (
+        "padding-mask-lost-in-decode",
+        "position-from-kept-length",
+        "position-ids-ignored",
+        "padded-batch-shared-position",
+    ),
 )
 def _only_the_step_wrong(patient: Patient) -> bool | None:
     found = _wrong(patient, patient.lm())
@@ -132,20 +137,38 @@ def _right_for_equal_lengths(patient: Patient) -> bool | None:
 
 
 @symptom(
-    "padding.step_sees_padding",
-    "a step on the cache depends on the tokens that stand at the padding",
-    "接着 cache 解码的一步，结果取决于 padding 位置上放了什么 token",
+    "padding.step_without_its_mask",
+    "a step on the cache sees what its mask hides: other tokens at the padding, or another mask, tell",
+    "接着 cache 解码的一步看到了掩码遮住的内容：换掉 padding 处的 token 会影响结果，或者换个掩码却没有影响",
     ("padding.*_with_cache",),
     ("padding-mask-lost-in-decode",),
 )
-def _step_sees_padding(patient: Patient) -> bool | None:
+def _step_without_its_mask(patient: Patient) -> bool | None:
     lm = patient.lm()
     if not _steps(patient, lm) or not _right_without(lm, step=True):
         return None
     batches = list(_batches(patient, lm))
-    if any(_sees_padding(partial(_step, lm), batch) for batch in batches):
+    if any(_sees_padding(partial(_step, lm), batch) for batch in batches) or _mask_changes_nothing(lm):
         return True
     return False if any(batch.goes_on and _step_off(lm, batch) for batch in batches) else None
+
+
+def _mask_changes_nothing(lm: LM) -> bool:
+    """Whether hiding a token that is cached, from a step, makes no difference."""
+    name, marks = lm.convention.mask, lm.convention.mask_marks_padding
+    if name is None or lm.convention.lengths or lm.convention.left:
+        return False
+    ids = distinct_tokens(lm, _ROWS, min(LENGTH, lm.config.max_seq_len))
+    batch = _Batch(ids, torch.ones_like(ids, dtype=torch.bool), True)
+
+    def hide(arguments: Arguments) -> None:
+        if arguments[lm.convention.ids].shape[1] == 1:
+            arguments[name] = arguments[name].clone()
+            arguments[name][:, 1] = marks
+
+    plain = _step(lm, batch)
+    with handed(lm, hide):
+        return apart(_step(lm, batch), plain) <= SAME
 
 
 def _real_logits(call: Callable[[_Batch], Tensor], batch: _Batch) -> Tensor:
@@ -157,7 +180,7 @@ def _real_logits(call: Callable[[_Batch], Tensor], batch: _Batch) -> Tensor:
     "in a single call the real tokens depend on what stands at the padding",
     "一次算完时，真实 token 的结果取决于 padding 位置上放了什么 token",
     _PADDING,
-    ("mask-dropped-on-fast-path", "mask-hides-self"),
+    ("mask-dropped-on-fast-path", "mask-hides-self", "bidirectional-mask"),
 )
 def _call_sees_padding(patient: Patient) -> bool | None:
     lm = patient.lm()
@@ -194,31 +217,6 @@ def _right_on_some_paths(patient: Patient) -> bool | None:
                 found.add(_call_off(lm, batch, cached))
         mixed, wrong = mixed or len(found) > 1, wrong or True in found
     return mixed if wrong else None
-
-
-@symptom(
-    "padding.step_ignores_its_mask",
-    "which cached tokens the mask of a step hides changes nothing",
-    "接着 cache 解码时，掩码遮住哪些已缓存的 token 都不影响结果",
-    ("padding.*_with_cache",),
-    ("padding-mask-lost-in-decode",),
-)
-def _step_ignores_its_mask(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    name, marks = lm.convention.mask, lm.convention.mask_marks_padding
-    if name is None or lm.convention.lengths or not _steps(patient, lm) or not _right_without(lm, step=True):
-        return None
-    ids = distinct_tokens(lm, _ROWS, min(LENGTH, lm.config.max_seq_len))
-    batch = _Batch(ids, torch.ones_like(ids, dtype=torch.bool), True)
-
-    def hide(arguments: Arguments) -> None:
-        if arguments[lm.convention.ids].shape[1] == 1:
-            arguments[name] = arguments[name].clone()
-            arguments[name][:, 1] = marks
-
-    plain = _step(lm, batch)
-    with handed(lm, hide):
-        return apart(_step(lm, batch), plain) <= SAME
 
 
 @symptom(
