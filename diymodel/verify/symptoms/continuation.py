@@ -1,35 +1,32 @@
-"""Where what generate writes parts from the likeliest tokens, and what makes it keep to them.
+"""Where what generate writes parts from the likeliest tokens.
 
 Shapes: B batch, T prompt length, N new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.handing import Arguments, Calls, fed_to_cache, handed, right_mask, right_positions
-from diymodel.verify.symptoms import Patient, symptom
+from diymodel.verify.symptoms import SAME, Patient, apart, symptom
 
-_LIKELIEST = ("generation.cached_greedy_is_argmax", "generation.greedy_is_argmax")
-_PADDED = ("generation.padded_prompt",)
+PADDED = ("generation.padded_prompt",)
 _ROWS = 24
 _PROMPT = 4
 _NEW = 4
 _NEAR = 1e-5  # of the largest logit: what generate may take for the likeliest, most choose in float32
 
 
-class _Prompts(NamedTuple):
+class Prompts(NamedTuple):
     ids: Tensor  # (B, T)
     real: Tensor  # (B, T), False at padding
     new: int  # tokens that are asked for
 
 
-def _prompts(patient: Patient, lm: LM, padded: bool) -> _Prompts:
+def drawn_prompts(patient: Patient, lm: LM, padded: bool) -> Prompts:
     """Random prompts, so many that a wrong logit shows in a token; padded on the side on which they should be."""
     device = next(lm.module.parameters()).device
     T = min(_PROMPT, lm.config.max_seq_len - 2)
@@ -40,15 +37,15 @@ def _prompts(patient: Patient, lm: LM, padded: bool) -> _Prompts:
     real = torch.arange(T, device=device) < (lengths[:, None] if padded else T)
     real = real.expand(rows, T)
     left = lm.generating.pads_left or patient.subject.missing("left_padding") is None
-    return _Prompts(ids, real.flip(1) if left else real, min(_NEW, lm.config.max_seq_len - T))
+    return Prompts(ids, real.flip(1) if left else real, min(_NEW, lm.config.max_seq_len - T))
 
 
-def _write(lm: LM, prompts: _Prompts, padded: bool) -> Tensor:
+def write(lm: LM, prompts: Prompts, padded: bool) -> Tensor:
     return lm.greedy(prompts.ids.clone(), prompts.new, prompts.real if padded else None)
 
 
 @torch.no_grad()
-def _parts_at(lm: LM, prompts: _Prompts, found: Tensor) -> int | None:
+def parts_at(lm: LM, prompts: Prompts, found: Tensor) -> int | None:
     """Which new token is first, of any row, not the likeliest after what its row holds alone; None: all are."""
     first = None
     for row, new in enumerate(lm.generating.new_tokens(found, prompts.real)):
@@ -63,15 +60,15 @@ def _parts_at(lm: LM, prompts: _Prompts, found: Tensor) -> int | None:
     return first
 
 
-def _setting(patient: Patient, lm: LM) -> bool | None:
+def setting(patient: Patient, lm: LM) -> bool | None:
     """Whether padding is what it takes to go wrong; None where nothing goes wrong."""
     if patient.subject.missing("greedy") is not None:
         return None
     for padded in (False, True):
         if padded and patient.subject.missing("generate_padded") is not None:
             break
-        prompts = _prompts(patient, lm, padded)
-        if _parts_at(lm, prompts, _write(lm, prompts, padded)) is not None:
+        prompts = drawn_prompts(patient, lm, padded)
+        if parts_at(lm, prompts, write(lm, prompts, padded)) is not None:
             return padded
     return None
 
@@ -80,31 +77,31 @@ def _setting(patient: Patient, lm: LM) -> bool | None:
     "generation.first_new_token_right",
     "after padding the first new token is right, and later ones are not",
     "有 padding 时第一个新 token 是对的，之后的才错",
-    _PADDED,
+    PADDED,
     ("padding-mask-lost-in-decode", "position-ids-ignored"),
 )
 def _first_new_token_right(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if _setting(patient, lm) is not True:
+    if setting(patient, lm) is not True:
         return None
-    prompts = _prompts(patient, lm, padded=True)
-    return _parts_at(lm, prompts, _write(lm, prompts, padded=True)) != 0
+    prompts = drawn_prompts(patient, lm, padded=True)
+    return parts_at(lm, prompts, write(lm, prompts, padded=True)) != 0
 
 
 @symptom(
     "generation.reads_the_padding",
     "with other tokens at the padding of the prompts, other tokens are generated",
     "换掉提示词里 padding 位置上的 token，生成的结果就变了",
-    _PADDED,
+    PADDED,
     ("continues-from-pad", "padding-mask-lost-in-decode"),
 )
 def _reads_the_padding(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if _setting(patient, lm) is not True:
+    if setting(patient, lm) is not True:
         return None
-    prompts = _prompts(patient, lm, padded=True)
+    prompts = drawn_prompts(patient, lm, padded=True)
     other = prompts._replace(ids=prompts.ids.where(prompts.real, prompts.ids.roll(1, 0)))
-    seen, plain = (lm.generating.new_tokens(_write(lm, each, padded=True), each.real) for each in (other, prompts))
+    seen, plain = (lm.generating.new_tokens(write(lm, each, padded=True), each.real) for each in (other, prompts))
     return any(not one[: prompts.new].equal(two[: prompts.new]) for one, two in zip(seen, plain, strict=True))
 
 
@@ -112,86 +109,41 @@ def _reads_the_padding(patient: Patient) -> bool | None:
     "generation.goes_on_after_the_padding",
     "the first new token is the likeliest after the padding, not after the prompt",
     "第一个新 token 接的是 padding 的末尾，而不是提示词的末尾",
-    _PADDED,
+    PADDED,
     ("continues-from-pad",),
 )
 def _goes_on_after_the_padding(patient: Patient) -> bool | None:
     lm = patient.lm()
-    prompts = _prompts(patient, lm, padded=True)
-    if not bool(prompts.real[:, 0].all()) or _setting(patient, lm) is not True:
+    prompts = drawn_prompts(patient, lm, padded=True)
+    if not bool(prompts.real[:, 0].all()) or setting(patient, lm) is not True:
         return None
-    found = lm.generating.new_tokens(_write(lm, prompts, padded=True), prompts.real)
+    found = lm.generating.new_tokens(write(lm, prompts, padded=True), prompts.real)
     firsts = torch.stack([new[0] for new in found])
     behind = (lm.logits(prompts.ids, real)[:, -1].argmax(-1) for real in (prompts.real, None))
     return any(firsts.equal(likeliest) for likeliest in behind)
 
 
 @symptom(
-    "generation.feeds_other_tokens",
-    "on its cache, generate feeds other tokens than those it writes",
-    "接着 cache 生成时，送进模型的 token 不是它刚写下的那些",
+    "generation.right_by_hand",
+    "fed by hand, the module is right on its cache: only the calls that generate makes go wrong",
+    "手动逐个送入 token 时，带 cache 的结果是对的：只有 generate 里的调用出错",
     ("generation.cached_greedy_is_argmax",),
-    ("cached-path-diverges",),
+    ("position-restarts-in-decode", "cached-path-diverges"),
 )
-def _feeds_other_tokens(patient: Patient) -> bool | None:
+def _right_by_hand(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if _setting(patient, lm) is not False:
+    if patient.subject.missing("cache") is not None or setting(patient, lm) is not False:
         return None
-    prompts = _prompts(patient, lm, padded=False)
-    fed, found = fed_to_cache(lm, lambda: _write(lm, prompts, padded=False), prompts.real)
-    if not fed:
-        return None
-    return any(not ids.equal(found[:, start : start + ids.shape[1]]) for start, ids in fed)
-
-
-def _right_when_handed(patient: Patient, change: Callable[[Calls, Arguments], None], padded: bool) -> bool | None:
-    """Whether generate, which goes wrong, keeps to the likeliest tokens once its calls are handed something else.
-
-    Args:
-        padded: asked where it takes padding to go wrong; else where it goes wrong without.
-    """
-    lm = patient.lm()
-    if lm.convention.cache_on_module or _setting(patient, lm) is not padded:
-        return None
-    prompts = _prompts(patient, lm, padded)
-    calls = Calls(lm, prompts.real)
-    with handed(lm, lambda arguments: change(calls, arguments)):
-        found = _write(lm, prompts, padded)
-    return _parts_at(lm, prompts, found) is None if calls.number else None
-
-
-def _handing(
-    id: str, what: str, what_zh: str, change: Callable[[Calls, Arguments], None], argument: str, causes: tuple[str, str]
-) -> None:
-    """Two symptoms: what makes generate right where it is wrong without padding, and where it is with padding only."""
-    for padded, cause in enumerate(causes):
-        behind = "padded_" if padded else ""
-        symptom(
-            f"repair.{id}_in_{behind}generate",
-            f"with the right {what} handed to each call that generate makes, it takes the likeliest tokens"
-            + (" after padded prompts as well" if padded else ""),
-            f"给 generate 的每次调用传入正确的{what_zh}后，"
-            + ("带 padding 的提示词也接得对了" if padded else "它选的就是概率最大的 token 了"),
-            _PADDED if padded else _LIKELIEST,
-            (cause,),
-        )(
-            lambda patient, padded=bool(padded): (  # type: ignore[misc]
-                _right_when_handed(patient, change, padded)
-                if getattr(patient.subject.convention, argument) is not None
-                else None
-            )
-        )
-
-
-_handing(
-    "positions",
-    "positions",
-    "位置",
-    right_positions,
-    "positions",
-    ("position-restarts-in-decode", "padded-batch-shared-position"),
-)
-_handing("mask", "mask", "掩码", right_mask, "mask", ("cached-path-diverges", "padding-mask-lost-in-decode"))
+    prompts = drawn_prompts(patient, lm, padded=False)
+    logits, past = lm.extend(prompts.ids)
+    tokens = prompts.ids
+    for _ in range(prompts.new):
+        if apart(logits[:, -1], lm.logits(tokens)[:, -1]) > SAME:
+            return False
+        new = logits[:, -1:].argmax(-1)
+        tokens = torch.cat((tokens, new), 1)
+        logits, past = lm.extend(new, past)
+    return True
 
 
 @symptom(
@@ -205,9 +157,9 @@ def _right_in_eval_mode(patient: Patient) -> bool | None:
     lm = patient.lm(dropout=0.5)
     if patient.subject.missing("greedy") is not None:
         return None
-    prompts = _prompts(patient, lm, padded=False)
-    found = _write(lm, prompts, padded=False)
-    if _parts_at(lm, prompts, found) is None:
+    prompts = drawn_prompts(patient, lm, padded=False)
+    found = write(lm, prompts, padded=False)
+    if parts_at(lm, prompts, found) is None:
         return None
     lm.module.eval()
-    return _parts_at(lm, prompts, found) is None
+    return parts_at(lm, prompts, found) is None

@@ -49,8 +49,8 @@ def _blind_to_order_beyond(patient: Patient) -> bool | None:
 
 @symptom(
     "positions.ignored",
-    "which positions it is handed changes nothing",
-    "传入什么位置都不影响结果",
+    "it takes positions, and which ones it is handed changes nothing",
+    "它接受位置参数，但传入什么位置都不影响结果",
     ("padding.*", "generation.padded_prompt", "packing.*"),
     ("position-ids-ignored", "padded-batch-shared-position"),
 )
@@ -59,7 +59,7 @@ def _ignored(patient: Patient) -> bool | None:
     ids = distinct_tokens(lm)
     name, T = lm.convention.positions, ids.shape[1]
     if name is None:
-        return None
+        return False
     usual, plain = torch.arange(T, device=ids.device), lm.logits(ids)
     for other in (usual.flip(0), usual // 2):
         positions = other if lm.convention.positions_are_shared else other[None]
