@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.failure import refusal
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 
 _NEW = 3
@@ -18,9 +19,10 @@ _GENERATION = ("generation.*",)
 
 
 def _lengths(lm: LM) -> list[tuple[int, int]]:
-    """Of prompts and of what is asked for; the last ones fill all that the model holds."""
+    """Of prompts and of what is asked for; the last ones fill all that the model holds, if generate takes them."""
     longest = lm.config.max_seq_len
-    return [(_PROMPT, _NEW), (_PROMPT, longest - _PROMPT), (longest - 1, 1)]
+    full = ((_PROMPT, longest - _PROMPT), (longest - 1, 1))
+    return [(_PROMPT, _NEW), *((T, N) for T, N in full if refusal(lm.generate, _prompt(lm, T), N) is None)]
 
 
 def _prompt(lm: LM, length: int) -> Tensor:
@@ -91,7 +93,7 @@ def _outside_the_vocabulary(patient: Patient) -> bool | None:
 def _drawn(lm: LM, seed: int, elsewhere: int = 0, **settings: float) -> Tensor:
     """New tokens (B, N) of equal rows, while torch's own random state is another one each time."""
     ids = distinct_tokens(lm, length=2).repeat(1 if lm.generating.one_row else _ROWS, 1)
-    torch.default_generator.manual_seed(elsewhere)
+    torch.manual_seed(elsewhere)
     return lm.sample(ids, min(_NEW, lm.config.max_seq_len - 2), seed, **settings)[:, 2:]
 
 

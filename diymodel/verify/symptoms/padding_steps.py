@@ -24,8 +24,8 @@ from diymodel.verify.symptoms.padding import (
 
 @symptom(
     "padding.only_the_step_wrong",
-    "padded rows are right in one call, and wrong in a step on their cache",
-    "带 padding 的行一次算完是对的，接着 cache 解码一步就错了",
+    "rows with the same amount of padding are right in one call, and wrong in a step on their cache",
+    "padding 一样多的各行一次算完是对的，接着 cache 解码一步就错了",
     ("padding.*_with_cache",),
     (
         "padding-mask-lost-in-decode",
@@ -35,7 +35,7 @@ from diymodel.verify.symptoms.padding import (
     ),
 )
 def _only_the_step_wrong(patient: Patient) -> bool | None:
-    found = wrong_with_padding(patient, patient.lm())
+    found = wrong_with_padding(patient, patient.lm(), equal=True)
     return None if found is None or not any(found) else found == (False, True)
 
 
