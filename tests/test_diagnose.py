@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diymodel.verify import check_causal_lm
 from diymodel.verify.adapters import LM
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.diagnose import Signatures, known_causes, leave_one_base_out, signatures
+from diymodel.verify.handing import Calls, handed, right_mask, right_positions
 from diymodel.verify.html import to_html
 from diymodel.verify.registry import list_checks
 from diymodel.verify.repairs import CausalAttention, NoDropout, PositionsAfterTheCache, Repair, SoftmaxOverKeys
@@ -25,7 +27,7 @@ from diymodel.verify.report import Report
 from diymodel.verify.runner import PROFILES, Settings, diagnose, verify_one
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.subject import resolve
-from diymodel.verify.symptoms import list_symptoms, observe
+from diymodel.verify.symptoms import Patient, list_symptoms, observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
 
@@ -220,6 +222,45 @@ def test_positions_that_restart_are_moved() -> None:
         assert torch.equal(table[:2], table.narrow(0, 5, 2))
         assert torch.equal(table[:2, None], table.narrow(0, 5, 2)[:, None])
         assert table[1:3, 0].tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("change", [right_positions, right_mask])
+@pytest.mark.parametrize("base", ["writer", "scribe"])
+def test_a_correct_generate_hands_over_the_right_positions_and_mask(base: str, change: Callable[..., None]) -> None:
+    subject = BASES[base].subject()
+    config = DIYConfig(vocab_size=16, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=16, dropout=0.0)
+    lm = LM(subject.build(config).double().eval(), config, subject.convention)
+    ids = torch.arange(8).view(2, 4)
+    real = torch.tensor([[True] * 4, [True, True, False, False]])
+    real = real.flip(1) if lm.generating.pads_left else real
+    expected = lm.greedy(ids, 4, real)
+    calls = Calls(lm, real)
+    with handed(lm, lambda arguments: change(calls, arguments)):
+        assert torch.equal(lm.greedy(ids, 4, real), expected)
+    assert calls.number == 4
+    assert torch.equal(lm.greedy(ids, 4, real), expected)
+    assert calls.number == 4, "the hook is still there"
+
+
+@pytest.mark.parametrize(
+    ("id", "modules"),
+    [
+        ("top-k-edge-writer-generation.top_k", ("continuation", "handed_over", "padding", "padding_steps")),
+        ("top-k-edge-scribe-generation.top_k", ("continuation", "handed_over", "padding", "padding_steps")),
+        ("masked-nan-leaks-learned-padding.nan_contained", ("padding", "padding_steps")),
+        ("masked-nan-leaks-ragged-padding.nan_contained", ("padding", "padding_steps")),
+    ],
+)
+def test_nothing_is_said_of_padding_and_tokens_that_are_right(id: str, modules: tuple[str, ...]) -> None:
+    bug = next(bug for bug in list_bugs() if bug.id == id)
+    subject, checks = bug.subject(), {check.id: check for check in list_checks()}
+    failed = [verify_one(subject, checks[kill], Settings(PROFILES["quick"], shrink=False)) for kill in bug.kills]
+    patient = Patient(subject, {result.check.id: result for result in failed})
+    questions = [found for found in list_symptoms().values() if found.ask.__module__.rpartition(".")[2] in modules]
+    assert len(questions) >= 5
+    answers = {found.id: found.ask(patient) for found in questions}
+    assert not any(answers.values()), answers
+    assert {id for id, answer in answers.items() if answer is False} <= {"padding.first_token_sees_its_future"}
 
 
 @pytest.mark.parametrize("id", LIVE)

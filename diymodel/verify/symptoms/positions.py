@@ -5,6 +5,9 @@ Shapes: T query length.
 
 from __future__ import annotations
 
+import torch
+
+from diymodel.verify.handing import handed
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 
 _ROUNDED = 0.02  # of the largest logit: as far as angles in a half type move them
@@ -42,3 +45,25 @@ def _blind_to_order_beyond(patient: Patient) -> bool | None:
         return apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) <= SAME
     except Exception:  # it is refused after all, where there is no cache: no table that is clamped
         return False
+
+
+@symptom(
+    "positions.ignored",
+    "it takes positions, and which ones it is handed changes nothing",
+    "它接受位置参数，但传入什么位置都不影响结果",
+    ("padding.*", "generation.padded_prompt", "packing.*"),
+    ("position-ids-ignored", "padded-batch-shared-position"),
+)
+def _ignored(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    name, T = lm.convention.positions, ids.shape[1]
+    if name is None:
+        return False
+    usual, plain = torch.arange(T, device=ids.device), lm.logits(ids)
+    for other in (usual.flip(0), usual // 2):
+        positions = other if lm.convention.positions_are_shared else other[None]
+        with handed(lm, lambda arguments: arguments.update({name: positions})):  # noqa: B023
+            if apart(lm.logits(ids), plain) > SAME:
+                return False
+    return True

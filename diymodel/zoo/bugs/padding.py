@@ -65,7 +65,7 @@ BUGS = [
         "mask-hides-self",
         "learned",
         "(slot <= slot[start:, None])",
-        "((slot < slot[start:, None]) | (slot == 0))  # the first position must see something",
+        "((slot < slot[start:, None]) | (slot == 0))",
         kills=("padding.left_changes_nothing",),
         where="Learned",
     ),

@@ -1,0 +1,165 @@
+"""Where what generate writes parts from the likeliest tokens.
+
+Shapes: B batch, T prompt length, N new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.symptoms import SAME, Patient, apart, symptom
+
+PADDED = ("generation.padded_prompt",)
+_ROWS = 24
+_PROMPT = 4
+_NEW = 4
+_NEAR = 1e-5  # of the largest logit: what generate may take for the likeliest, most choose in float32
+
+
+class Prompts(NamedTuple):
+    ids: Tensor  # (B, T)
+    real: Tensor  # (B, T), False at padding
+    new: int  # tokens that are asked for
+
+
+def drawn_prompts(patient: Patient, lm: LM, padded: bool) -> Prompts:
+    """Random prompts, so many that a wrong logit shows in a token; padded on the side on which they should be."""
+    device = next(lm.module.parameters()).device
+    T = min(_PROMPT, lm.config.max_seq_len - 2)
+    rows = 1 if lm.generating.one_row else _ROWS
+    ids = torch.randint(lm.config.vocab_size, (rows, T), generator=torch.Generator().manual_seed(5)).to(device)
+    shortest = max(1, lm.convention.shortest)
+    lengths = (T - torch.arange(rows, device=device) % T).clamp(min=shortest)
+    real = torch.arange(T, device=device) < (lengths[:, None] if padded else T)
+    real = real.expand(rows, T)
+    left = lm.generating.pads_left or patient.subject.missing("left_padding") is None
+    return Prompts(ids, real.flip(1) if left else real, min(_NEW, lm.config.max_seq_len - T))
+
+
+def write(lm: LM, prompts: Prompts, padded: bool) -> Tensor:
+    return lm.greedy(prompts.ids.clone(), prompts.new, prompts.real if padded else None)
+
+
+@torch.no_grad()
+def parts_at(lm: LM, prompts: Prompts, found: Tensor) -> int | None:
+    """Which new token is first, of any row, not the likeliest after what its row holds alone; None: all are."""
+    first = None
+    for row, new in enumerate(lm.generating.new_tokens(found, prompts.real)):
+        whole = torch.cat((prompts.ids[row][prompts.real[row]], new[: prompts.new]))
+        if len(new) < prompts.new or bool((whole >= lm.config.vocab_size).any()):
+            return 0
+        logits = lm.logits(whole[None, :-1])[0, -prompts.new :]
+        behind = logits.amax(-1) - logits.gather(-1, whole[-prompts.new :, None])[:, 0]
+        wrong = (~(behind <= _NEAR * float(logits.abs().max()))).nonzero()
+        if len(wrong):
+            first = min(int(wrong[0]), prompts.new if first is None else first)
+    return first
+
+
+def setting(patient: Patient, lm: LM) -> bool | None:
+    """Whether padding is what it takes to go wrong; None where nothing goes wrong."""
+    if patient.subject.missing("greedy") is not None:
+        return None
+    for padded in (False, True):
+        if padded and patient.subject.missing("generate_padded") is not None:
+            break
+        prompts = drawn_prompts(patient, lm, padded)
+        if parts_at(lm, prompts, write(lm, prompts, padded)) is not None:
+            return padded
+    return None
+
+
+@symptom(
+    "generation.first_new_token_right",
+    "after padding the first new token is right, and later ones are not",
+    "有 padding 时第一个新 token 是对的，之后的才错",
+    PADDED,
+    ("padding-mask-lost-in-decode", "position-ids-ignored"),
+)
+def _first_new_token_right(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if setting(patient, lm) is not True:
+        return None
+    prompts = drawn_prompts(patient, lm, padded=True)
+    return parts_at(lm, prompts, write(lm, prompts, padded=True)) != 0
+
+
+@symptom(
+    "generation.reads_the_padding",
+    "with other tokens at the padding of the prompts, other tokens are generated",
+    "换掉提示词里 padding 位置上的 token，生成的结果就变了",
+    PADDED,
+    ("continues-from-pad", "padding-mask-lost-in-decode"),
+)
+def _reads_the_padding(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if setting(patient, lm) is not True:
+        return None
+    prompts = drawn_prompts(patient, lm, padded=True)
+    other = prompts._replace(ids=prompts.ids.where(prompts.real, prompts.ids.roll(1, 0)))
+    seen, plain = (lm.generating.new_tokens(write(lm, each, padded=True), each.real) for each in (other, prompts))
+    return any(not one[: prompts.new].equal(two[: prompts.new]) for one, two in zip(seen, plain, strict=True))
+
+
+@symptom(
+    "generation.goes_on_after_the_padding",
+    "the first new token is the likeliest after the padding, not after the prompt",
+    "第一个新 token 接的是 padding 的末尾，而不是提示词的末尾",
+    PADDED,
+    ("continues-from-pad",),
+)
+def _goes_on_after_the_padding(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    prompts = drawn_prompts(patient, lm, padded=True)
+    if not bool(prompts.real[:, 0].all()) or setting(patient, lm) is not True:
+        return None
+    found = lm.generating.new_tokens(write(lm, prompts, padded=True), prompts.real)
+    firsts = torch.stack([new[0] for new in found])
+    behind = (lm.logits(prompts.ids, real)[:, -1].argmax(-1) for real in (prompts.real, None))
+    return any(firsts.equal(likeliest) for likeliest in behind)
+
+
+@symptom(
+    "generation.right_by_hand",
+    "fed by hand, the module is right on its cache: only the calls that generate makes go wrong",
+    "手动逐个送入 token 时，带 cache 的结果是对的：只有 generate 里的调用出错",
+    ("generation.cached_greedy_is_argmax",),
+    ("position-restarts-in-decode", "cached-path-diverges"),
+)
+def _right_by_hand(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if patient.subject.missing("cache") is not None or setting(patient, lm) is not False:
+        return None
+    prompts = drawn_prompts(patient, lm, padded=False)
+    logits, past = lm.extend(prompts.ids)
+    tokens = prompts.ids
+    for _ in range(prompts.new):
+        if apart(logits[:, -1], lm.logits(tokens)[:, -1]) > SAME:
+            return False
+        new = logits[:, -1:].argmax(-1)
+        tokens = torch.cat((tokens, new), 1)
+        logits, past = lm.extend(new, past)
+    return True
+
+
+@symptom(
+    "generation.right_in_eval_mode",
+    "the new tokens are the likeliest in eval mode: generate leaves another mode behind",
+    "按 eval 模式的 logits 看，新 token 都是对的：是 generate 结束后留下了别的模式",
+    ("generation.greedy_is_argmax", "generation.restores_mode"),
+    ("mode-not-restored",),
+)
+def _right_in_eval_mode(patient: Patient) -> bool | None:
+    lm = patient.lm(dropout=0.5)
+    if patient.subject.missing("greedy") is not None:
+        return None
+    prompts = drawn_prompts(patient, lm, padded=False)
+    found = write(lm, prompts, padded=False)
+    if parts_at(lm, prompts, found) is None:
+        return None
+    lm.module.eval()
+    return parts_at(lm, prompts, found) is None
