@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom

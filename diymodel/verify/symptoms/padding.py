@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, changed, distinct_tokens, symptom
 
