@@ -1,0 +1,147 @@
+"""At which of its parts a cached step leaves the course that the whole sequence takes.
+
+Shapes: B batch (1), T query length.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms.decode import DECODE
+
+_PREFILL = 2
+
+
+class _Call(NamedTuple):
+    """One call of a part that has no parts."""
+
+    part: tuple[str, int]  # its name, and how often it was called before
+    last: Tensor  # what it was given for the last token
+
+
+def _course(lm: LM, length: int, run: Callable[[], Any]) -> list[_Call]:
+    """The calls on ``length`` tokens each, in their order: a router's experts get others."""
+    calls: list[_Call] = []
+    counts: Counter[str] = Counter()
+
+    def note(name: str, inputs: tuple[Any, ...]) -> None:
+        given = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
+        if given is None:
+            return
+        width = given.shape[-1] if given.is_floating_point() and given.dim() > 1 else 1
+        rows = given.detach().reshape(-1, width) if given.numel() else given[:0]
+        if len(rows) == length:
+            calls.append(_Call((name, counts[name]), rows[-1].clone()))
+        counts[name] += 1
+
+    hooks = [
+        part.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+        for name, part in lm.module.named_modules()
+        if not list(part.children())
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+class _Courses(NamedTuple):
+    """The first wrong step's course, the whole sequence's, and that of one that ends in the same token."""
+
+    module: nn.Module
+    step: list[_Call]
+    whole: dict[tuple[str, int], Tensor]
+    other: dict[tuple[str, int], Tensor]
+
+    def agrees(self, call: _Call) -> bool:
+        """Whether this is what the part is given in the whole sequence."""
+        return apart(call.last.double(), self.whole[call.part].double()) <= SAME
+
+    def mixed(self, call: _Call) -> bool:
+        """Whether the tokens before enter into it."""
+        return call.part in self.other and apart(self.other[call.part].double(), self.whole[call.part].double()) > SAME
+
+
+def _courses(patient: Patient) -> _Courses | None:
+    """None where no step is wrong, or the prefill is."""
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    expected = lm.logits(ids)
+    logits, past = lm.extend(ids[:, :_PREFILL])
+    if not apart(logits[:, -1], expected[:, _PREFILL - 1]) <= SAME:
+        return None
+    for t in range(_PREFILL, LENGTH):
+        seen: list[Any] = []
+        step = _course(lm, 1, lambda: seen.extend(lm.extend(ids[:, t : t + 1], past)))  # noqa: B023
+        logits, past = seen
+        if not apart(logits[:, -1], expected[:, t]) <= SAME:
+            other = ids[:, : t + 1].clone()
+            other[:, :t] = ids[:, :t].roll(1, 1)
+            courses = (dict(_course(lm, t + 1, lambda: lm.logits(tokens))) for tokens in (ids[:, : t + 1], other))  # noqa: B023
+            return _Courses(lm.module, step, *courses)
+    return None
+
+
+@symptom(
+    "decode.takes_other_parts",
+    "a cached step calls other parts of the model than the whole sequence does",
+    "用 cache 解码时调用的模块与整段计算时不同",
+    DECODE,
+    ("cached-path-diverges",),
+)
+def _takes_other_parts(patient: Patient) -> bool | None:
+    found = _courses(patient)
+    return None if found is None else {call.part for call in found.step} != set(found.whole)
+
+
+@symptom(
+    "decode.embeds_another_position",
+    "a cached step looks up another row of an embedding than the whole sequence does for this token",
+    "用 cache 解码时，这个 token 查的 embedding 行与整段计算时不同",
+    DECODE,
+    ("position-restarts-in-decode", "position-from-kept-length"),
+)
+def _embeds_another_position(patient: Patient) -> bool | None:
+    found = _courses(patient)
+    if found is None:
+        return None
+    parts = dict(found.module.named_modules())
+    calls = [call for call in found.step if call.part in found.whole]
+    return any(isinstance(parts[call.part[0]], nn.Embedding) and not found.agrees(call) for call in calls)
+
+
+@symptom(
+    "decode.wrong_before_attention",
+    "a cached step goes wrong before the token meets others",
+    "用 cache 解码时，在 token 与其他 token 发生联系之前就已经错了",
+    DECODE,
+    ("cached-path-diverges", "position-restarts-in-decode", "position-from-kept-length"),
+)
+def _wrong_before_attention(patient: Patient) -> bool | None:
+    found = _courses(patient)
+    if found is None:
+        return None
+    return any(call.part in found.whole and not found.mixed(call) and not found.agrees(call) for call in found.step)
+
+
+@symptom(
+    "decode.right_through_attention",
+    "a cached step is right through attention and goes wrong after it",
+    "用 cache 解码时，attention 之前和之中都对，之后才错",
+    DECODE,
+    ("cached-path-diverges", "cache-dtype-promoted"),
+)
+def _right_through_attention(patient: Patient) -> bool | None:
+    found = _courses(patient)
+    if found is None:
+        return None
+    mixed = [call for call in found.step if call.part in found.whole and found.mixed(call)]
+    return bool(mixed) and found.agrees(mixed[0])
