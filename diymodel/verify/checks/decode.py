@@ -33,6 +33,7 @@ _POSITIONS = (
         *_POSITIONS,
         "alibi-lost-in-decode",
         "window-ignored-in-decode",
+        "window-off-by-one",
         "cache-drops-oldest",
         "cache-object-replaced",
         "cache-rows-shared",

@@ -16,6 +16,7 @@ from torch import Tensor
 from diymodel.verify.adapters import LM, Past
 from diymodel.verify.repairs import CachedKeysAsHeld
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms.decode import right_once
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,8 +53,8 @@ class _Step(NamedTuple):
 def _after_a_step(patient: Patient) -> _Step | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if lm.convention.cache_on_module:
-        return None
+    if lm.convention.cache_on_module or patient.subject.missing("cache_value") is not None:
+        return None  # an object may change under its holder's hands
     _, past = lm.extend(ids[:, :4])
     held, entries = list(_tensors(past.cache)), _entries(past.cache)
     lm.extend(ids[:, 4:5], past)
@@ -133,4 +134,4 @@ def _right_with_keys_as_held(patient: Patient) -> bool | None:
         lm.around = None
         return not apart(logits[:, -1], lm.logits(ids)[:, -1]) <= SAME
 
-    return not wrong(repaired=True) if wrong(repaired=False) else None
+    return right_once(lambda: wrong(True), lambda: wrong(False))

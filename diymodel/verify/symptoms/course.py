@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
@@ -18,30 +19,39 @@ from diymodel.verify.symptoms.decode import DECODE
 _PREFILL = 2
 
 
+Part = tuple[str, int]  # its name, and how often it was called before
+
+
 class _Call(NamedTuple):
     """One call of a part that has no parts."""
 
-    part: tuple[str, int]  # its name, and how often it was called before
+    part: Part
     last: Tensor  # what it was given for the last token
 
 
-def _course(lm: LM, length: int, run: Callable[[], Any]) -> list[_Call]:
-    """The calls on ``length`` tokens each, in their order: a router's experts get others."""
+class _Course(NamedTuple):
+    """What was called, in its order."""
+
+    calls: list[_Call]  # those on as many tokens as were fed: a router's experts get others
+    names: set[str]  # of all parts
+
+
+def _course(lm: LM, length: int, run: Callable[[], Any]) -> _Course:
+    """What ``run`` calls, which feeds ``length`` tokens of one row."""
     calls: list[_Call] = []
     counts: Counter[str] = Counter()
 
-    def note(name: str, inputs: tuple[Any, ...]) -> None:
-        given = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
-        if given is None:
-            return
-        width = given.shape[-1] if given.is_floating_point() and given.dim() > 1 else 1
-        rows = given.detach().reshape(-1, width) if given.numel() else given[:0]
-        if len(rows) == length:
-            calls.append(_Call((name, counts[name]), rows[-1].clone()))
+    def note(name: str, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.dim()), None)
+        if given is not None and given.numel():
+            width = given.shape[-1] if given.is_floating_point() and given.dim() > 1 else 1
+            rows = given.detach().reshape(-1, width)
+            if len(rows) == length:
+                calls.append(_Call((name, counts[name]), rows[-1].clone()))
         counts[name] += 1
 
     hooks = [
-        part.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+        part.register_forward_pre_hook(lambda _, inputs, named, name=name: note(name, inputs, named), with_kwargs=True)
         for name, part in lm.module.named_modules()
         if not list(part.children())
     ]
@@ -50,16 +60,17 @@ def _course(lm: LM, length: int, run: Callable[[], Any]) -> list[_Call]:
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
+    return _Course(calls, set(counts))
 
 
 class _Courses(NamedTuple):
     """The first wrong step's course, the whole sequence's, and that of one that ends in the same token."""
 
     module: nn.Module
-    step: list[_Call]
-    whole: dict[tuple[str, int], Tensor]
-    other: dict[tuple[str, int], Tensor]
+    step: _Course
+    whole: dict[Part, Tensor]
+    other: dict[Part, Tensor]
+    names: set[str]  # of the parts that whole sequences call
 
     def agrees(self, call: _Call) -> bool:
         """Whether this is what the part is given in the whole sequence."""
@@ -67,26 +78,31 @@ class _Courses(NamedTuple):
 
     def mixed(self, call: _Call) -> bool:
         """Whether the tokens before enter into it."""
-        return call.part in self.other and apart(self.other[call.part].double(), self.whole[call.part].double()) > SAME
+        return apart(self.other[call.part].double(), self.whole[call.part].double()) > SAME
+
+    def known(self) -> list[_Call]:
+        """The step's calls that every whole sequence has as well."""
+        return [call for call in self.step.calls if call.part in self.whole and call.part in self.other]
 
 
 def _courses(patient: Patient) -> _Courses | None:
     """None where no step is wrong, or the prefill is."""
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    expected = lm.logits(ids)
+    expected = [lm.logits(ids[:, :end])[:, -1] for end in range(1, LENGTH + 1)]
     logits, past = lm.extend(ids[:, :_PREFILL])
-    if not apart(logits[:, -1], expected[:, _PREFILL - 1]) <= SAME:
+    if not apart(logits[:, -1], expected[_PREFILL - 1]) <= SAME:
         return None
     for t in range(_PREFILL, LENGTH):
         seen: list[Any] = []
         step = _course(lm, 1, lambda: seen.extend(lm.extend(ids[:, t : t + 1], past)))  # noqa: B023
         logits, past = seen
-        if not apart(logits[:, -1], expected[:, t]) <= SAME:
+        if not apart(logits[:, -1], expected[t]) <= SAME:
             other = ids[:, : t + 1].clone()
             other[:, :t] = ids[:, :t].roll(1, 1)
-            courses = (dict(_course(lm, t + 1, lambda: lm.logits(tokens))) for tokens in (ids[:, : t + 1], other))  # noqa: B023
-            return _Courses(lm.module, step, *courses)
+            with torch.no_grad():  # as the step
+                one, two = (_course(lm, t + 1, lambda: lm.logits(tokens)) for tokens in (ids[:, : t + 1], other))  # noqa: B023
+            return _Courses(lm.module, step, dict(one.calls), dict(two.calls), one.names | two.names)
     return None
 
 
@@ -99,7 +115,11 @@ def _courses(patient: Patient) -> _Courses | None:
 )
 def _takes_other_parts(patient: Patient) -> bool | None:
     found = _courses(patient)
-    return None if found is None else {call.part for call in found.step} != set(found.whole)
+    if found is None:
+        return None
+    weighty = {name for name, part in found.module.named_modules() if list(part.parameters())}  # a cache is none
+    always = {name for name, _ in found.whole.keys() & found.other.keys()}
+    return bool(weighty & ((always - found.step.names) | (found.step.names - found.names)))
 
 
 @symptom(
@@ -114,8 +134,7 @@ def _embeds_another_position(patient: Patient) -> bool | None:
     if found is None:
         return None
     parts = dict(found.module.named_modules())
-    calls = [call for call in found.step if call.part in found.whole]
-    return any(isinstance(parts[call.part[0]], nn.Embedding) and not found.agrees(call) for call in calls)
+    return any(isinstance(parts[call.part[0]], nn.Embedding) and not found.agrees(call) for call in found.known())
 
 
 @symptom(
@@ -129,7 +148,7 @@ def _wrong_before_attention(patient: Patient) -> bool | None:
     found = _courses(patient)
     if found is None:
         return None
-    return any(call.part in found.whole and not found.mixed(call) and not found.agrees(call) for call in found.step)
+    return any(not found.mixed(call) and not found.agrees(call) for call in found.known())
 
 
 @symptom(
@@ -143,5 +162,5 @@ def _right_through_attention(patient: Patient) -> bool | None:
     found = _courses(patient)
     if found is None:
         return None
-    mixed = [call for call in found.step if call.part in found.whole and found.mixed(call)]
+    mixed = [call for call in found.known() if found.mixed(call)]
     return bool(mixed) and found.agrees(mixed[0])

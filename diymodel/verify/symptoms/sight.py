@@ -24,6 +24,11 @@ def _whole(lm: LM, ids: Tensor) -> list[float]:
     return influence(lambda tokens: lm.logits(tokens)[:, -1], ids)
 
 
+def _beyond_the_window(patient: Patient, seen: list[float]) -> bool:
+    """Whether this is more than the window that the subject declares: then it is not the cache that is at fault."""
+    return patient.subject.window is not None and sum(far > SAME for far in seen) > patient.subject.window
+
+
 @symptom(
     "decode.ignores_the_prefix",
     "what was cached changes nothing: a cached step sees its own token only, from the first step on",
@@ -34,6 +39,8 @@ def _whole(lm: LM, ids: Tensor) -> list[float]:
 def _ignores_the_prefix(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
+    if max(_whole(lm, ids)[:-1]) <= SAME:
+        return None
     return max(influence(cached_last(lm, 5), ids)[:-1] + influence(cached_last(lm, 1), ids[:, :2])[:-1]) <= SAME
 
 
@@ -42,17 +49,18 @@ def _ignores_the_prefix(patient: Patient) -> bool | None:
     "a cached step does not see the oldest of the tokens that it sees in the whole sequence",
     "用 cache 解码时，看不到整段计算时能看到的最早的 token",
     DECODE,
-    ("cache-drops-oldest", "window-off-by-one", "ring-cache-overwritten"),
+    ("cache-drops-oldest", "ring-cache-overwritten"),
 )
 def _forgets_the_oldest(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm, length=_LENGTH)
-    whole = [seen > SAME for seen in _whole(lm, ids)[:-1]]
-    if not any(whole):
+    seen = _whole(lm, ids)
+    whole = [far > SAME for far in seen[:-1]]
+    if not any(whole) or _beyond_the_window(patient, seen):
         return None
 
     def forgets(prefill: int) -> bool:
-        cached = [seen > SAME for seen in influence(cached_last(lm, prefill, 1), ids)[:-1]]
+        cached = [far > SAME for far in influence(cached_last(lm, prefill, 1), ids)[:-1]]
         return any(cached) and cached.index(True) > whole.index(True)
 
     return any(forgets(prefill) for prefill in (1, 4, 7))
@@ -111,6 +119,8 @@ def _chunk_blind_to_its_past(patient: Patient) -> bool | None:
 def _chunk_loses_the_cached(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
+    if _beyond_the_window(patient, _whole(lm, ids)):
+        return None
 
     def loses(position: int) -> bool:
         cached = influence(_of_chunk(lm, 3, position), ids)
@@ -132,6 +142,24 @@ def _narrower_on_some_paths(patient: Patient) -> bool | None:
     ids = distinct_tokens(lm)
     seen = {tuple(far > SAME for far in _whole(lm, ids)) for _ in _paths(lm, ids)}
     return len(seen) > 1 if seen else None
+
+
+@symptom(
+    "window.one_more_or_fewer",
+    "in the whole sequence a position sees one token more or fewer than the window is wide",
+    "整段计算时，一个位置看到的 token 比窗口宽度多一个或少一个",
+    ("window.width", *DECODE),
+    ("window-off-by-one",),
+)
+def _one_more_or_fewer(patient: Patient) -> bool | None:
+    if patient.subject.window is None:
+        return None
+    lm = patient.lm(max_seq_len=patient.subject.window + 2)
+    ids = distinct_tokens(lm, length=patient.subject.window + 2)
+    if ids.shape[1] < patient.subject.window + 2:
+        return None
+    seen = sum(far > SAME for far in _whole(lm, ids))
+    return abs(seen - patient.subject.window) == 1
 
 
 def _paths(lm: LM, ids: Tensor) -> Iterator[None]:
