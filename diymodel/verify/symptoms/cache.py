@@ -134,4 +134,4 @@ def _right_with_keys_as_held(patient: Patient) -> bool | None:
         lm.around = None
         return not apart(logits[:, -1], lm.logits(ids)[:, -1]) <= SAME
 
-    return right_once(lambda: wrong(True), lambda: wrong(False))
+    return right_once(patient, lambda: wrong(True), lambda: wrong(False))

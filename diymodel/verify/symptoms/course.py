@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
-from diymodel.verify.symptoms.decode import DECODE
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, changed, distinct_tokens, symptom
+from diymodel.verify.symptoms.decode import DECODE, beyond_the_window, seen_by_whole
 
 _PREFILL = 2
 
@@ -64,7 +65,7 @@ def _course(lm: LM, length: int, run: Callable[[], Any]) -> _Course:
 
 
 class _Courses(NamedTuple):
-    """The first wrong step's course, the whole sequence's, and that of one that ends in the same token."""
+    """The first wrong step's course, the whole sequence's, and that of one that differs in the oldest token seen."""
 
     module: nn.Module
     step: _Course
@@ -77,7 +78,7 @@ class _Courses(NamedTuple):
         return apart(call.last.double(), self.whole[call.part].double()) <= SAME
 
     def mixed(self, call: _Call) -> bool:
-        """Whether the tokens before enter into it."""
+        """Whether the oldest token that the logits depend on enters into it, as from attention on."""
         return apart(self.other[call.part].double(), self.whole[call.part].double()) > SAME
 
     def known(self) -> list[_Call]:
@@ -89,21 +90,28 @@ def _courses(patient: Patient) -> _Courses | None:
     """None where no step is wrong, or the prefill is."""
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    expected = [lm.logits(ids[:, :end])[:, -1] for end in range(1, LENGTH + 1)]
-    logits, past = lm.extend(ids[:, :_PREFILL])
-    if not apart(logits[:, -1], expected[_PREFILL - 1]) <= SAME:
+    if beyond_the_window(patient):
         return None
-    for t in range(_PREFILL, LENGTH):
-        seen: list[Any] = []
-        step = _course(lm, 1, lambda: seen.extend(lm.extend(ids[:, t : t + 1], past)))  # noqa: B023
-        logits, past = seen
-        if not apart(logits[:, -1], expected[t]) <= SAME:
-            other = ids[:, : t + 1].clone()
-            other[:, :t] = ids[:, :t].roll(1, 1)
-            with torch.no_grad():  # as the step
-                one, two = (_course(lm, t + 1, lambda: lm.logits(tokens)) for tokens in (ids[:, : t + 1], other))  # noqa: B023
-            return _Courses(lm.module, step, dict(one.calls), dict(two.calls), one.names | two.names)
+    with torch.no_grad():  # as the steps
+        expected = [lm.logits(ids[:, :end])[:, -1] for end in range(1, LENGTH + 1)]
+        logits, past = lm.extend(ids[:, :_PREFILL])
+        if not apart(logits[:, -1], expected[_PREFILL - 1]) <= SAME:
+            return None
+        for t in range(_PREFILL, LENGTH):
+            seen: list[Any] = []
+            step = _course(lm, 1, lambda: seen.extend(lm.extend(ids[:, t : t + 1], past)))  # noqa: B023
+            logits, past = seen
+            if not apart(logits[:, -1], expected[t]) <= SAME:
+                return _beside_whole(lm, step, ids[:, : t + 1])
     return None
+
+
+def _beside_whole(lm: LM, step: _Course, ids: Tensor) -> _Courses:
+    """The course of a step beside those of whole sequences."""
+    oldest = next(t for t, far in enumerate(seen_by_whole(lm, ids)) if far > SAME)
+    other = changed(ids, oldest)
+    one, two = (_course(lm, ids.shape[1], partial(lm.logits, tokens)) for tokens in (ids, other))
+    return _Courses(lm.module, step, dict(one.calls), dict(two.calls), one.names | two.names)
 
 
 @symptom(

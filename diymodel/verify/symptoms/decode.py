@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.repairs import PositionsAfterTheCache, PositionsOfTokensSeen
-from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
 
 DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
 _PREFILL = LENGTH - 3
@@ -33,12 +33,27 @@ def cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Cal
     return run
 
 
-def wrong(lm: LM, ids: Tensor, prefill: int = _PREFILL) -> bool:
+def seen_by_whole(lm: LM, ids: Tensor) -> list[float]:
+    """How far each token moves the last logits of the whole sequence."""
+    return influence(lambda tokens: lm.logits(tokens)[:, -1], ids)
+
+
+def beyond_the_window(patient: Patient) -> bool:
+    """Whether the whole sequence sees more than the window that is declared: then the cache is not at fault."""
+    if patient.subject.window is None:
+        return False
+    lm = patient.lm()
+    return sum(far > SAME for far in seen_by_whole(lm, distinct_tokens(lm))) > patient.subject.window
+
+
+def wrong(lm: LM, ids: Tensor, prefill: int = _PREFILL, gradients: bool = False) -> bool:
     """Whether any logits of single steps after a prefill are wrong; a NaN is wrong.
 
-    Right is what the sequence up to there gives: in a longer one a leak would be at fault, and not the cache.
+    Right is what the sequence up to there gives, without gradients as the step is: in a longer one a leak would be at
+    fault, with gradients another path of attention.
     """
-    expected = [lm.logits(ids[:, :end])[:, -1] for end in range(prefill, ids.shape[1] + 1)]
+    with torch.set_grad_enabled(gradients):
+        expected = [lm.logits(ids[:, :end])[:, -1].detach() for end in range(prefill, ids.shape[1] + 1)]
     logits, past = lm.extend(ids[:, :prefill].clone())
     seen = [logits[:, -1]]
     for t in range(prefill, ids.shape[1]):
@@ -47,9 +62,9 @@ def wrong(lm: LM, ids: Tensor, prefill: int = _PREFILL) -> bool:
     return not apart(torch.stack(seen), torch.stack(expected)) <= SAME
 
 
-def right_once(changed: Callable[[], bool], unchanged: Callable[[], bool]) -> bool | None:
+def right_once(patient: Patient, changed: Callable[[], bool], unchanged: Callable[[], bool]) -> bool | None:
     """Whether it is wrong no more with a change; None unless it is wrong without one, before and after alike."""
-    if not unchanged():
+    if beyond_the_window(patient) or not unchanged():
         return None
     right = not changed()
     return right if unchanged() else None
@@ -64,7 +79,7 @@ def right_once(changed: Callable[[], bool], unchanged: Callable[[], bool]) -> bo
 )
 def _right_in_one_row(patient: Patient) -> bool | None:
     lm = patient.lm()
-    return right_once(lambda: wrong(lm, distinct_tokens(lm)), lambda: wrong(lm, distinct_tokens(lm, rows=3)))
+    return right_once(patient, lambda: wrong(lm, distinct_tokens(lm)), lambda: wrong(lm, distinct_tokens(lm, rows=3)))
 
 
 @symptom(
@@ -78,7 +93,7 @@ def _right_in_one_layer(patient: Patient) -> bool | None:
     one, two = patient.lm(), patient.lm(num_layers=2)
     if two.config.num_layers != 2:
         return None
-    return right_once(lambda: wrong(one, distinct_tokens(one), 1), lambda: wrong(two, distinct_tokens(two), 1))
+    return right_once(patient, lambda: wrong(one, distinct_tokens(one), 1), lambda: wrong(two, distinct_tokens(two), 1))
 
 
 @symptom(
@@ -92,6 +107,7 @@ def _right_token_by_token(patient: Patient) -> bool | None:
     lm = patient.lm(num_layers=2)
     ids = distinct_tokens(lm)
 
+    @torch.no_grad()
     def several_at_once() -> bool:
         expected, past, same = lm.logits(ids), None, True
         for start, end in ((0, 3), (3, 5), (5, LENGTH)):
@@ -99,7 +115,7 @@ def _right_token_by_token(patient: Patient) -> bool | None:
             same &= apart(logits, expected[:, start:end][:, -logits.shape[1] :]) <= SAME
         return not same
 
-    return right_once(lambda: wrong(lm, ids, 1), several_at_once)
+    return right_once(patient, lambda: wrong(lm, ids, 1), several_at_once)
 
 
 @symptom(
@@ -112,7 +128,7 @@ def _right_token_by_token(patient: Patient) -> bool | None:
 def _right_at_first(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm, length=_LONGER)
-    return right_once(lambda: wrong(lm, ids[:, :2], 1), lambda: wrong(lm, ids, 1))
+    return right_once(patient, lambda: wrong(lm, ids[:, :2], 1), lambda: wrong(lm, ids, 1))
 
 
 @symptom(
@@ -129,7 +145,7 @@ def _right_after_one_call(patient: Patient) -> bool | None:
     def after_one_call() -> bool:
         return any(wrong(lm, ids[:, : prefill + 1], prefill) for prefill in range(1, LENGTH))
 
-    return right_once(after_one_call, lambda: wrong(lm, ids, 1))
+    return right_once(patient, after_one_call, lambda: wrong(lm, ids, 1))
 
 
 @symptom(
@@ -142,7 +158,7 @@ def _right_after_one_call(patient: Patient) -> bool | None:
 def _equal_tokens_right(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    return right_once(lambda: wrong(lm, torch.full_like(ids, 3)), lambda: wrong(lm, ids))
+    return right_once(patient, lambda: wrong(lm, torch.full_like(ids, 3)), lambda: wrong(lm, ids))
 
 
 @symptom(
@@ -173,12 +189,7 @@ def _blind_to_order(patient: Patient) -> bool | None:
 def _right_without_gradients(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-
-    def without() -> bool:
-        with torch.no_grad():
-            return wrong(lm, ids)
-
-    return right_once(without, lambda: wrong(lm, ids))
+    return right_once(patient, lambda: wrong(lm, ids), lambda: wrong(lm, ids, gradients=True))
 
 
 def _passes_somewhere(patient: Patient, repair: type[PositionsAfterTheCache]) -> bool | None:

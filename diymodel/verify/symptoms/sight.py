@@ -6,6 +6,7 @@ Shapes: B batch, T query length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +14,10 @@ from torch import Tensor
 from diymodel._compat import attention_backends, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.symptoms import SAME, Patient, distinct_tokens, influence, symptom
-from diymodel.verify.symptoms.decode import DECODE, cached_last
+from diymodel.verify.symptoms.decode import DECODE, beyond_the_window, cached_last, seen_by_whole
 
 _LENGTH = 8
 _IMPLEMENTATIONS = ("eager", "sdpa")  # transformers' names
-
-
-def _whole(lm: LM, ids: Tensor) -> list[float]:
-    """How far each token moves the last logits of the whole sequence."""
-    return influence(lambda tokens: lm.logits(tokens)[:, -1], ids)
-
-
-def _beyond_the_window(patient: Patient, seen: list[float]) -> bool:
-    """Whether this is more than the window that the subject declares: then it is not the cache that is at fault."""
-    return patient.subject.window is not None and sum(far > SAME for far in seen) > patient.subject.window
 
 
 @symptom(
@@ -39,7 +30,7 @@ def _beyond_the_window(patient: Patient, seen: list[float]) -> bool:
 def _ignores_the_prefix(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if max(_whole(lm, ids)[:-1]) <= SAME:
+    if max(seen_by_whole(lm, ids)[:-1]) <= SAME:
         return None
     return max(influence(cached_last(lm, 5), ids)[:-1] + influence(cached_last(lm, 1), ids[:, :2])[:-1]) <= SAME
 
@@ -54,9 +45,8 @@ def _ignores_the_prefix(patient: Patient) -> bool | None:
 def _forgets_the_oldest(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm, length=_LENGTH)
-    seen = _whole(lm, ids)
-    whole = [far > SAME for far in seen[:-1]]
-    if not any(whole) or _beyond_the_window(patient, seen):
+    whole = [far > SAME for far in seen_by_whole(lm, ids)[:-1]]
+    if not any(whole) or beyond_the_window(patient):
         return None
 
     def forgets(prefill: int) -> bool:
@@ -77,7 +67,7 @@ def _sees_more(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm, length=_LENGTH)
     cached = influence(cached_last(lm, 7), ids)
-    return any(seen > SAME >= hidden for seen, hidden in zip(cached, _whole(lm, ids), strict=True))
+    return any(seen > SAME >= hidden for seen, hidden in zip(cached, seen_by_whole(lm, ids), strict=True))
 
 
 @symptom(
@@ -119,7 +109,7 @@ def _chunk_blind_to_its_past(patient: Patient) -> bool | None:
 def _chunk_loses_the_cached(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if _beyond_the_window(patient, _whole(lm, ids)):
+    if beyond_the_window(patient):
         return None
 
     def loses(position: int) -> bool:
@@ -140,7 +130,7 @@ def _chunk_loses_the_cached(patient: Patient) -> bool | None:
 def _narrower_on_some_paths(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    seen = {tuple(far > SAME for far in _whole(lm, ids)) for _ in _paths(lm, ids)}
+    seen = {tuple(far > SAME for far in seen_by_whole(lm, ids)) for _ in _paths(lm, ids)}
     return len(seen) > 1 if seen else None
 
 
@@ -158,13 +148,13 @@ def _one_more_or_fewer(patient: Patient) -> bool | None:
     ids = distinct_tokens(lm, length=patient.subject.window + 2)
     if ids.shape[1] < patient.subject.window + 2:
         return None
-    seen = sum(far > SAME for far in _whole(lm, ids))
+    seen = sum(far > SAME for far in seen_by_whole(lm, ids))
     return abs(seen - patient.subject.window) == 1
 
 
 def _paths(lm: LM, ids: Tensor) -> Iterator[None]:
     """Each attention kernel and implementation that runs, in turn."""
-    setter = getattr(lm.module, "set_attn_implementation", None)
+    setter: Any = getattr(lm.module, "set_attn_implementation", None)
     for name in _IMPLEMENTATIONS if setter is not None else ():
         try:
             setter(name)
@@ -178,6 +168,6 @@ def _paths(lm: LM, ids: Tensor) -> Iterator[None]:
             except RuntimeError:  # this one cannot run here
                 continue
             yield
-    for mode in (torch.enable_grad, torch.no_grad):
-        with mode():
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
             yield
