@@ -1,4 +1,4 @@
-"""When a cached step goes wrong, and what makes it right.
+"""When a cached step goes wrong, and when it is right.
 
 Shapes: B batch, T query length, V vocabulary.
 """
@@ -6,19 +6,16 @@ Shapes: B batch, T query length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.repairs import PositionsAfterTheCache, PositionsOfTokensSeen
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
 
 DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
 _PREFILL = LENGTH - 3
 _LONGER = 8
-_REPAIRED = ("decode.cached_equals_full",)
 
 
 def cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -190,42 +187,3 @@ def _right_without_gradients(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
     return right_once(patient, lambda: wrong(lm, ids), lambda: wrong(lm, ids, gradients=True))
-
-
-def _passes_somewhere(patient: Patient, repair: type[PositionsAfterTheCache]) -> bool | None:
-    """Whether the failing trial passes once positions are repaired, at every place that counts some or at one."""
-    places: set[tuple[str, int]] = set()
-    answer = None
-    for only in (None, *range(_LONGER)):
-        if only is not None and only >= len(places):
-            break
-        place = None if only is None else sorted(places)[only]
-        try:
-            answer = patient.passes_under(partial(repair, only=place, found=places), _REPAIRED)
-        except Exception:  # what was moved is no position, and now an index beyond its end
-            answer = False
-        if answer is not False:
-            return answer
-    return answer
-
-
-@symptom(
-    "repair.positions_after_the_cache",
-    "with the positions of the cached step moved by the cached length, the failing trial passes",
-    "把解码那一步的位置加上已缓存的长度后，失败的例子就通过了",
-    DECODE,
-    ("position-restarts-in-decode",),
-)
-def _positions_after_the_cache(patient: Patient) -> bool | None:
-    return _passes_somewhere(patient, PositionsAfterTheCache)
-
-
-@symptom(
-    "repair.positions_of_tokens_seen",
-    "a cached step takes an earlier token's position; with the number of tokens seen instead, the failing trial passes",
-    "解码那一步占用了前面某个 token 的位置；改成已看过的 token 数后，失败的例子就通过了",
-    DECODE,
-    ("position-from-kept-length", "position-restarts-in-decode", "state-survives-calls"),
-)
-def _positions_of_tokens_seen(patient: Patient) -> bool | None:
-    return _passes_somewhere(patient, PositionsOfTokensSeen)
