@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,15 @@ from diymodel.verify.diagnose import Signatures, known_causes, leave_one_base_ou
 from diymodel.verify.handing import Calls, handed, right_mask, right_positions
 from diymodel.verify.html import to_html
 from diymodel.verify.registry import list_checks
-from diymodel.verify.repairs import CausalAttention, NoDropout, PositionsAfterTheCache, Repair, SoftmaxOverKeys
+from diymodel.verify.repairs import (
+    CachedKeysAsHeld,
+    CausalAttention,
+    NoDropout,
+    PositionsAfterTheCache,
+    PositionsOfTokensSeen,
+    Repair,
+    SoftmaxOverKeys,
+)
 from diymodel.verify.report import Report
 from diymodel.verify.runner import PROFILES, Settings, diagnose, verify_one
 from diymodel.verify.samples import Sample, read_samples
@@ -44,7 +54,29 @@ LIVE = (  # bugs, one for each group of symptoms
     "cache-list-mutated-rotary-decode.branch",
     "tie-lost-saved-directory.complete",
 )
-REPAIRS = (CausalAttention, NoDropout, PositionsAfterTheCache, SoftmaxOverKeys)
+REPAIRS = (CausalAttention, NoDropout, PositionsAfterTheCache, PositionsOfTokensSeen, SoftmaxOverKeys)
+WHERE_WRONG = (  # symptoms that ask what is different where a cached step is wrong
+    "cache.right_with_keys_as_held",
+    "decode.right_in_one_row",
+    "decode.right_in_one_layer",
+    "decode.right_token_by_token",
+    "decode.right_at_first",
+    "decode.right_after_one_call",
+    "decode.equal_tokens_right",
+    "decode.right_without_gradients",
+    "decode.takes_other_parts",
+    "decode.embeds_another_position",
+    "decode.wrong_before_attention",
+    "decode.right_through_attention",
+)
+NOT_SO = (  # and those that ask what a cached step does
+    "cache.list_holds_others",
+    "cache.logits_of_another_dtype",
+    "decode.ignores_the_prefix",
+    "decode.forgets_the_oldest",
+    "decode.sees_more",
+    "decode.chunk_loses_the_cached",
+)
 
 
 def sample(failed: set[str], passed: set[str] = frozenset(), **symptoms: bool) -> Sample:  # type: ignore[assignment]
@@ -261,6 +293,38 @@ def test_nothing_is_said_of_padding_and_tokens_that_are_right(id: str, modules: 
     answers = {found.id: found.ask(patient) for found in questions}
     assert not any(answers.values()), answers
     assert {id for id, answer in answers.items() if answer is False} <= {"padding.first_token_sees_its_future"}
+
+
+def test_positions_of_earlier_tokens_are_moved_at_one_place_or_all() -> None:
+    places: set[tuple[str, int]] = set()
+    with PositionsOfTokensSeen(5, 2, found=places):
+        assert torch.arange(2, 4).tolist() == [5, 6]
+        assert torch.arange(0, 2).tolist() == [0, 1]
+        assert torch.arange(5, 7).tolist() == [5, 6]
+        assert torch.arange(2, 6, 2).tolist() == [2, 4]
+    with PositionsOfTokensSeen(5, 2, only=("elsewhere", 1)):
+        assert torch.arange(2, 4).tolist() == [2, 3]
+    assert [file for file, _ in places] == [__file__]
+
+
+def test_only_turned_keys_are_put_back() -> None:
+    held, new = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 1, 4)
+    with CachedKeysAsHeld(3, 1, [held]):
+        assert torch.cat((held.flip(-1), new), 2).equal(torch.concat((held, new), 2))
+        assert torch.cat((2 * held, new), 2)[:, :, :3].equal(2 * held)
+    with CachedKeysAsHeld(3, 1, [torch.stack((new.expand_as(held), held))]):  # several layers in one tensor
+        assert torch.cat((held.flip(-1), new), 2)[:, :, :3].equal(held)
+
+
+@pytest.mark.parametrize("base", ["rotary", "hub", "learned", "onmodule", "windowed", "switch", "supplied", "scribe"])
+def test_a_correct_model_has_no_symptoms_of_a_cache(base: str) -> None:
+    failed: Any = {"decode.chunks": SimpleNamespace(failure=SimpleNamespace(config={}))}
+    patient = Patient(BASES[base].subject(), failed)
+    symptoms = list_symptoms()
+    assert {id: symptoms[id].ask(patient) for id in WHERE_WRONG} == dict.fromkeys(WHERE_WRONG)
+    lacks_generation = "generate" in BASES[base].generation
+    asked = [id for id in NOT_SO if not (lacks_generation and id.startswith("generation."))]
+    assert not any(symptoms[id].ask(patient) for id in asked)
 
 
 @pytest.mark.parametrize("id", LIVE)

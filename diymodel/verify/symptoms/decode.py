@@ -1,4 +1,4 @@
-"""What a cached step sees, and where it goes wrong.
+"""When a cached step goes wrong, and when it is right.
 
 Shapes: B batch, T query length, V vocabulary.
 """
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.repairs import PositionsAfterTheCache
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
 
-_DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
-_PREFILL = LENGTH - 1
+DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
+_PREFILL = LENGTH - 3
+_LONGER = 8
 
 
-def _cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Callable[[Tensor], Tensor]:
+def cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Callable[[Tensor], Tensor]:
     """The logits of the last token, after a prefill; the rest is fed ``step`` tokens at a time (None: all at once)."""
 
     def run(ids: Tensor) -> Tensor:
@@ -30,102 +30,139 @@ def _cached_last(lm: LM, prefill: int = _PREFILL, step: int | None = None) -> Ca
     return run
 
 
-def _wrong(lm: LM, ids: Tensor) -> bool:
-    """Whether the logits of the last token are wrong on a cache of the others."""
-    return apart(_cached_last(lm)(ids), lm.logits(ids)[:, -1]) > SAME
+def seen_by_whole(lm: LM, ids: Tensor) -> list[float]:
+    """How far each token moves the last logits of the whole sequence."""
+    return influence(lambda tokens: lm.logits(tokens)[:, -1], ids)
 
 
-@symptom(
-    "decode.ignores_the_prefix",
-    "what was cached changes nothing: a cached step sees its own token only",
-    "缓存的内容毫无作用：解码一步只看到它自己的 token",
-    _DECODE,
-    ("cache-object-replaced",),
-)
-def _ignores_the_prefix(patient: Patient) -> bool | None:
+def beyond_the_window(patient: Patient) -> bool:
+    """Whether the whole sequence sees more than the window that is declared: then the cache is not at fault."""
+    if patient.subject.window is None:
+        return False
     lm = patient.lm()
-    return max(influence(_cached_last(lm), distinct_tokens(lm))[:-1]) <= SAME
+    return sum(far > SAME for far in seen_by_whole(lm, distinct_tokens(lm))) > patient.subject.window
 
 
-@symptom(
-    "decode.forgets_the_oldest",
-    "a cached step no longer sees the oldest tokens, and the whole sequence does",
-    "用 cache 解码时看不到最早的 token，整段计算时却看得到",
-    _DECODE,
-    ("cache-drops-oldest", "ring-cache-overwritten", "position-from-kept-length"),
-)
-def _forgets_the_oldest(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm, length=8)
-    cached = influence(_cached_last(lm, 1, 1), ids)[:-1]
-    whole = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
-    return cached[0] <= SAME < whole[0] and cached[-1] > SAME
+def wrong(lm: LM, ids: Tensor, prefill: int = _PREFILL, gradients: bool = False) -> bool:
+    """Whether any logits of single steps after a prefill are wrong; a NaN is wrong.
+
+    Right is what the sequence up to there gives, without gradients as the step is: in a longer one a leak would be at
+    fault, with gradients another path of attention.
+    """
+    with torch.set_grad_enabled(gradients):
+        expected = [lm.logits(ids[:, :end])[:, -1].detach() for end in range(prefill, ids.shape[1] + 1)]
+    logits, past = lm.extend(ids[:, :prefill].clone())
+    seen = [logits[:, -1]]
+    for t in range(prefill, ids.shape[1]):
+        logits, past = lm.extend(ids[:, t : t + 1].clone(), past)
+        seen.append(logits[:, -1])
+    return not apart(torch.stack(seen), torch.stack(expected)) <= SAME
 
 
-@symptom(
-    "decode.sees_more",
-    "a cached step sees tokens that the whole sequence does not",
-    "用 cache 解码时看到了整段计算时看不到的 token",
-    _DECODE,
-    ("window-ignored-in-decode",),
-)
-def _sees_more(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm, length=8)
-    cached = influence(_cached_last(lm, 7), ids)
-    whole = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)
-    return any(seen > SAME >= hidden for seen, hidden in zip(cached, whole, strict=True))
+def right_once(patient: Patient, changed: Callable[[], bool], unchanged: Callable[[], bool]) -> bool | None:
+    """Whether it is wrong no more with a change; None unless it is wrong without one, before and after alike."""
+    if beyond_the_window(patient) or not unchanged():
+        return None
+    right = not changed()
+    return right if unchanged() else None
 
 
 @symptom(
     "decode.right_in_one_row",
     "one row alone is continued rightly, several are not",
     "只有一行时正确，多行时出错",
-    _DECODE,
+    DECODE,
     ("cache-rows-shared", "beam-reorder-skipped", "padded-batch-shared-position"),
 )
 def _right_in_one_row(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if not _wrong(lm, distinct_tokens(lm, rows=3)):
-        return None
-    return not _wrong(lm, distinct_tokens(lm))
+    return right_once(patient, lambda: wrong(lm, distinct_tokens(lm)), lambda: wrong(lm, distinct_tokens(lm, rows=3)))
 
 
 @symptom(
     "decode.right_in_one_layer",
-    "one layer alone is right, two are not",
-    "只有一层时正确，两层时出错",
-    _DECODE,
-    ("position-advances-per-layer",),
+    "one layer alone is right token by token, two are not",
+    "逐个 token 解码时，只有一层时正确，两层时出错",
+    DECODE,
+    ("position-advances-per-layer", "bidirectional-mask"),
 )
 def _right_in_one_layer(patient: Patient) -> bool | None:
-    two = patient.lm(num_layers=2)
-    if two.config.num_layers != 2 or not _wrong(two, distinct_tokens(two)):
+    one, two = patient.lm(), patient.lm(num_layers=2)
+    if two.config.num_layers != 2:
         return None
-    one = patient.lm()
-    return not _wrong(one, distinct_tokens(one))
+    return right_once(patient, lambda: wrong(one, distinct_tokens(one), 1), lambda: wrong(two, distinct_tokens(two), 1))
+
+
+@symptom(
+    "decode.right_token_by_token",
+    "fed one token at a time from the first on it is right, fed several at once it is not",
+    "从头逐个 token 送入时正确，一次送入多个时出错",
+    ("decode.*", "causality.through_cache"),
+    ("ring-cache-overwritten", "chunk-unmasked", "chunk-mask-top-left", "chunk-size-changes-logits"),
+)
+def _right_token_by_token(patient: Patient) -> bool | None:
+    lm = patient.lm(num_layers=2)
+    ids = distinct_tokens(lm)
+
+    @torch.no_grad()
+    def several_at_once() -> bool:
+        expected, past, same = lm.logits(ids), None, True
+        for start, end in ((0, 3), (3, 5), (5, LENGTH)):
+            logits, past = lm.extend(ids[:, start:end], past)
+            same &= apart(logits, expected[:, start:end][:, -logits.shape[1] :]) <= SAME
+        return not same
+
+    return right_once(patient, lambda: wrong(lm, ids, 1), several_at_once)
+
+
+@symptom(
+    "decode.right_at_first",
+    "the second token on a cache of one is right, and later ones are not",
+    "缓存一个 token 之后的那一步是对的，再往后就错",
+    DECODE,
+    ("position-from-kept-length", "window-off-by-one", "ring-cache-overwritten", "cache-drops-oldest"),
+)
+def _right_at_first(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm, length=_LONGER)
+    return right_once(patient, lambda: wrong(lm, ids[:, :2], 1), lambda: wrong(lm, ids, 1))
+
+
+@symptom(
+    "decode.right_after_one_call",
+    "a step is right after one call that cached all the others, and wrong after several that cached the same",
+    "其余 token 一次缓存时，这一步是对的；分几次缓存同样的 token，就错了",
+    DECODE,
+    ("position-restarts-in-decode", "cached-keys-rotated-again", "state-survives-calls"),
+)
+def _right_after_one_call(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+
+    def after_one_call() -> bool:
+        return any(wrong(lm, ids[:, : prefill + 1], prefill) for prefill in range(1, LENGTH))
+
+    return right_once(patient, after_one_call, lambda: wrong(lm, ids, 1))
 
 
 @symptom(
     "decode.equal_tokens_right",
     "with all tokens equal it is right: what differs is where attention looks, not what it finds",
     "所有 token 相同时是对的：错的是 attention 看向哪里，而不是看到什么",
-    _DECODE,
+    DECODE,
     ("position-restarts-in-decode", "cached-keys-rotated-again", "rope-base-changes-mid-cache", "alibi-lost-in-decode"),
 )
 def _equal_tokens_right(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if not _wrong(lm, ids):
-        return None
-    return not _wrong(lm, torch.full_like(ids, 3))
+    return right_once(patient, lambda: wrong(lm, torch.full_like(ids, 3)), lambda: wrong(lm, ids))
 
 
 @symptom(
     "decode.blind_to_order",
     "a cached step does not tell the order of what is cached, and the whole sequence does",
     "用 cache 解码时分不清缓存内容的先后，整段计算时却分得清",
-    _DECODE,
+    DECODE,
     ("alibi-lost-in-decode", "no-positions"),
 )
 def _blind_to_order(patient: Patient) -> bool | None:
@@ -135,44 +172,18 @@ def _blind_to_order(patient: Patient) -> bool | None:
     exchanged[:, 1:3] = ids[:, 1:3].flip(1)
     if apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) <= SAME:
         return None
-    cached = _cached_last(lm)
+    cached = cached_last(lm, LENGTH - 1)
     return apart(cached(exchanged), cached(ids)) <= SAME
 
 
 @symptom(
-    "decode.chunk_sees_its_future",
-    "within a chunk on a cache, a position sees the token after it",
-    "一次送入多个 token 时，前面的位置看到了后面的 token",
-    ("decode.chunks", "causality.through_cache"),
-    ("chunk-unmasked", "bidirectional-mask"),
+    "decode.right_without_gradients",
+    "without gradients the whole sequence gives what the cached step gives, and with them it does not",
+    "关掉梯度时，整段计算的结果与用 cache 的一致；打开梯度就不一致",
+    DECODE,
+    ("attention-backends-disagree", "mask-dropped-on-fast-path"),
 )
-def _chunk_sees_its_future(patient: Patient) -> bool | None:
+def _right_without_gradients(patient: Patient) -> bool | None:
     lm = patient.lm()
-
-    def first_of_chunk(ids: Tensor) -> Tensor:
-        return lm.extend(ids[:, 3:], lm.extend(ids[:, :3])[1])[0][:, 0]
-
-    return influence(first_of_chunk, distinct_tokens(lm))[-1] > SAME
-
-
-@symptom(
-    "decode.chunk_blind_to_its_past",
-    "within a chunk on a cache, a position does not see the token before it",
-    "一次送入多个 token 时，后面的位置看不到前一个 token",
-    ("decode.chunks",),
-    ("chunk-mask-top-left",),
-)
-def _chunk_blind_to_its_past(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    return influence(_cached_last(lm, 3), distinct_tokens(lm))[-2] <= SAME
-
-
-@symptom(
-    "repair.positions_after_the_cache",
-    "with the positions of the cached step moved by the cached length, the failing trial passes",
-    "把解码那一步的位置加上已缓存的长度后，失败的例子就通过了",
-    _DECODE,
-    ("position-restarts-in-decode",),
-)
-def _positions_after_the_cache(patient: Patient) -> bool | None:
-    return patient.passes_under(PositionsAfterTheCache, ("decode.cached_equals_full",))
+    ids = distinct_tokens(lm)
+    return right_once(patient, lambda: wrong(lm, ids), lambda: wrong(lm, ids, gradients=True))

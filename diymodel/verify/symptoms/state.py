@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,63 +52,6 @@ def _inputs_written(patient: Patient) -> bool | None:
     before = ids.clone()
     lm.logits(ids)
     return not ids.equal(before)
-
-
-def _tensors(cache: Any) -> Iterator[Tensor]:
-    if isinstance(cache, Tensor):
-        yield cache
-    elif isinstance(cache, dict):
-        for value in cache.values():
-            yield from _tensors(value)
-    elif isinstance(cache, (list, tuple)):
-        for value in cache:
-            yield from _tensors(value)
-    elif hasattr(cache, "__dict__"):
-        yield from _tensors(vars(cache))
-
-
-class _Step(NamedTuple):
-    """What continuing a cache did to it."""
-
-    others: bool  # it holds other tensors
-    in_a_list: bool
-
-
-def _after_a_step(patient: Patient) -> _Step | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    if lm.convention.cache_on_module:
-        return None
-    _, past = lm.extend(ids[:, :4])
-    held = list(_tensors(past.cache))
-    lm.extend(ids[:, 4:5], past)
-    now = list(_tensors(past.cache))
-    others = len(now) != len(held) or any(one is not other for one, other in zip(held, now, strict=True))
-    return _Step(others, isinstance(past.cache, list))
-
-
-@symptom(
-    "cache.list_holds_others",
-    "the list that was handed in holds other tensors after the step",
-    "传进去的列表，在这一步之后装的是别的张量",
-    ("decode.*",),
-    ("cache-list-mutated",),
-)
-def _list_holds_others(patient: Patient) -> bool | None:
-    seen = _after_a_step(patient)
-    return None if seen is None else seen.others and seen.in_a_list
-
-
-@symptom(
-    "cache.object_holds_others",
-    "the object that was handed in holds other tensors after the step",
-    "传进去的对象，在这一步之后装的是别的张量",
-    ("decode.*",),
-    ("cache-mutated-in-place",),
-)
-def _object_holds_others(patient: Patient) -> bool | None:
-    seen = _after_a_step(patient)
-    return None if seen is None else seen.others and not seen.in_a_list
 
 
 def _files(patient: Patient) -> tuple[set[str], set[str]] | None:

@@ -1,0 +1,54 @@
+"""Whether a failing cached step passes once its positions are moved."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diymodel.verify.repairs import PositionsAfterTheCache, PositionsOfTokensSeen, Repair, RepairOf
+from diymodel.verify.symptoms import Patient, symptom
+from diymodel.verify.symptoms.decode import DECODE
+
+_REPAIRED = ("decode.cached_equals_full",)
+_PLACES = 8  # at most, that are tried one by one
+
+
+def _passes_somewhere(patient: Patient, repair: type[PositionsAfterTheCache]) -> bool | None:
+    """Whether the failing trial passes once positions are repaired, at every place that counts some or at one."""
+    if patient.passes_under(Repair, _REPAIRED) is not False:  # one that repairs nothing
+        return None
+    places: set[tuple[str, int]] = set()
+    answer = _passes(patient, partial(repair, found=places))
+    for place in sorted(places)[:_PLACES]:
+        if answer is not False:
+            break
+        answer = _passes(patient, partial(repair, only=place))
+    return answer
+
+
+def _passes(patient: Patient, repair: RepairOf) -> bool | None:
+    try:
+        return patient.passes_under(repair, _REPAIRED)
+    except Exception:  # what was moved is no position, and now an index beyond its end
+        return False
+
+
+@symptom(
+    "repair.positions_after_the_cache",
+    "with the positions of the cached step moved by the cached length, the failing trial passes",
+    "把解码那一步的位置加上已缓存的长度后，失败的例子就通过了",
+    DECODE,
+    ("position-restarts-in-decode",),
+)
+def _positions_after_the_cache(patient: Patient) -> bool | None:
+    return _passes_somewhere(patient, PositionsAfterTheCache)
+
+
+@symptom(
+    "repair.positions_of_tokens_seen",
+    "a cached step takes an earlier token's position; with the number of tokens seen instead, the failing trial passes",
+    "解码那一步占用了前面某个 token 的位置；改成已看过的 token 数后，失败的例子就通过了",
+    DECODE,
+    ("position-from-kept-length", "position-restarts-in-decode", "state-survives-calls"),
+)
+def _positions_of_tokens_seen(patient: Patient) -> bool | None:
+    return _passes_somewhere(patient, PositionsOfTokensSeen)
