@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.diagnose import Signatures, known_causes, leave_one_base_out, signatures
 from diymodel.verify.html import to_html
+from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks
 from diymodel.verify.repairs import CausalAttention, NoDropout, PositionsAfterTheCache, Repair, SoftmaxOverKeys
-from diymodel.verify.report import Report
+from diymodel.verify.report import Failure, Report, Result
 from diymodel.verify.runner import PROFILES, Settings, diagnose, verify_one
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.subject import resolve
-from diymodel.verify.symptoms import list_symptoms, observe
+from diymodel.verify.symptoms import Patient, list_symptoms, observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
 
@@ -238,6 +240,37 @@ def test_positions_that_restart_are_moved() -> None:
         assert torch.equal(table[:2], table.narrow(0, 5, 2))
         assert torch.equal(table[:2, None], table.narrow(0, 5, 2)[:, None])
         assert table[1:3, 0].tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("base", ["hub", "headwise", "kept", "packed", "pretrained", "resettable", "scribe", "writer"])
+def test_no_experiment_on_modes_state_or_gradients_blames_a_correct_model(base: str) -> None:
+    config = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16, "dropout": 0.5}
+    failure = Failure("saw none at nothing", (), config, {"config": config}, "")
+    failed = {check.id: Result(check, "failed", failure=failure) for check in list_checks()}
+    patient = Patient(BASES[base].subject(), failed)
+    for found in list_symptoms().values():
+        answer = None
+        if found.ask.__module__.rpartition(".")[2] in ("arguments", "modes", "saving", "state", "switches", "training"):
+            with contextlib.suppress(Exception), seeded():
+                answer = found.ask(patient)
+        assert not answer or found.id == "cache.object_holds_others", found.id  # as is right for an object
+
+
+@pytest.mark.parametrize(
+    ("new", "id"),
+    [
+        ("self.dropout", "modes.dropout_is_told_none"),
+        ("self.__dict__.setdefault('drops', self.dropout * self.training)", "modes.decided_earlier"),
+    ],
+)
+def test_what_decides_that_a_strangers_dropout_goes_on(tmp_path: Path, new: str, id: str) -> None:
+    old, path = "self.dropout if self.training else 0.0", tmp_path / "nano_gpt.py"
+    path.write_text((EXAMPLES / "nano_gpt.py").read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    subject, checks = resolve(f"{path}:GPT"), {check.id: check for check in list_checks()}
+    result = verify_one(subject, checks["modes.dropout_off_in_eval"], Settings(PROFILES["quick"], shrink=False))
+    seen = observe(subject, [result])
+    asked = ("modes.dropout_is_told_none", "modes.decided_earlier", "modes.dropout_is_told_to_train")
+    assert [name for name in asked if seen[name]] == [id]
 
 
 @pytest.mark.parametrize("id", LIVE)
