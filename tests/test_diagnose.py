@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.diagnose import Signatures, known_causes, leave_one_base_out, signatures
 from diymodel.verify.handing import Calls, handed, right_mask, right_positions
 from diymodel.verify.html import to_html
+from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks
 from diymodel.verify.repairs import (
     CachedKeysAsHeld,
@@ -33,7 +35,7 @@ from diymodel.verify.repairs import (
     Repair,
     SoftmaxOverKeys,
 )
-from diymodel.verify.report import Report
+from diymodel.verify.report import Failure, Report, Result
 from diymodel.verify.runner import PROFILES, Settings, diagnose, verify_one
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.subject import resolve
@@ -325,6 +327,37 @@ def test_a_correct_model_has_no_symptoms_of_a_cache(base: str) -> None:
     lacks_generation = "generate" in BASES[base].generation
     asked = [id for id in NOT_SO if not (lacks_generation and id.startswith("generation."))]
     assert not any(symptoms[id].ask(patient) for id in asked)
+
+
+@pytest.mark.parametrize("base", ["hub", "headwise", "kept", "packed", "pretrained", "resettable", "scribe", "writer"])
+def test_no_experiment_on_modes_state_or_gradients_blames_a_correct_model(base: str) -> None:
+    config = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16, "dropout": 0.5}
+    failure = Failure("saw none at nothing", (), config, {"config": config}, "")
+    failed = {check.id: Result(check, "failed", failure=failure) for check in list_checks()}
+    patient = Patient(BASES[base].subject(), failed)
+    for found in list_symptoms().values():
+        answer = None
+        if found.ask.__module__.rpartition(".")[2] in ("arguments", "modes", "saving", "state", "switches", "training"):
+            with contextlib.suppress(Exception), seeded():
+                answer = found.ask(patient)
+        assert not answer, found.id
+
+
+@pytest.mark.parametrize(
+    ("new", "id"),
+    [
+        ("self.dropout", "modes.dropout_is_told_none"),
+        ("self.__dict__.setdefault('drops', self.dropout * self.training)", "modes.decided_earlier"),
+    ],
+)
+def test_what_decides_that_a_strangers_dropout_goes_on(tmp_path: Path, new: str, id: str) -> None:
+    old, path = "self.dropout if self.training else 0.0", tmp_path / "nano_gpt.py"
+    path.write_text((EXAMPLES / "nano_gpt.py").read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    subject, checks = resolve(f"{path}:GPT"), {check.id: check for check in list_checks()}
+    result = verify_one(subject, checks["modes.dropout_off_in_eval"], Settings(PROFILES["quick"], shrink=False))
+    seen = observe(subject, [result])
+    asked = ("modes.dropout_is_told_none", "modes.decided_earlier", "modes.dropout_is_told_to_train")
+    assert [name for name in asked if seen[name]] == [id]
 
 
 @pytest.mark.parametrize("id", LIVE)

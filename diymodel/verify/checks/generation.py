@@ -71,7 +71,7 @@ def must_be_likeliest(trial: Trial, lm: LM, prompt: Tensor, new: Tensor, what: s
     title="generate returns the prompt as it was, then as many new tokens as it was asked for",
     step="3.1",
     needs=("generate",),
-    causes=("generated-length-wrong", "prompt-not-kept"),
+    causes=("generated-length-wrong", "prompt-not-kept", "inputs-written-in-place"),
 )
 def keeps_prompt(trial: Trial) -> None:
     lm = trial.model()

@@ -56,7 +56,7 @@ def dropout_active_in_training(trial: Trial) -> None:
     "modes.dropout_off_in_eval",
     title="in eval mode, the dropout probability changes no logit",
     step="3.3",
-    causes=("dropout-active-in-eval", "mode-flag-copied", "dropout-rescaled-in-eval"),
+    causes=("dropout-active-in-eval", "mode-flag-copied", "dropout-rescaled-in-eval", "mode-not-restored"),
 )
 def dropout_off_in_eval(trial: Trial) -> None:
     lm = trial.model(dropout=0.5)

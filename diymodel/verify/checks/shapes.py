@@ -74,7 +74,7 @@ def longest(trial: Trial) -> None:
     "forward.deterministic",
     title="in eval mode, two equal calls give equal logits, whatever was called in between",
     step="3.3",
-    causes=("state-survives-calls", "dropout-active-in-eval"),
+    causes=("state-survives-calls", "dropout-active-in-eval", "mode-flag-copied", "mode-not-restored"),
 )
 def deterministic(trial: Trial) -> None:
     lm = trial.model()

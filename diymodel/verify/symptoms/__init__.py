@@ -74,9 +74,19 @@ class Patient:
             return None
         return all(self._passes(result, repair) for result in known)
 
-    def _passes(self, result: Result, repair: RepairOf | None) -> bool:
+    def passes_without_dropout(self, ids: Iterable[str]) -> bool | None:
+        """Whether the failing trials of these checks pass with dropout 0; None where one passes as it is."""
+        known = [result for id, result in self.failed.items() if id in ids and result.failure is not None]
+        if not known or any(self._passes(result, None) for result in known):
+            return None
+        return all(self._passes(result, None, dropout=0.0) for result in known)
+
+    def _passes(self, result: Result, repair: RepairOf | None, **fixed: Any) -> bool:
         assert result.failure is not None
-        trial = Trial.replaying(self.subject, result.failure.values, self.device)
+        values = result.failure.values
+        if fixed:
+            values = {**values, "config": {**values["config"], **fixed}}
+        trial = Trial.replaying(self.subject, values, self.device)
         trial.around = repair
         try:
             with seeded():

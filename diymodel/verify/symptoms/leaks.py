@@ -150,7 +150,7 @@ def _softmax_over_keys(patient: Patient) -> bool | None:
     "without dropout the failing trials pass",
     "关掉 dropout 后，失败的例子就通过了",
     ("batch.*", "causality.*", "forward.*", "loss.*", "decode.*", "modes.*"),
-    ("dropout-active-in-eval",),
+    ("dropout-active-in-eval", "mode-flag-copied", "mode-not-restored"),
 )
 def _no_dropout(patient: Patient) -> bool | None:
     checks = ("forward.deterministic", "causality.edit", "decode.cached_equals_full", "modes.dropout_off_in_eval")

@@ -5,7 +5,7 @@ Shapes: B batch, T query length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +17,39 @@ from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 _LOSS = ("loss.*", "training.*")
 
 
-def _is_formula(patient: Patient, formula: Callable[[Tensor, Tensor], Tensor]) -> bool | None:
-    """Whether the module's own loss is what ``formula`` makes of logits (B, T, V) and labels (B, T)."""
-    lm = patient.lm(pad_token_id=0)
+_PADDING = 1
+_Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def _is_formula(patient: Patient, formulas: Iterable[_Formula]) -> bool | None:
+    """Whether the module's own loss is what one of ``formulas`` makes of logits (B, T, V) and labels (B, T)."""
+    lm = patient.lm(pad_token_id=_PADDING)
     ids = distinct_tokens(lm, rows=2)
     labels = ids.flip(1).clone()
     labels[0, 2:4] = IGNORED
-    labels[1, -1] = 0
+    labels[1, 2], labels[1, -1] = _PADDING, 0
     seen, logits = lm.loss(ids, labels).detach().double(), lm.logits(ids).detach().double()
-    expected = formula(logits, labels)
-    return abs(float(seen) - float(expected)) <= 1e-6 * abs(float(expected))
+    values = [float(formula(logits, labels)) for formula in formulas]
+    return any(abs(float(seen) - value) <= 1e-6 * abs(value) for value in values)
 
 
 def _entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
-def _formula(id: str, yes: str, yes_zh: str, cause: str, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
-    symptom(f"loss.is_{id}", yes, yes_zh, _LOSS, (cause,))(lambda patient: _is_formula(patient, formula))
+def _with_ignored(last: bool, over_live: bool) -> _Formula:
+    """Ignored labels scored as token 0, with that of the last position or not, over the live labels or all."""
+
+    def formula(logits: Tensor, labels: Tensor) -> Tensor:
+        labels = F.pad(labels[:, 1:], (0, int(last)), value=IGNORED)
+        total = _entropy(logits[:, : labels.shape[1]], labels.clamp(min=0), "sum")
+        return total / (int((labels != IGNORED).sum()) if over_live else labels.numel())
+
+    return formula
+
+
+def _formula(id: str, yes: str, yes_zh: str, cause: str, *formulas: _Formula) -> None:
+    symptom(f"loss.is_{id}", yes, yes_zh, _LOSS, (cause,))(lambda patient: _is_formula(patient, formulas))
 
 
 _formula(
@@ -43,6 +58,7 @@ _formula(
     "loss 是每个位置预测它自己",
     "labels-not-shifted",
     _entropy,
+    lambda logits, labels: _entropy(logits[:, :-1], labels[:, :-1]),
 )
 _formula(
     "shifted_twice",
@@ -86,12 +102,19 @@ _formula(
     "ignored labels are scored as token 0",
     "被忽略的标签被当成 token 0 计分",
     "ignore-index-not-honoured",
-    lambda logits, labels: _entropy(logits[:, :-1], labels[:, 1:].clamp(min=0)),
+    *(_with_ignored(last, over_live) for last in (False, True) for over_live in (False, True)),
+)
+_formula(
+    "without_token_0",
+    "labels of token 0 are not scored",
+    "标签为 token 0 的位置没有计分",
+    "ignore-index-not-honoured",
+    lambda logits, labels: _entropy(logits[:, :-1], labels[:, 1:].masked_fill(labels[:, 1:] == 0, IGNORED)),
 )
 _formula(
     "without_padding_tokens",
     "labels that equal the padding token are not scored",
     "等于 padding token 的标签没有计分",
     "pad-equals-eos-masked",
-    lambda logits, labels: _entropy(logits[:, :-1], labels[:, 1:].masked_fill(labels[:, 1:] == 0, IGNORED)),
+    lambda logits, labels: _entropy(logits[:, :-1], labels[:, 1:].masked_fill(labels[:, 1:] == _PADDING, IGNORED)),
 )

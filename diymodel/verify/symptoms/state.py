@@ -1,4 +1,4 @@
-"""What a module keeps from call to call, writes to, loses on the way to its files, or never uses.
+"""What a module keeps from call to call.
 
 Shapes: B batch, T query length.
 """
@@ -6,118 +6,132 @@ Shapes: B batch, T query length.
 from __future__ import annotations
 
 import copy
-import re
+from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from diymodel.verify.adapters import Opened
+from diymodel.verify.adapters import LM
+from diymodel.verify.learning import next_token_loss
 from diymodel.verify.randomness import reseed
-from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
 
-_NAMES = re.compile(r"([\w.]+) (missing|left over)")  # in what Opened says of a directory
+_NEW = 2  # tokens to generate
+_Call = Callable[[LM, Tensor], Tensor]  # of a module and distinct tokens (B, T)
+
+
+def _in_training(lm: LM, ids: Tensor) -> Tensor:
+    lm.module.train()
+    return lm.logits(ids)
+
+
+def _loss(lm: LM, ids: Tensor) -> Tensor:
+    return lm.loss(ids, ids.clone())
+
+
+def _gradient(lm: LM, ids: Tensor) -> Tensor:
+    used = [p for p in lm.module.parameters() if p.requires_grad]
+    found = torch.autograd.grad(next_token_loss(lm, ids), used, allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+
+def _cached(lm: LM, ids: Tensor, between: Callable[[], object] = lambda: None) -> Tensor:
+    _, past = lm.extend(ids[:, :-1])
+    between()
+    return lm.extend(ids[:, -1:], past)[0]
+
+
+def _generated(lm: LM, ids: Tensor) -> Tensor:
+    return lm.greedy(ids[:1, :2], _NEW).double()
+
+
+def _calls(patient: Patient) -> dict[str, _Call]:
+    """The kinds of calls that the module takes."""
+    needs: dict[str, tuple[str, _Call]] = {
+        "loss": ("loss", _loss),
+        "gradient": ("gradient", _gradient),
+        "cached": ("cache", _cached),
+        "generated": ("greedy", _generated),
+    }
+    calls: dict[str, _Call] = {"plain": LM.logits, "training": _in_training}
+    return calls | {kind: call for kind, (need, call) in needs.items() if patient.subject.missing(need) is None}
+
+
+def _run(lm: LM, call: _Call, ids: Tensor) -> Tensor | None:
+    """What a call gives that is made in eval mode, or None if it raises."""
+    lm.module.eval()
+    reseed()
+    try:
+        return call(lm, ids.clone()).detach().clone()
+    except Exception:  # a stranger's module may raise anything
+        return None
+    finally:
+        lm.module.eval()
+
+
+def _differs(module: LM, call: _Call, other: _Call, ids: Tensor) -> bool:
+    """Whether another way to make a call gives something else, or nothing, each in a copy that was never called."""
+    expected, seen = (
+        _run(LM(copy.deepcopy(module.module), module.config, module.convention), way, ids) for way in (call, other)
+    )
+    if expected is None or not bool(expected.isfinite().all()):
+        return False
+    return seen is None or seen.shape != expected.shape or not apart(seen, expected) <= SAME
 
 
 @symptom(
     "state.earlier_call_matters",
-    "a call changes what the next one gives, with the same random numbers",
+    "a call changes what a later one gives, with the same random numbers",
     "随机数相同，前一次调用却改变了后一次的结果",
-    ("causality.*", "batch.*", "forward.*", "decode.*"),
+    (
+        *("causality.*", "batch.*", "forward.*", "decode.*", "loss.*"),
+        "gradients.*",
+        "modes.*",
+        "generation.*",
+        "training.*",
+    ),
     ("state-survives-calls",),
 )
 def _earlier_call_matters(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    module = lm.module
+    lm, calls = patient.lm(), _calls(patient)
+    ids, others = distinct_tokens(lm, rows=2), distinct_tokens(lm, length=LENGTH + 2).flip(1)
 
-    def logits(before: Tensor | None) -> Tensor:
-        lm.module = copy.deepcopy(module)
-        if before is not None:
-            lm.logits(before)
+    def all_kinds(lm: LM) -> None:
+        for call in calls.values():
+            _run(lm, call, others[:, :3])
+            _run(lm, call, others)
+
+    def after_others(call: _Call, lm: LM, tokens: Tensor) -> Tensor:
+        all_kinds(lm)
         reseed()
-        return lm.logits(ids)
+        return call(lm, tokens)
 
-    return apart(logits(ids.flip(1)), logits(None)) > SAME
+    if any(_differs(lm, call, partial(after_others, call), ids) for call in calls.values()):
+        return True
+    if "cached" not in calls or lm.convention.cache_on_module or lm.convention.always_cached:
+        return False
+    return _differs(lm, _cached, lambda lm, tokens: _cached(lm, tokens, lambda: all_kinds(lm)), ids)
 
 
 @symptom(
-    "inputs.written",
-    "the token ids are others after the call",
-    "调用之后，传入的 token id 变了",
-    ("causality.*", "batch.*", "forward.*", "loss.*"),
-    ("inputs-written-in-place",),
+    "state.old_weights_remembered",
+    "a call keeps something of the weights: once they change, the module gives something else than one not yet called",
+    "调用会把权重里的东西留下来：权重改变之后，它与没调用过的模块结果不同",
+    ("training.*", "gradients.*", "state.*", "modes.*"),
+    ("tensor-left-behind", "state-survives-calls"),
 )
-def _inputs_written(patient: Patient) -> bool | None:
+def _old_weights_remembered(patient: Patient) -> bool | None:
     lm = patient.lm()
-    ids = distinct_tokens(lm, rows=2)
-    before = ids.clone()
-    lm.logits(ids)
-    return not ids.equal(before)
 
+    def with_other_weights(lm: LM, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter in lm.module.parameters():
+                parameter.mul_(1.25)
+        return lm.logits(tokens)
 
-def _files(patient: Patient) -> tuple[set[str], set[str]] | None:
-    """The names that the files lack, and those that are too many."""
-    if patient.subject.directory is None:
-        return None
-    found = _NAMES.findall("; ".join(Opened(*patient.subject.directory()).problems))
-    return {name for name, what in found if what == "missing"}, {name for name, what in found if what != "missing"}
+    def called_before(lm: LM, tokens: Tensor) -> Tensor:
+        lm.logits(tokens.clone())
+        return with_other_weights(lm, tokens)
 
-
-@symptom(
-    "files.names_have_a_prefix",
-    "names in the files are the model's with something before them",
-    "文件里的名字比模型的多了一段前缀",
-    ("directory.complete",),
-    ("wrapper-prefix-keys",),
-)
-def _names_have_a_prefix(patient: Patient) -> bool | None:
-    found = _files(patient)
-    if found is None:
-        return None
-    missing, left_over = found
-    return any(name.endswith(f".{lacking}") for name in left_over for lacking in missing)
-
-
-@symptom(
-    "files.lack_the_head_only",
-    "the files lack the head and nothing else",
-    "文件里只缺输出头",
-    ("directory.complete",),
-    ("tie-lost",),
-)
-def _lack_the_head_only(patient: Patient) -> bool | None:
-    found = _files(patient)
-    if found is None:
-        return None
-    missing, left_over = found
-    return len(missing) == 1 and "head" in next(iter(missing)) and not left_over
-
-
-@symptom(
-    "gradients.none_at_the_router",
-    "the parameters without a gradient are a router's",
-    "没有梯度的是路由器的参数",
-    ("gradients.reach_every_parameter",),
-    ("router-without-gradient",),
-)
-def _none_at_the_router(patient: Patient) -> bool | None:
-    failure = patient.failed["gradients.reach_every_parameter"].failure
-    unreached = (failure.message if failure is not None else "").partition("saw none at ")[2]
-    return bool(unreached) and all(ROUTER.search(name) for name in unreached.split(", "))
-
-
-@symptom(
-    "gradients.module_not_called",
-    "a module that has parameters is never called",
-    "有参数的模块从来没有被调用",
-    ("gradients.*", "causality.gradient"),
-    ("module-never-called",),
-)
-def _module_not_called(patient: Patient) -> bool | None:
-    lm = patient.lm(num_layers=2)
-    called: set[str] = set()
-    for name, module in lm.module.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    lm.logits(distinct_tokens(lm)).sum().backward()  # type: ignore[no-untyped-call]
-    parts = lm.module.named_modules()
-    silent = {name for name, part in parts if any(p.grad is None for p in part.parameters(recurse=False))}
-    return bool(silent - called)
+    return _differs(lm, with_other_weights, called_before, distinct_tokens(lm))
