@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.randomness import reseed
 from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 
@@ -101,6 +102,42 @@ def _on_some_paths(patient: Patient) -> bool | None:
         with path():
             found.add(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1] > SAME)
     return len(found) > 1
+
+
+@symptom(
+    "leak.in_training_only",
+    "in training mode it leaks, and in eval mode it does not",
+    "训练模式下泄漏，eval 模式下不泄漏",
+    ("causality.in_training",),
+    ("mask-dropped-with-dropout",),
+)
+def _in_training_only(patient: Patient) -> bool | None:
+    lm = patient.lm(dropout=0.25)
+    ids = distinct_tokens(lm)
+
+    def first(tokens: Tensor) -> Tensor:
+        reseed()  # the same dropout
+        return lm.logits(tokens)[:, 0]
+
+    in_eval = max(influence(first, ids)[1:])
+    lm.module.train()
+    return max(influence(first, ids)[1:]) > SAME >= in_eval
+
+
+@symptom(
+    "leak.none_with_one_head",
+    "with one head nothing leaks, with two it does",
+    "只有一个头时不泄漏，两个头时泄漏",
+    _LEAKS,
+    ("heads-mixed-by-reshape",),
+)
+def _none_with_one_head(patient: Patient) -> bool | None:
+    one = patient.lm(hidden_size=4, num_heads=1, num_kv_heads=1)
+    two = patient.lm(hidden_size=8, num_heads=2, num_kv_heads=2)
+    if (one.config.num_heads, two.config.num_heads) != (1, 2):
+        return None
+    in_one, in_two = (max(max(row) for row in _leaks(lm, distinct_tokens(lm))) for lm in (one, two))
+    return None if in_two <= SAME else in_one <= SAME
 
 
 @symptom(

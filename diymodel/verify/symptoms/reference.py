@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.watchers import Choices
 
 _REFERENCE = ("reference.*",)
 
@@ -91,10 +93,14 @@ def _right_for_heads_of_two(patient: Patient) -> bool | None:
 
 @symptom(
     "reference.with_a_router",
-    "it is a mixture of experts, with a router",
-    "它是混合专家模型，带有路由器",
+    "it is a mixture of experts: the largest of some numbers are picked",
+    "它是混合专家模型：会从一组数里挑出最大的几个",
     _REFERENCE,
     ("router-weights-not-normalised",),
 )
 def _with_a_router(patient: Patient) -> bool | None:
-    return any(ROUTER.search(name) for name, _ in patient.lm().module.named_parameters())
+    lm = patient.lm()
+    picked: list[bool] = []
+    lm.around = partial(Choices, picked)
+    lm.logits(distinct_tokens(lm))
+    return bool(picked)

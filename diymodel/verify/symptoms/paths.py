@@ -1,0 +1,124 @@
+"""How the paths through a module differ: with and without gradients, under each kernel; and its window.
+
+Shapes: T query length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diymodel._compat import attention_backends, sdpa_kernel
+from diymodel.verify.adapters import LM
+from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, influence, symptom
+
+_PATHS = ("causality.each_backend", "causality.without_gradients")
+_SETTER = "set_attn_implementation"  # transformers' method
+
+
+def _paths(lm: LM, ids: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The logits of the last position (V), in each way that runs."""
+
+    def last(way: Callable[[], AbstractContextManager[Any]], implementation: str | None, tokens: Tensor) -> Tensor:
+        if implementation is not None:
+            getattr(lm.module, _SETTER)(implementation)
+        with way():
+            return lm.logits(tokens)[0, -1]
+
+    implementations = ("eager", "sdpa") if hasattr(lm.module, _SETTER) else (None,)
+    kernels = [partial(sdpa_kernel, backend) for backend in attention_backends()]
+    ways: list[Callable[[], AbstractContextManager[Any]]] = [torch.enable_grad, torch.no_grad, *kernels]
+    for implementation in implementations:
+        for way in ways:
+            path = partial(last, way, implementation)
+            try:
+                path(ids)
+            except Exception:  # a kernel that does not run here
+                continue
+            yield path
+
+
+def _seen(path: Callable[[Tensor], Tensor], ids: Tensor) -> list[bool]:
+    """Which tokens the last logits depend on."""
+    return [moved > SAME for moved in influence(path, ids)]
+
+
+@symptom(
+    "paths.differ_on_the_same_tokens",
+    "two paths give different logits, and both look at the same tokens",
+    "两条路径的 logits 不同，看到的却是同样的 token",
+    _PATHS,
+    ("attention-backends-disagree",),
+)
+def _differ_on_the_same_tokens(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    first, *others = _paths(lm, ids)
+    if apart(first(ids), first(ids)) > SAME:  # no two calls are the same
+        return None
+    different = [path for path in others if apart(path(ids), first(ids)) > SAME]
+    if not different:
+        return None
+    return _sees_no_later(lm, ids) and all(_seen(path, ids) == _seen(first, ids) for path in different)
+
+
+def _sees_no_later(lm: LM, ids: Tensor) -> bool:
+    """Whether the first position sees itself only, with gradients and without."""
+    for way in (torch.enable_grad, torch.no_grad):
+        with way():
+            if max(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1:]) > SAME:
+                return False
+    return True
+
+
+@symptom(
+    "window.one_off",
+    "on some path a position sees one token more, or one fewer, than the window holds",
+    "在某条路径上，一个位置看到的 token 比窗口多一个或少一个",
+    ("window.*", "causality.each_backend", "decode.cached_equals_full"),
+    ("window-off-by-one",),
+)
+def _one_off(patient: Patient) -> bool | None:
+    window = patient.subject.window
+    if window is None:
+        return None
+    lm = patient.lm()
+    ids = distinct_tokens(lm, length=window + 3)
+    return any(abs(sum(_seen(path, ids)) - window) == 1 for path in _paths(lm, ids))
+
+
+@symptom(
+    "batch.other_rows_matter",
+    "changing the tokens of one row changes the logits of another",
+    "改动一行的 token，另一行的 logits 也变了",
+    ("batch.*",),
+    ("statistic-over-batch", "statistic-over-sequence"),
+)
+def _other_rows_matter(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm, rows=3)
+    other = torch.cat((ids[:1], ids[1:].flip(1)))
+    plain = lm.logits(ids)[:1]
+    if apart(lm.logits(ids)[:1], plain) > SAME:  # no two calls are the same
+        return None
+    return apart(lm.logits(other)[:1], plain) > SAME
+
+
+@symptom(
+    "shape.nan_for_one_token",
+    "one token alone gives NaN, several do not: something is divided by their number less one",
+    "只有一个 token 时得到 NaN，多个时没有：有东西除以了 token 数减一",
+    ("shape.*",),
+    ("statistic-over-sequence",),
+)
+def _nan_for_one_token(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    if bool(lm.logits(ids[:, :1]).isfinite().all()):
+        return None
+    return bool(lm.logits(ids).isfinite().all())
