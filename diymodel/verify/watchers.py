@@ -66,10 +66,11 @@ class AttentionWeights(Watcher):
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if function is F.scaled_dot_product_attention:
             inputs = attention_inputs(args, kwargs)
-            weights, given = _weights(**inputs), (inputs["query"], inputs["key"])
+            weights: Tensor = _weights(**inputs)
+            given: tuple[Tensor, ...] = (inputs["query"], inputs["key"])
         elif function is F.multi_head_attention_forward:
             asked = {**kwargs, "need_weights": True, "average_attn_weights": False, "training": False}
-            weights, given = function(*args, **asked)[1], args[:1]
+            (_, weights), given = function(*args, **asked), args[:1]  # type: ignore[misc]
         elif function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), self.length):
             weights, given = result, args[:1]
         else:

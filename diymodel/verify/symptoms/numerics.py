@@ -18,9 +18,8 @@ def _first_to_overflow(patient: Patient) -> str | None:
     lm = patient.lm()
     if failure is None or not bool(lm.logits(distinct_tokens(lm)).isfinite().all()):
         return None
-    with Overflows() as seen:
-        with contextlib.suppress(CheckFailure):
-            patient.failed[_LARGE].check.function(Trial.replaying(patient.subject, failure.values, patient.device))
+    with Overflows() as seen, contextlib.suppress(CheckFailure):
+        patient.failed[_LARGE].check.function(Trial.replaying(patient.subject, failure.values, patient.device))
     first: str | None = seen.first
     return first
 
