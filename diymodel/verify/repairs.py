@@ -90,7 +90,8 @@ class CausalAttention(Repair):
         return function(*args, **kwargs)
 
     def _seen(self, like: Tensor, queries: int, keys: int) -> Tensor:
-        positions = torch.arange(keys - queries, keys, device=like.device)
+        first = min(self.start, keys - queries)  # a cache of a fixed size has room behind the last query
+        positions = torch.arange(first, first + queries, device=like.device)
         return torch.arange(keys, device=like.device) <= positions[:, None]
 
 

@@ -52,7 +52,7 @@ class Watcher(TorchFunctionMode):
 class AttentionWeights(Watcher):
     """The weights (…, T, S) that queries give to keys, of each attention in a call of T tokens.
 
-    They are NaN where a query may see no key; an attention whose scores are NaN already is left out.
+    Room that a cache has behind the last query is left out. They are NaN where a query may see no key; an attention whose scores are NaN already is left out.
 
     Args:
         seen: where they are put, in the order of the calls.
@@ -61,6 +61,7 @@ class AttentionWeights(Watcher):
     def __init__(self, seen: list[Tensor], start: int, length: int) -> None:
         super().__init__()
         self.seen = seen
+        self.start = start
         self.length = length
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -70,13 +71,13 @@ class AttentionWeights(Watcher):
             given: tuple[Tensor, ...] = (inputs["query"], inputs["key"])
         elif function is F.multi_head_attention_forward:
             asked = {**kwargs, "need_weights": True, "average_attn_weights": False, "training": False}
-            (_, weights), given = function(*args, **asked), args[:1]  # type: ignore[misc]
+            weights, given = function(*args, **asked)[1], args[:1]  # type: ignore[assignment]
         elif function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), self.length):
             weights, given = result, args[:1]
         else:
             return
         if not any(bool(tensor.isnan().any()) for tensor in given):
-            self.seen.append(weights.detach())
+            self.seen.append(weights.detach()[..., : self.start + self.length])
 
 
 def _weights(

@@ -74,7 +74,7 @@ def _faint(patient: Patient) -> bool | None:
     "exchanging two later tokens changes nothing, though changing one does: something is averaged over the sequence",
     "交换后面两个 token 没有影响，改掉其中一个却有：有东西对整个序列做了平均",
     _LEAKS,
-    ("statistic-over-sequence",),
+    ("statistic-over-sequence", "mask-value-too-small"),
 )
 def _blind_to_order(patient: Patient) -> bool | None:
     lm = patient.lm()
@@ -102,6 +102,34 @@ def _on_some_paths(patient: Patient) -> bool | None:
         with path():
             found.add(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1] > SAME)
     return len(found) > 1
+
+
+@symptom(
+    "leak.of_first_position_only",
+    "the first position sees later tokens, and no other does: it may see none, not even itself",
+    "只有第一个位置看到了后面的 token：它一个都不许看，连自己也不行",
+    _LEAKS,
+    ("mask-hides-self",),
+)
+def _of_first_position_only(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    first, *others = _leaks(lm, distinct_tokens(lm))
+    return max(first) > SAME >= max(leak for row in others for leak in row)
+
+
+@symptom(
+    "leak.in_gradients_only",
+    "gradients see the future and values do not: something cancels out, and its gradient does not",
+    "梯度看得到未来，数值看不到：有东西在数值上抵消了，梯度却没有",
+    ("causality.gradient",),
+    ("statistic-over-sequence",),
+)
+def _in_gradients_only(patient: Patient) -> bool | None:
+    failure = patient.failed["causality.gradient"].failure
+    if failure is None or failure.max_abs_diff is None:
+        return None
+    lm = patient.lm()
+    return max(leak for row in _leaks(lm, distinct_tokens(lm)) for leak in row) <= SAME
 
 
 @symptom(

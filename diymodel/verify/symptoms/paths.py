@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diymodel._compat import attention_backends, sdpa_kernel
 from diymodel.verify.adapters import LM
+from diymodel.verify.checks.compile import compiled
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, influence, symptom
 
-_PATHS = ("causality.each_backend", "causality.without_gradients")
 _SETTER = "set_attn_implementation"  # transformers' method
 
 
@@ -52,7 +52,7 @@ def _seen(path: Callable[[Tensor], Tensor], ids: Tensor) -> list[bool]:
     "paths.differ_on_the_same_tokens",
     "two paths give different logits, and both look at the same tokens",
     "两条路径的 logits 不同，看到的却是同样的 token",
-    _PATHS,
+    ("causality.*", "decode.*"),
     ("attention-backends-disagree",),
 )
 def _differ_on_the_same_tokens(patient: Patient) -> bool | None:
@@ -62,9 +62,9 @@ def _differ_on_the_same_tokens(patient: Patient) -> bool | None:
     if apart(first(ids), first(ids)) > SAME:  # no two calls are the same
         return None
     different = [path for path in others if apart(path(ids), first(ids)) > SAME]
-    if not different:
-        return None
-    return _sees_no_later(lm, ids) and all(_seen(path, ids) == _seen(first, ids) for path in different)
+    return (
+        bool(different) and _sees_no_later(lm, ids) and all(_seen(path, ids) == _seen(first, ids) for path in different)
+    )
 
 
 def _sees_no_later(lm: LM, ids: Tensor) -> bool:
@@ -80,7 +80,7 @@ def _sees_no_later(lm: LM, ids: Tensor) -> bool:
     "window.one_off",
     "on some path a position sees one token more, or one fewer, than the window holds",
     "在某条路径上，一个位置看到的 token 比窗口多一个或少一个",
-    ("window.*", "causality.each_backend", "decode.cached_equals_full"),
+    ("window.*", "causality.*", "decode.*", "reference.*", "sensitivity.*"),
     ("window-off-by-one",),
 )
 def _one_off(patient: Patient) -> bool | None:
@@ -93,10 +93,28 @@ def _one_off(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "compile.leaks",
+    "compiled, a position sees later tokens, and as it is it does not",
+    "编译后某个位置看到了后面的 token，不编译时看不到",
+    ("compile.agrees",),
+    ("mask-dropped-on-fast-path",),
+)
+def _compiled_leaks(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    with compiled(lm, "eager") as other:
+        leaks = [
+            max(influence(lambda tokens, path=path: path.logits(tokens)[:, 0], ids)[1:])  # type: ignore[misc]
+            for path in (lm, other)
+        ]
+    return leaks[0] <= SAME < leaks[1]
+
+
+@symptom(
     "batch.other_rows_matter",
     "changing the tokens of one row changes the logits of another",
     "改动一行的 token，另一行的 logits 也变了",
-    ("batch.*",),
+    ("batch.*", "causality.*", "decode.*", "padding.*", "numerics.*"),
     ("statistic-over-batch", "statistic-over-sequence"),
 )
 def _other_rows_matter(patient: Patient) -> bool | None:

@@ -81,6 +81,22 @@ def _right_with_one_head(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "reference.joins_heads_otherwise",
+    "one token alone is right with one head and wrong with several: what the heads give is joined otherwise",
+    "只有一个 token 时，一个头是对的，多个头就错：各头的输出拼接方式不同",
+    _REFERENCE,
+    ("heads-mixed-by-reshape",),
+)
+def _joins_heads_otherwise(patient: Patient) -> bool | None:
+    def alone(lm: LM) -> Tensor:
+        return distinct_tokens(lm, length=1)
+
+    several = _differs(patient, alone, hidden_size=16, num_heads=4, num_kv_heads=4)
+    one = _differs(patient, alone, hidden_size=4, num_heads=1, num_kv_heads=1)
+    return None if several is None or one is None else several and not one
+
+
+@symptom(
     "reference.right_for_heads_of_two",
     "with heads of size 2 it is right: larger ones are paired otherwise",
     "头的大小为 2 时是对的：更大时两两配对的方式不同",
