@@ -52,7 +52,8 @@ class Watcher(TorchFunctionMode):
 class AttentionWeights(Watcher):
     """The weights (…, T, S) that queries give to keys, of each attention in a call of T tokens.
 
-    Room that a cache has behind the last query is left out. They are NaN where a query may see no key; an attention whose scores are NaN already is left out.
+    Room that a cache has behind the last query is left out. They are NaN where a query may see no key; an attention
+    whose scores are NaN already is left out.
 
     Args:
         seen: where they are put, in the order of the calls.

@@ -14,6 +14,7 @@ from torch import Tensor
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.randomness import seeded
+from diymodel.verify.repairs import SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.trial import Trial
 from diymodel.verify.watchers import AttentionWeights
@@ -109,6 +110,8 @@ def _leaks(patient: Patient) -> bool:
 def _outside_attention(patient: Patient) -> bool | None:
     failures = {id: patient.failed[id].failure for id in _LEAKS if id in patient.failed}
     numbers = [id for id, failure in failures.items() if failure is not None and failure.max_abs_diff is not None]
+    if patient.passes_under(SoftmaxOverKeys, _LEAKS[:2]):
+        return False
     seen = _weights_of_failures(patient, numbers)
     if numbers != ["causality.gradient"] and not _leaks(patient):
         return None  # dropout, or what an earlier call left

@@ -16,8 +16,9 @@ from torch import Tensor
 from diymodel._compat import attention_backends, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.compile import compiled
-from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, influence, symptom
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
 
+_ROUNDED = 1e-5  # of the largest logit: kernels may round in float32
 _SETTER = "set_attn_implementation"  # transformers' method
 
 
@@ -61,10 +62,10 @@ def _differ_on_the_same_tokens(patient: Patient) -> bool | None:
     first, *others = _paths(lm, ids)
     if apart(first(ids), first(ids)) > SAME:  # no two calls are the same
         return None
-    different = [path for path in others if apart(path(ids), first(ids)) > SAME]
-    return (
-        bool(different) and _sees_no_later(lm, ids) and all(_seen(path, ids) == _seen(first, ids) for path in different)
-    )
+    different = [path for path in others if apart(path(ids), first(ids)) > _ROUNDED]
+    if not different or not _sees_no_later(lm, ids):
+        return False
+    return all(_seen(path, ids) == _seen(first, ids) for path in different)
 
 
 def _sees_no_later(lm: LM, ids: Tensor) -> bool:
@@ -84,11 +85,10 @@ def _sees_no_later(lm: LM, ids: Tensor) -> bool:
     ("window-off-by-one",),
 )
 def _one_off(patient: Patient) -> bool | None:
-    window = patient.subject.window
-    if window is None:
-        return None
-    lm = patient.lm()
-    ids = distinct_tokens(lm, length=window + 3)
+    window, lm = patient.subject.window, patient.lm()
+    ids = distinct_tokens(lm, length=(window or LENGTH) + 3)
+    if window is None:  # or nobody says how wide it is
+        return False if all(_seen(lambda tokens: lm.logits(tokens)[0, -1], ids)) else None
     return any(abs(sum(_seen(path, ids)) - window) == 1 for path in _paths(lm, ids))
 
 
