@@ -104,6 +104,25 @@ def _weights(
     return (scores + attn_mask).softmax(-1)
 
 
+class SoftmaxesOverQueries(Watcher):
+    """Whether scores (…, T, S) become weights that add up to 1 over the queries.
+
+    Args:
+        seen: gets, of each softmax over queries or keys, whether it is one over queries.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if function in SOFTMAX and over_keys(args[0], -1, self.length):
+            self.seen.append(dimension(args, kwargs) in (-2, args[0].dim() - 2))
+        elif function in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            self.seen.append(False)
+
+
 class Choices(Watcher):
     """Whether the largest of some numbers are picked, as a router picks experts.
 

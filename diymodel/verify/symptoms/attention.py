@@ -17,7 +17,7 @@ from diymodel.verify.randomness import seeded
 from diymodel.verify.repairs import SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.trial import Trial
-from diymodel.verify.watchers import AttentionWeights
+from diymodel.verify.watchers import AttentionWeights, SoftmaxesOverQueries
 
 _FAINT = 4.0  # nats: what is hidden by a moderate number is fainter still, what is not hidden hardly is
 _LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
@@ -135,6 +135,21 @@ def _future_is_faint(patient: Patient) -> bool | None:
     future = torch.cat([weights[..., _later(weights)].flatten() for weights in seen])
     past = torch.cat([weights[..., ~_later(weights)].flatten() for weights in seen])
     return bool((future > 0).all()) and float(past.log().mean() - future.log().mean()) > _FAINT
+
+
+@symptom(
+    "attention.adds_up_over_queries",
+    "the weights of attention add up to 1 over the queries, not over the keys",
+    "attention 的权重在 query 维上加起来是 1，而不是在 key 维上",
+    ("causality.*", "decode.*", "reference.*"),
+    ("softmax-wrong-axis",),
+)
+def _adds_up_over_queries(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    seen: list[bool] = []
+    lm.around = partial(SoftmaxesOverQueries, seen)
+    lm.logits(distinct_tokens(lm))
+    return any(seen) if seen else None
 
 
 @symptom(

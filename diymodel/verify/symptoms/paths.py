@@ -92,11 +92,52 @@ def _one_off(patient: Patient) -> bool | None:
     return any(abs(sum(_seen(path, ids)) - window) == 1 for path in _paths(lm, ids))
 
 
+def _cached_last(lm: LM, ids: Tensor) -> Tensor:
+    """The logits of the last token (V), on a cache of the others, fed one by one."""
+    _, past = lm.extend(ids[:, :1])
+    for token in torch.split(ids[:, 1:], 1, 1):
+        logits, past = lm.extend(token, past)
+    return logits[0, -1]
+
+
+@symptom(
+    "paths.cached_equals_without_gradients",
+    "a cached step is that of the whole sequence without gradients, and not of that with them: the cache is right",
+    "用 cache 的一步与不带梯度的整段计算一致，与带梯度的不一致：cache 本身没有问题",
+    ("causality.*", "decode.*"),
+    ("attention-backends-disagree", "mask-dropped-on-fast-path"),
+)
+def _cached_equals_without_gradients(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    cached = _cached_last(lm, ids)
+    recorded = lm.logits(ids)[0, -1]
+    with torch.no_grad():
+        plain = lm.logits(ids)[0, -1]
+    return apart(cached, plain) <= SAME and apart(recorded, plain) > _ROUNDED
+
+
+@symptom(
+    "window.cached_step_is_right",
+    "a cached step sees as many tokens as the window holds, and the whole sequence another number",
+    "用 cache 的一步看到的 token 数与窗口相符，整段计算看到的却不符",
+    ("window.*", "causality.*", "decode.*"),
+    ("window-off-by-one",),
+)
+def _cached_step_is_right(patient: Patient) -> bool | None:
+    window, lm = patient.subject.window, patient.lm()
+    ids = distinct_tokens(lm, length=(window or LENGTH) + 3)
+    whole = sum(_seen(lambda tokens: lm.logits(tokens)[0, -1], ids))
+    if window is None:
+        return False if whole == ids.shape[1] else None
+    return sum(_seen(partial(_cached_last, lm), ids)) == window != whole
+
+
 @symptom(
     "compile.leaks",
     "compiled, a position sees later tokens, and as it is it does not",
     "编译后某个位置看到了后面的 token，不编译时看不到",
-    ("compile.agrees",),
+    ("compile.*",),
     ("mask-dropped-on-fast-path",),
 )
 def _compiled_leaks(patient: Patient) -> bool | None:
@@ -131,12 +172,11 @@ def _other_rows_matter(patient: Patient) -> bool | None:
     "shape.nan_for_one_token",
     "one token alone gives NaN, several do not: something is divided by their number less one",
     "只有一个 token 时得到 NaN，多个时没有：有东西除以了 token 数减一",
-    ("shape.*",),
+    ("shape.*", "causality.*"),
     ("statistic-over-sequence",),
 )
 def _nan_for_one_token(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if bool(lm.logits(ids[:, :1]).isfinite().all()):
-        return None
-    return bool(lm.logits(ids).isfinite().all())
+    alone, among_others = lm.logits(ids[:, :1]), lm.logits(ids)
+    return not bool(alone.isfinite().all()) and bool(among_others.isfinite().all())
