@@ -66,19 +66,53 @@ class AttentionWeights(Watcher):
         self.length = length
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        given = _given_to_attention(function, args, kwargs, self.length)
+        if given is None or _has_nan(given):
+            return
         if function is F.scaled_dot_product_attention:
-            inputs = attention_inputs(args, kwargs)
-            weights: Tensor = _weights(**inputs)
-            given: tuple[Tensor, ...] = (inputs["query"], inputs["key"])
+            weights = _weights(**attention_inputs(args, kwargs))
         elif function is F.multi_head_attention_forward:
             asked = {**kwargs, "need_weights": True, "average_attn_weights": False, "training": False}
-            weights, given = function(*args, **asked)[1], args[:1]  # type: ignore[assignment]
-        elif function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), self.length):
-            weights, given = result, args[:1]
+            weights = function(*args, **asked)[1]  # type: ignore[assignment]
         else:
-            return
-        if not any(bool(tensor.isnan().any()) for tensor in given):
-            self.seen.append(weights.detach()[..., : self.start + self.length])
+            weights = result
+        self.seen.append(weights.detach()[..., : self.start + self.length])
+
+
+class NaNsGiven(Watcher):
+    """Whether attention is given NaN.
+
+    Args:
+        seen: gets, of each attention in a call of T tokens, whether it is.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        given = _given_to_attention(function, args, kwargs, self.length)
+        if given is not None:
+            self.seen.append(_has_nan(given))
+
+
+def _given_to_attention(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+) -> tuple[Tensor, ...] | None:
+    """Queries and keys, or their scores; None where an operation is no attention."""
+    if function is F.scaled_dot_product_attention:
+        inputs = attention_inputs(args, kwargs)
+        return inputs["query"], inputs["key"]
+    if function is F.multi_head_attention_forward or (
+        function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), length)
+    ):
+        return args[:1]
+    return None
+
+
+def _has_nan(tensors: tuple[Tensor, ...]) -> bool:
+    return any(bool(tensor.isnan().any()) for tensor in tensors)
 
 
 def _weights(

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diymodel.verify.adapters import LM
+from diymodel.verify.adapters import LM, Around
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.randomness import seeded
 from diymodel.verify.repairs import SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.trial import Trial
-from diymodel.verify.watchers import AttentionWeights, SoftmaxesOverQueries
+from diymodel.verify.watchers import AttentionWeights, NaNsGiven, SoftmaxesOverQueries
 
 _FAINT = 4.0  # nats: what is hidden by a moderate number is fainter still, what is not hidden hardly is
 _LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
@@ -36,20 +36,25 @@ def _weights(lm: LM, call: Callable[[], object]) -> list[Tensor]:
 
 
 def _weights_of_failures(patient: Patient, ids: Iterable[str]) -> list[Tensor]:
-    """Those of every attention in the failing trials of these checks, where a number was wrong."""
+    """Those of every attention in the failing trials of these checks."""
     seen: list[Tensor] = []
+    _fail_again(patient, ids, partial(AttentionWeights, seen))
+    return seen
+
+
+def _fail_again(patient: Patient, ids: Iterable[str], watcher: Around) -> None:
+    """The failing trials of these checks, watched."""
     for id in ids:
         failure = patient.failed[id].failure if id in patient.failed else None
         if failure is None:
             continue
         trial = Trial.replaying(patient.subject, failure.values, patient.device)
-        trial.around = partial(AttentionWeights, seen)
+        trial.around = watcher
         try:
             with seeded():
                 patient.failed[id].check.function(trial)
         except CheckFailure:
             continue
-    return seen
 
 
 def _later(weights: Tensor) -> Tensor:
@@ -98,6 +103,19 @@ def _leaks(patient: Patient) -> bool:
         return lm.logits(tokens)[:, 0]
 
     return apart(first(ids), first(ids)) <= SAME < max(influence(first, ids)[1:])
+
+
+@symptom(
+    "attention.given_nan",
+    "in a failing trial attention is given NaN: it comes from elsewhere",
+    "失败的例子里，传给 attention 的已经是 NaN：它来自别处",
+    ("shape.*",),
+    ("statistic-over-sequence", "norm-of-zeros-nan"),
+)
+def _given_nan(patient: Patient) -> bool | None:
+    seen: list[bool] = []
+    _fail_again(patient, [id for id in patient.failed if id.startswith("shape.")], partial(NaNsGiven, seen))
+    return seen[0] if seen else None  # of the first, since a deeper one is given what others make
 
 
 @symptom(
