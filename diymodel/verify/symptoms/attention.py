@@ -5,62 +5,18 @@ Shapes: T query length, S key length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from diymodel.verify.adapters import LM, Around
-from diymodel.verify.failure import CheckFailure
-from diymodel.verify.randomness import seeded
-from diymodel.verify.repairs import SoftmaxOverKeys
-from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
-from diymodel.verify.trial import Trial
-from diymodel.verify.watchers import AttentionWeights, NaNsGiven, SoftmaxesOverQueries
+from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
+from diymodel.verify.symptoms.watched import fail_again, later, weights_of, weights_of_failures
+from diymodel.verify.watchers import NaNsGiven, SoftmaxesOverQueries
 
 _FAINT = 4.0  # nats: what is hidden by a moderate number is fainter still, what is not hidden hardly is
-_LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
 _UNEQUAL = 1e-6  # of weights
-
-
-def _weights(lm: LM, call: Callable[[], object]) -> list[Tensor]:
-    """Those (…, T, S) of each attention in a call."""
-    seen: list[Tensor] = []
-    lm.around = partial(AttentionWeights, seen)
-    try:
-        call()
-    finally:
-        lm.around = None
-    return seen
-
-
-def _weights_of_failures(patient: Patient, ids: Iterable[str]) -> list[Tensor]:
-    """Those of every attention in the failing trials of these checks."""
-    seen: list[Tensor] = []
-    _fail_again(patient, ids, partial(AttentionWeights, seen))
-    return seen
-
-
-def _fail_again(patient: Patient, ids: Iterable[str], watcher: Around) -> None:
-    """The failing trials of these checks, watched."""
-    for id in ids:
-        failure = patient.failed[id].failure if id in patient.failed else None
-        if failure is None:
-            continue
-        trial = Trial.replaying(patient.subject, failure.values, patient.device)
-        trial.around = watcher
-        try:
-            with seeded():
-                patient.failed[id].check.function(trial)
-        except CheckFailure:
-            continue
-
-
-def _later(weights: Tensor) -> Tensor:
-    """Of keys behind their query (T, S)."""
-    T, S = weights.shape[-2:]
-    return torch.ones(T, S, dtype=torch.bool, device=weights.device).triu(S - T + 1)
+_FUTURE = "causality.edit"
 
 
 @symptom(
@@ -72,7 +28,7 @@ def _later(weights: Tensor) -> Tensor:
 )
 def _hides_self(patient: Patient) -> bool | None:
     lm = patient.lm()
-    seen = _weights(lm, lambda: lm.logits(distinct_tokens(lm)))
+    seen = weights_of(lm, lambda: lm.logits(distinct_tokens(lm)))
     if not seen or any(bool(weights.isnan().any()) for weights in seen):
         return None
     return all(not bool(weights.diagonal(dim1=-2, dim2=-1)[..., 1:].any()) for weights in seen)
@@ -86,23 +42,10 @@ def _hides_self(patient: Patient) -> bool | None:
     ("masked-row-nan", "mask-hides-self"),
 )
 def _row_sees_nothing(patient: Patient) -> bool | None:
-    ids = [
-        id for id in patient.failed if id.startswith(("shape.", "padding.")) or id in ("gradients.finite", _LEAKS[0])
-    ]
+    ids = [id for id in patient.failed if id.startswith(("shape.", "padding.")) or id in ("gradients.finite", _FUTURE)]
     lm = patient.lm()
-    seen = _weights_of_failures(patient, ids) or _weights(lm, lambda: lm.logits(distinct_tokens(lm)))
+    seen = weights_of_failures(patient, ids) or weights_of(lm, lambda: lm.logits(distinct_tokens(lm)))
     return any(bool(weights.isnan().any()) for weights in seen) if seen else None
-
-
-def _leaks(patient: Patient) -> bool:
-    """Whether in one layer, without dropout, the first position sees a later token, and always in the same way."""
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-
-    def first(tokens: Tensor) -> Tensor:
-        return lm.logits(tokens)[:, 0]
-
-    return apart(first(ids), first(ids)) <= SAME < max(influence(first, ids)[1:])
 
 
 @symptom(
@@ -114,28 +57,8 @@ def _leaks(patient: Patient) -> bool:
 )
 def _given_nan(patient: Patient) -> bool | None:
     seen: list[bool] = []
-    _fail_again(patient, [id for id in patient.failed if id.startswith("shape.")], partial(NaNsGiven, seen))
+    fail_again(patient, [id for id in patient.failed if id.startswith("shape.")], partial(NaNsGiven, seen))
     return seen[0] if seen else None  # of the first, since a deeper one is given what others make
-
-
-@symptom(
-    "leak.outside_attention",
-    "attention is exactly causal where the future leaks: the leak is elsewhere",
-    "泄漏发生时 attention 是严格因果的：泄漏出在别处",
-    _LEAKS,
-    ("statistic-over-sequence", "heads-mixed-by-reshape"),
-)
-def _outside_attention(patient: Patient) -> bool | None:
-    failures = {id: patient.failed[id].failure for id in _LEAKS if id in patient.failed}
-    numbers = [id for id, failure in failures.items() if failure is not None and failure.max_abs_diff is not None]
-    if patient.passes_under(SoftmaxOverKeys, _LEAKS[:2]):
-        return False
-    seen = _weights_of_failures(patient, numbers)
-    if numbers != ["causality.gradient"] and not _leaks(patient):
-        return None  # dropout, or what an earlier call left
-    if not seen or any(bool(weights.isnan().any()) for weights in seen):
-        return None
-    return not any(bool(weights[..., _later(weights)].any()) for weights in seen)
 
 
 @symptom(
@@ -147,11 +70,11 @@ def _outside_attention(patient: Patient) -> bool | None:
 )
 def _future_is_faint(patient: Patient) -> bool | None:
     lm = patient.lm(sharpness=1)
-    seen = _weights(lm, lambda: lm.logits(distinct_tokens(lm)))
+    seen = weights_of(lm, lambda: lm.logits(distinct_tokens(lm)))
     if not seen:
         return None
-    future = torch.cat([weights[..., _later(weights)].flatten() for weights in seen])
-    past = torch.cat([weights[..., ~_later(weights)].flatten() for weights in seen])
+    future = torch.cat([weights[..., later(weights)].flatten() for weights in seen])
+    past = torch.cat([weights[..., ~later(weights)].flatten() for weights in seen])
     return bool((future > 0).all()) and float(past.log().mean() - future.log().mean()) > _FAINT
 
 
@@ -179,7 +102,7 @@ def _adds_up_over_queries(patient: Patient) -> bool | None:
 )
 def _place_is_nothing(patient: Patient) -> bool | None:
     lm = patient.lm()
-    seen = _weights(lm, lambda: lm.logits(torch.full_like(distinct_tokens(lm), 3)))
+    seen = weights_of(lm, lambda: lm.logits(torch.full_like(distinct_tokens(lm), 3)))
     if not seen or any(bool((weights[..., -1, :] == 0).any()) for weights in seen):
         return None  # a window, or a mask that is the matter
     return all(_even(weights) or _as_last_query(weights) for weights in seen)
@@ -198,58 +121,3 @@ def _as_last_query(weights: Tensor) -> bool:
     same = float((keys[..., -1, :] - keys[..., -2, :]).abs().max()) < _UNEQUAL
     bends = keys[..., -1, 2:] - 2 * keys[..., -1, 1:-1] + keys[..., -1, :-2]
     return same and float(bends.abs().max()) > _UNEQUAL
-
-
-@symptom(
-    "sensitivity.blind_to_own_token",
-    "a position does not depend on its own token, though on the one before",
-    "某个位置的输出与它自己的 token 无关，却与前一个有关",
-    ("sensitivity.*", "reference.*"),
-    ("mask-hides-self",),
-)
-def _blind_to_own_token(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    moved = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)
-    return moved[-1] <= SAME < moved[-2]
-
-
-@symptom(
-    "packing.attention_keeps_apart",
-    "documents in a row meet, and attention keeps them apart: they meet elsewhere",
-    "同一行里的文档互相影响，attention 却把它们分开了：问题出在别处",
-    ("packing.*", "causality.*", "loss.*", "modes.*", "sensitivity.*"),
-    ("statistic-over-sequence",),
-)
-def _attention_keeps_apart(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    documents = (torch.arange(ids.shape[1], device=ids.device) // 3 + 1).expand_as(ids)
-
-    def second(tokens: Tensor) -> Tensor:
-        return lm.packed(tokens, documents)[:, 3:]
-
-    seen = _weights(lm, lambda: second(ids))
-    if not seen:
-        return None
-    meet = apart(second(changed(ids, 1)), second(ids)) > SAME
-    return meet and not any(bool(weights[..., 3:, :3].any()) for weights in seen)
-
-
-@symptom(
-    "padding.attended_without_cache",
-    "without a cache padding gets some weight, and with one it gets none",
-    "不用 cache 时 padding 得到了权重，用 cache 时没有",
-    ("padding.*",),
-    ("mask-dropped-on-fast-path",),
-)
-def _attended_without_cache(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    real = torch.arange(ids.shape[1], device=ids.device)[None] >= 2
-    runs = (lambda: lm.logits(ids, real)), (lambda: lm.extend(ids, None, real))
-    seen = [_weights(lm, run) for run in runs]
-    if not all(seen):
-        return None
-    without, cached = (any(bool(weights[..., 2:, :2].any()) for weights in run) for run in seen)
-    return without and not cached

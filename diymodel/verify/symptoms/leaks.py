@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.randomness import reseed
 from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 
 _LEAKS = ("causality.*",)
 
 
-def _leaks(lm: LM, ids: Tensor) -> list[list[float]]:
+def leaks_of(lm: LM, ids: Tensor) -> list[list[float]]:
     """For each position, how far each later token moves its logits."""
     return [
         influence(lambda tokens, t=t: lm.logits(tokens)[:, t], ids)[t + 1 :]  # type: ignore[misc]
@@ -36,7 +35,7 @@ def _leaks(lm: LM, ids: Tensor) -> list[list[float]]:
 )
 def _next_token_only(patient: Patient) -> bool | None:
     lm = patient.lm()
-    leaks = _leaks(lm, distinct_tokens(lm))
+    leaks = leaks_of(lm, distinct_tokens(lm))
     beyond = max((leak for row in leaks for leak in row[1:]), default=0.0)
     nearest = max(row[0] for row in leaks)
     return None if nearest <= SAME and beyond <= SAME else beyond <= SAME
@@ -51,7 +50,7 @@ def _next_token_only(patient: Patient) -> bool | None:
 )
 def _all_tokens(patient: Patient) -> bool | None:
     lm = patient.lm()
-    return all(leak > SAME for row in _leaks(lm, distinct_tokens(lm)) for leak in row)
+    return all(leak > SAME for row in leaks_of(lm, distinct_tokens(lm)) for leak in row)
 
 
 @symptom(
@@ -64,7 +63,7 @@ def _all_tokens(patient: Patient) -> bool | None:
 def _faint(patient: Patient) -> bool | None:
     lm = patient.lm(sharpness=1)
     ids = distinct_tokens(lm)
-    future = max(leak for row in _leaks(lm, ids) for leak in row)
+    future = max(leak for row in leaks_of(lm, ids) for leak in row)
     past = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
     return None if future <= SAME else future < 0.05 * max(past)
 
@@ -105,70 +104,6 @@ def _on_some_paths(patient: Patient) -> bool | None:
 
 
 @symptom(
-    "leak.of_first_position_only",
-    "the first position sees later tokens, and no other does: it may see none, not even itself",
-    "只有第一个位置看到了后面的 token：它一个都不许看，连自己也不行",
-    _LEAKS,
-    ("mask-hides-self",),
-)
-def _of_first_position_only(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    first, *others = _leaks(lm, distinct_tokens(lm))
-    return max(first) > SAME >= max(leak for row in others for leak in row)
-
-
-@symptom(
-    "leak.in_gradients_only",
-    "gradients see the future and values do not: something cancels out, and its gradient does not",
-    "梯度看得到未来，数值看不到：有东西在数值上抵消了，梯度却没有",
-    ("causality.gradient",),
-    ("statistic-over-sequence",),
-)
-def _in_gradients_only(patient: Patient) -> bool | None:
-    failure = patient.failed["causality.gradient"].failure
-    if failure is None or failure.max_abs_diff is None:
-        return None
-    lm = patient.lm()
-    return max(leak for row in _leaks(lm, distinct_tokens(lm)) for leak in row) <= SAME
-
-
-@symptom(
-    "leak.in_training_only",
-    "in training mode it leaks, and in eval mode it does not",
-    "训练模式下泄漏，eval 模式下不泄漏",
-    ("causality.in_training",),
-    ("mask-dropped-with-dropout",),
-)
-def _in_training_only(patient: Patient) -> bool | None:
-    lm = patient.lm(dropout=0.25)
-    ids = distinct_tokens(lm)
-
-    def first(tokens: Tensor) -> Tensor:
-        reseed()  # the same dropout
-        return lm.logits(tokens)[:, 0]
-
-    in_eval = max(influence(first, ids)[1:])
-    lm.module.train()
-    return max(influence(first, ids)[1:]) > SAME >= in_eval
-
-
-@symptom(
-    "leak.none_with_one_head",
-    "with one head nothing leaks, with two it does",
-    "只有一个头时不泄漏，两个头时泄漏",
-    _LEAKS,
-    ("heads-mixed-by-reshape",),
-)
-def _none_with_one_head(patient: Patient) -> bool | None:
-    one = patient.lm(hidden_size=4, num_heads=1, num_kv_heads=1)
-    two = patient.lm(hidden_size=8, num_heads=2, num_kv_heads=2)
-    if (one.config.num_heads, two.config.num_heads) != (1, 2):
-        return None
-    in_one, in_two = (max(max(row) for row in _leaks(lm, distinct_tokens(lm))) for lm in (one, two))
-    return None if in_two <= SAME else in_one <= SAME
-
-
-@symptom(
     "leak.with_dropout_only",
     "without dropout nothing leaks",
     "没有 dropout 时不泄漏",
@@ -178,7 +113,7 @@ def _none_with_one_head(patient: Patient) -> bool | None:
 def _with_dropout_only(patient: Patient) -> bool | None:
     lm = patient.lm()
     lm.module.train()
-    return max(leak for row in _leaks(lm, distinct_tokens(lm)) for leak in row) <= SAME
+    return max(leak for row in leaks_of(lm, distinct_tokens(lm)) for leak in row) <= SAME
 
 
 @symptom(
