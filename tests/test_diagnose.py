@@ -49,6 +49,8 @@ LIVE = (  # bugs, one for each group of symptoms
     "attention-scale-wrong-rotary-reference.logits",
     "rope-pairing-convention-hub-reference.logits",
     "router-weights-not-normalised-switch-reference.logits",
+    "softmax-overflow-half-hub-numerics.large_activations_finite",
+    "window-off-by-one-windowed-window.width",
     "rope-low-precision-windowed-sensitivity.shift_invariance",
     "position-table-clamped-plain-context.overlong_refused",
     "generated-length-wrong-headwise-generation.keeps_prompt",

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _TABLE_DIMENSIONS = 3  # of cosines, (S, 1, D) at most; a cache (B, S, H, D) has more
 _KEYS = 4  # dimensions of keys (B, H, S, D); a tensor of more holds those of several layers
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
@@ -136,7 +136,7 @@ class CausalAttention(Repair):
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is F.scaled_dot_product_attention:
-            inputs = _attention_inputs(args, kwargs)
+            inputs = attention_inputs(args, kwargs)
             seen = self._seen(inputs["query"], inputs["query"].shape[-2], inputs["key"].shape[-2])
             bias = inputs.get("attn_mask")
             if bias is not None and bias.is_floating_point():
@@ -146,27 +146,23 @@ class CausalAttention(Repair):
         if function is F.multi_head_attention_forward:
             length = args[0].shape[0]  # (T, B, hidden)
             return function(*args, **{**kwargs, "attn_mask": ~self._seen(args[0], length, length), "is_causal": False})
-        if function in _SOFTMAX and self._over_keys(args[0], _dimension(args, kwargs)):
+        if function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), self.length):
             scores = args[0]
             hidden = ~self._seen(scores, scores.shape[-2], scores.shape[-1])
             return function(scores.masked_fill(hidden, -torch.inf), *args[1:], **kwargs)
         return function(*args, **kwargs)
 
     def _seen(self, like: Tensor, queries: int, keys: int) -> Tensor:
-        positions = torch.arange(keys - queries, keys, device=like.device)
+        first = min(self.start, keys - queries)  # a cache of a fixed size has room behind the last query
+        positions = torch.arange(first, first + queries, device=like.device)
         return torch.arange(keys, device=like.device) <= positions[:, None]
-
-    def _over_keys(self, scores: Tensor, dimension: Any) -> bool:
-        if scores.dim() < 3 or dimension not in (-1, scores.dim() - 1):
-            return False
-        return scores.shape[-2] == self.length <= scores.shape[-1]
 
 
 class SoftmaxOverKeys(Repair):
     """A softmax over the queries is taken over the keys."""
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in _SOFTMAX and args[0].dim() >= 3 and _dimension(args, kwargs) in (-2, args[0].dim() - 2):
+        if function in SOFTMAX and args[0].dim() >= 3 and dimension(args, kwargs) in (-2, args[0].dim() - 2):
             return torch.softmax(args[0], -1)
         return function(*args, **kwargs)
 
@@ -178,16 +174,25 @@ class NoDropout(Repair):
         if function in _DROPOUT:
             return args[0] if args else kwargs["input"]
         if function is F.scaled_dot_product_attention:
-            return function(**{**_attention_inputs(args, kwargs), "dropout_p": 0.0})
+            return function(**{**attention_inputs(args, kwargs), "dropout_p": 0.0})
         return function(*args, **kwargs)
 
 
-def _attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def over_keys(scores: Tensor, axis: Any, length: int) -> bool:
+    """Whether a softmax over an axis is that of an attention in a call of T tokens."""
+    if scores.dim() < 3 or axis not in (-1, scores.dim() - 1):
+        return False
+    return scores.shape[-2] == length <= scores.shape[-1]
+
+
+def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of torch's attention, by name."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """That of a softmax."""
     return kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None
 
 

@@ -37,8 +37,8 @@ def agrees(trial: Trial) -> None:
     lm = trial.model(**_SMALL)
     ids = _row(trial, lm, trial.draw("length", st.integers(3, MAX_LENGTH)))
     expected = _whole_and_cached(trial, lm, ids)
-    with _compiled(lm, "aot_eager") as compiled:
-        seen = _whole_and_cached(trial, compiled, ids)
+    with compiled(lm, "aot_eager") as other:
+        seen = _whole_and_cached(trial, other, ids)
     for how, logits in expected.items():
         what = f"compiled and called {how}, the logits must be those of the module as it is"
         trial.same(seen[how], logits, what, lm, lambda how=how: _whole_and_cached(trial, lm, ids)[how])  # type: ignore[misc]
@@ -75,11 +75,11 @@ def no_recompile_per_step(trial: Trial) -> None:
         return graph.forward
 
     counts = []
-    with _compiled(lm, counting) as compiled:
-        _, past = compiled.extend(ids[:, :_PROMPT])
+    with compiled(lm, counting) as other:
+        _, past = other.extend(ids[:, :_PROMPT])
         for position in range(_PROMPT, _PROMPT + _STEPS):
             before = compilations
-            _, past = compiled.extend(ids[:, position : position + 1], past)
+            _, past = other.extend(ids[:, position : position + 1], past)
             counts.append(compilations - before)
     if all(counts[_SETTLED:]):
         raise CheckFailure(
@@ -95,7 +95,7 @@ def _row(trial: Trial, lm: LM, length: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _compiled(lm: LM, backend: Any) -> Iterator[LM]:
+def compiled(lm: LM, backend: Any) -> Iterator[LM]:
     """The same module, to be compiled on its first call."""
     import torch._dynamo  # takes seconds
 

@@ -18,7 +18,7 @@ from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tok
 _LEAKS = ("causality.*",)
 
 
-def _leaks(lm: LM, ids: Tensor) -> list[list[float]]:
+def leaks_of(lm: LM, ids: Tensor) -> list[list[float]]:
     """For each position, how far each later token moves its logits."""
     return [
         influence(lambda tokens, t=t: lm.logits(tokens)[:, t], ids)[t + 1 :]  # type: ignore[misc]
@@ -35,7 +35,7 @@ def _leaks(lm: LM, ids: Tensor) -> list[list[float]]:
 )
 def _next_token_only(patient: Patient) -> bool | None:
     lm = patient.lm()
-    leaks = _leaks(lm, distinct_tokens(lm))
+    leaks = leaks_of(lm, distinct_tokens(lm))
     beyond = max((leak for row in leaks for leak in row[1:]), default=0.0)
     nearest = max(row[0] for row in leaks)
     return None if nearest <= SAME and beyond <= SAME else beyond <= SAME
@@ -50,7 +50,7 @@ def _next_token_only(patient: Patient) -> bool | None:
 )
 def _all_tokens(patient: Patient) -> bool | None:
     lm = patient.lm()
-    return all(leak > SAME for row in _leaks(lm, distinct_tokens(lm)) for leak in row)
+    return all(leak > SAME for row in leaks_of(lm, distinct_tokens(lm)) for leak in row)
 
 
 @symptom(
@@ -63,7 +63,7 @@ def _all_tokens(patient: Patient) -> bool | None:
 def _faint(patient: Patient) -> bool | None:
     lm = patient.lm(sharpness=1)
     ids = distinct_tokens(lm)
-    future = max(leak for row in _leaks(lm, ids) for leak in row)
+    future = max(leak for row in leaks_of(lm, ids) for leak in row)
     past = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
     return None if future <= SAME else future < 0.05 * max(past)
 
@@ -73,7 +73,7 @@ def _faint(patient: Patient) -> bool | None:
     "exchanging two later tokens changes nothing, though changing one does: something is averaged over the sequence",
     "交换后面两个 token 没有影响，改掉其中一个却有：有东西对整个序列做了平均",
     _LEAKS,
-    ("statistic-over-sequence",),
+    ("statistic-over-sequence", "mask-value-too-small"),
 )
 def _blind_to_order(patient: Patient) -> bool | None:
     lm = patient.lm()
@@ -113,7 +113,7 @@ def _on_some_paths(patient: Patient) -> bool | None:
 def _with_dropout_only(patient: Patient) -> bool | None:
     lm = patient.lm()
     lm.module.train()
-    return max(leak for row in _leaks(lm, distinct_tokens(lm)) for leak in row) <= SAME
+    return max(leak for row in leaks_of(lm, distinct_tokens(lm)) for leak in row) <= SAME
 
 
 @symptom(

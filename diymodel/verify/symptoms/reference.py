@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.watchers import Choices
 
 _REFERENCE = ("reference.*",)
 
@@ -79,6 +81,22 @@ def _right_with_one_head(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "reference.joins_heads_otherwise",
+    "one token alone is right with one head and wrong with several: what the heads give is joined otherwise",
+    "只有一个 token 时，一个头是对的，多个头就错：各头的输出拼接方式不同",
+    _REFERENCE,
+    ("heads-mixed-by-reshape",),
+)
+def _joins_heads_otherwise(patient: Patient) -> bool | None:
+    def alone(lm: LM) -> Tensor:
+        return distinct_tokens(lm, length=1)
+
+    several = _differs(patient, alone, hidden_size=16, num_heads=4, num_kv_heads=4)
+    one = _differs(patient, alone, hidden_size=4, num_heads=1, num_kv_heads=1)
+    return None if several is None or one is None else several and not one
+
+
+@symptom(
     "reference.right_for_heads_of_two",
     "with heads of size 2 it is right: larger ones are paired otherwise",
     "头的大小为 2 时是对的：更大时两两配对的方式不同",
@@ -91,10 +109,14 @@ def _right_for_heads_of_two(patient: Patient) -> bool | None:
 
 @symptom(
     "reference.with_a_router",
-    "it is a mixture of experts, with a router",
-    "它是混合专家模型，带有路由器",
+    "it is a mixture of experts: the largest of some numbers are picked",
+    "它是混合专家模型：会从一组数里挑出最大的几个",
     _REFERENCE,
     ("router-weights-not-normalised",),
 )
 def _with_a_router(patient: Patient) -> bool | None:
-    return any(ROUTER.search(name) for name, _ in patient.lm().module.named_parameters())
+    lm = patient.lm()
+    picked: list[bool] = []
+    lm.around = partial(Choices, picked)
+    lm.logits(distinct_tokens(lm))
+    return bool(picked)

@@ -1,0 +1,153 @@
+"""Where something leaks: in attention or elsewhere, in training, in gradients, between heads.
+
+Shapes: T query length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diymodel.verify.randomness import reseed
+from diymodel.verify.repairs import SoftmaxOverKeys
+from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
+from diymodel.verify.symptoms.leaks import leaks_of
+from diymodel.verify.symptoms.watched import later, weights_of, weights_of_failures
+
+_LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
+
+
+def _leaks(patient: Patient) -> bool:
+    """Whether in one layer, without dropout, the first position sees a later token, and always in the same way."""
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+
+    def first(tokens: Tensor) -> Tensor:
+        return lm.logits(tokens)[:, 0]
+
+    return apart(first(ids), first(ids)) <= SAME < max(influence(first, ids)[1:])
+
+
+@symptom(
+    "leak.outside_attention",
+    "attention is exactly causal where the future leaks: the leak is elsewhere",
+    "泄漏发生时 attention 是严格因果的：泄漏出在别处",
+    _LEAKS,
+    ("statistic-over-sequence", "heads-mixed-by-reshape"),
+)
+def _outside_attention(patient: Patient) -> bool | None:
+    failures = {id: patient.failed[id].failure for id in _LEAKS if id in patient.failed}
+    numbers = [id for id, failure in failures.items() if failure is not None and failure.max_abs_diff is not None]
+    if patient.passes_under(SoftmaxOverKeys, _LEAKS[:2]):
+        return False
+    seen = weights_of_failures(patient, numbers)
+    if numbers != ["causality.gradient"] and not _leaks(patient):
+        return None  # dropout, or what an earlier call left
+    if not seen or any(bool(weights.isnan().any()) for weights in seen):
+        return None
+    return not any(bool(weights[..., later(weights)].any()) for weights in seen)
+
+
+@symptom(
+    "leak.of_first_position_only",
+    "the first position sees later tokens, and no other does: it may see none, not even itself",
+    "只有第一个位置看到了后面的 token：它一个都不许看，连自己也不行",
+    ("causality.*",),
+    ("mask-hides-self",),
+)
+def _of_first_position_only(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    first, *others = leaks_of(lm, distinct_tokens(lm))
+    return max(first) > SAME >= max(leak for row in others for leak in row)
+
+
+@symptom(
+    "leak.in_gradients_only",
+    "gradients see the future and values do not: something cancels out, and its gradient does not",
+    "梯度看得到未来，数值看不到：有东西在数值上抵消了，梯度却没有",
+    ("causality.gradient",),
+    ("statistic-over-sequence",),
+)
+def _in_gradients_only(patient: Patient) -> bool | None:
+    failure = patient.failed["causality.gradient"].failure
+    if failure is None or failure.max_abs_diff is None:
+        return None
+    lm = patient.lm()
+    return max(leak for row in leaks_of(lm, distinct_tokens(lm)) for leak in row) <= SAME
+
+
+@symptom(
+    "leak.in_training_only",
+    "in training mode it leaks, and in eval mode it does not",
+    "训练模式下泄漏，eval 模式下不泄漏",
+    ("causality.in_training",),
+    ("mask-dropped-with-dropout",),
+)
+def _in_training_only(patient: Patient) -> bool | None:
+    lm = patient.lm(dropout=0.25)
+    ids = distinct_tokens(lm)
+
+    def first(tokens: Tensor) -> Tensor:
+        reseed()  # the same dropout
+        return lm.logits(tokens)[:, 0]
+
+    in_eval = max(influence(first, ids)[1:])
+    lm.module.train()
+    return max(influence(first, ids)[1:]) > SAME >= in_eval
+
+
+@symptom(
+    "leak.none_with_one_head",
+    "with one head nothing leaks, with two it does",
+    "只有一个头时不泄漏，两个头时泄漏",
+    ("causality.*",),
+    ("heads-mixed-by-reshape",),
+)
+def _none_with_one_head(patient: Patient) -> bool | None:
+    one = patient.lm(hidden_size=4, num_heads=1, num_kv_heads=1)
+    two = patient.lm(hidden_size=8, num_heads=2, num_kv_heads=2)
+    if (one.config.num_heads, two.config.num_heads) != (1, 2):
+        return None
+    in_one, in_two = (max(max(row) for row in leaks_of(lm, distinct_tokens(lm))) for lm in (one, two))
+    return None if in_two <= SAME else in_one <= SAME
+
+
+@symptom(
+    "packing.attention_keeps_apart",
+    "documents in a row meet, and attention keeps them apart: they meet elsewhere",
+    "同一行里的文档互相影响，attention 却把它们分开了：问题出在别处",
+    ("packing.*", "causality.*", "loss.*", "modes.*", "sensitivity.*"),
+    ("statistic-over-sequence",),
+)
+def _attention_keeps_apart(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    documents = (torch.arange(ids.shape[1], device=ids.device) // 3 + 1).expand_as(ids)
+
+    def second(tokens: Tensor) -> Tensor:
+        return lm.packed(tokens, documents)[:, 3:]
+
+    seen = weights_of(lm, lambda: second(ids))
+    if not seen:
+        return None
+    meet = apart(second(changed(ids, 1)), second(ids)) > SAME
+    return meet and not any(bool(weights[..., 3:, :3].any()) for weights in seen)
+
+
+@symptom(
+    "padding.attended_without_cache",
+    "without a cache padding gets some weight, and with one it gets none",
+    "不用 cache 时 padding 得到了权重，用 cache 时没有",
+    ("padding.*",),
+    ("mask-dropped-on-fast-path",),
+)
+def _attended_without_cache(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    real = torch.arange(ids.shape[1], device=ids.device)[None] >= 2
+    runs = (lambda: lm.logits(ids, real)), (lambda: lm.extend(ids, None, real))
+    seen = [weights_of(lm, run) for run in runs]
+    if not all(seen):
+        return None
+    without, cached = (any(bool(weights[..., 2:, :2].any()) for weights in run) for run in seen)
+    return without and not cached

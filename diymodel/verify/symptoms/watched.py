@@ -1,0 +1,58 @@
+"""Calls and failing trials, watched.
+
+Shapes: T query length, S key length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diymodel.verify.adapters import LM, Around
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.randomness import seeded
+from diymodel.verify.symptoms import Patient
+from diymodel.verify.trial import Trial
+from diymodel.verify.watchers import AttentionWeights
+
+
+def weights_of(lm: LM, call: Callable[[], object]) -> list[Tensor]:
+    """Those (…, T, S) of each attention in a call."""
+    seen: list[Tensor] = []
+    lm.around = partial(AttentionWeights, seen)
+    try:
+        call()
+    finally:
+        lm.around = None
+    return seen
+
+
+def weights_of_failures(patient: Patient, ids: Iterable[str]) -> list[Tensor]:
+    """Those of every attention in the failing trials of these checks."""
+    seen: list[Tensor] = []
+    fail_again(patient, ids, partial(AttentionWeights, seen))
+    return seen
+
+
+def fail_again(patient: Patient, ids: Iterable[str], watcher: Around) -> None:
+    """The failing trials of these checks, watched."""
+    for id in ids:
+        failure = patient.failed[id].failure if id in patient.failed else None
+        if failure is None:
+            continue
+        trial = Trial.replaying(patient.subject, failure.values, patient.device)
+        trial.around = watcher
+        try:
+            with seeded():
+                patient.failed[id].check.function(trial)
+        except CheckFailure:
+            continue
+
+
+def later(weights: Tensor) -> Tensor:
+    """Of keys behind their query (T, S)."""
+    T, S = weights.shape[-2:]
+    return torch.ones(T, S, dtype=torch.bool, device=weights.device).triu(S - T + 1)

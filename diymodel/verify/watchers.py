@@ -1,0 +1,210 @@
+"""Watchers: what the operations of a stranger's forward pass were given, and gave. They change nothing.
+
+Shapes: T query length, S key length (cached + T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from diymodel.verify.repairs import SOFTMAX, attention_inputs, dimension, over_keys
+from diymodel.verify.repairs_layers import CHOICES
+
+_HALF = (torch.float16, torch.bfloat16)
+_SQUARES = {
+    "square",
+    "square_",
+    "pow",
+    "__pow__",
+    "__ipow__",
+    "norm",
+    "vector_norm",
+    "mean",
+    "sum",
+    "var",
+    "std",
+    "dot",
+}
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "multiply"}  # of a tensor with itself: a square
+_SCORES = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+
+
+class Watcher(TorchFunctionMode):
+    """Sees every operation."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.note(function, args, kwargs or {}, result)
+        return result
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """One operation, and what it gave."""
+
+
+class AttentionWeights(Watcher):
+    """The weights (…, T, S) that queries give to keys, of each attention in a call of T tokens.
+
+    Room that a cache has behind the last query is left out. They are NaN where a query may see no key; an attention
+    whose scores are NaN already is left out.
+
+    Args:
+        seen: where they are put, in the order of the calls.
+    """
+
+    def __init__(self, seen: list[Tensor], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.start = start
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        given = _given_to_attention(function, args, kwargs, self.length)
+        if given is None or _has_nan(given):
+            return
+        if function is F.scaled_dot_product_attention:
+            weights = _weights(**attention_inputs(args, kwargs))
+        elif function is F.multi_head_attention_forward:
+            asked = {**kwargs, "need_weights": True, "average_attn_weights": False, "training": False}
+            weights = function(*args, **asked)[1]  # type: ignore[assignment]
+        else:
+            weights = result
+        self.seen.append(weights.detach()[..., : self.start + self.length])
+
+
+class NaNsGiven(Watcher):
+    """Whether attention is given NaN.
+
+    Args:
+        seen: gets, of each attention in a call of T tokens, whether it is.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        given = _given_to_attention(function, args, kwargs, self.length)
+        if given is not None:
+            self.seen.append(_has_nan(given))
+
+
+def _given_to_attention(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+) -> tuple[Tensor, ...] | None:
+    """Queries and keys, or their scores; None where an operation is no attention."""
+    if function is F.scaled_dot_product_attention:
+        inputs = attention_inputs(args, kwargs)
+        return inputs["query"], inputs["key"]
+    if function is F.multi_head_attention_forward or (
+        function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), length)
+    ):
+        return args[:1]
+    return None
+
+
+def _has_nan(tensors: tuple[Tensor, ...]) -> bool:
+    return any(bool(tensor.isnan().any()) for tensor in tensors)
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch's attention weighs its values with."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is None:
+        return scores.softmax(-1)
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -torch.inf).softmax(-1)
+    return (scores + attn_mask).softmax(-1)
+
+
+class SoftmaxesOverQueries(Watcher):
+    """Whether scores (…, T, S) become weights that add up to 1 over the queries.
+
+    Args:
+        seen: gets, of each softmax over queries or keys, whether it is one over queries.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if function in SOFTMAX and over_keys(args[0], -1, self.length):
+            self.seen.append(dimension(args, kwargs) in (-2, args[0].dim() - 2))
+        elif function in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            self.seen.append(False)
+
+
+class Choices(Watcher):
+    """Whether the largest of some numbers are picked, as a router picks experts.
+
+    Args:
+        seen: gets a True for each time.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if function in CHOICES and not isinstance(result, Tensor) and result[0].is_floating_point():
+            self.seen.append(True)
+
+
+class Overflows(Watcher):
+    """What first leaves the range of a half type: ``square``, of a power or norm, or ``scores``, before a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: str | None = None
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if self.first is not None:
+            return
+        given = [tensor for tensor in _tensors((args, tuple(kwargs.values()))) if tensor.dtype in _HALF]
+        if not given:
+            return
+        name = getattr(function, "__name__", "")
+        if function is F.scaled_dot_product_attention:
+            if bool(_weights(**attention_inputs(args, kwargs)).isnan().any()):
+                self.first = "scores"
+        elif function in SOFTMAX:
+            if bool(result.isnan().any()):
+                self.first = "scores"
+        elif isinstance(result, Tensor) and not bool(result.isfinite().all()):
+            if not all(bool(tensor.isfinite().all()) for tensor in given):
+                return
+            if name in _SQUARES or (name in _PRODUCTS and args[0] is args[1]):
+                self.first = "square"
+            elif name in _SCORES:
+                self.first = "scores"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
