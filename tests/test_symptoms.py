@@ -1,30 +1,64 @@
-"""Watchers, the repairs of layers, and what symptoms answer of a correct model."""
+"""Symptoms: what they answer of correct models, and that they answer as was measured on the zoo."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from benchmarks.diagnosis import EXAMPLES
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks
-from diymodel.verify.repairs import CausalAttention
-from diymodel.verify.repairs_layers import ROUTINGS, GateAndUpExchanged, OtherActivation, OtherRouting, ScaledScores
 from diymodel.verify.report import Failure, Result
-from diymodel.verify.symptoms import Patient, distinct_tokens, list_symptoms
-from diymodel.verify.watchers import AttentionWeights, Choices, Overflows, SoftmaxesOverQueries
+from diymodel.verify.runner import PROFILES, Settings, verify_one
+from diymodel.verify.samples import read_samples
+from diymodel.verify.subject import resolve
+from diymodel.verify.symptoms import Patient, list_symptoms, observe
 from diymodel.zoo.base import BASES
+from diymodel.zoo.bug import list_bugs
 
+SAMPLES = read_samples()
+LIVE = (  # bugs, one for each group of symptoms
+    "attention-scale-wrong-rotary-reference.logits",
+    "rope-pairing-convention-hub-reference.logits",
+    "router-weights-not-normalised-switch-reference.logits",
+    "softmax-overflow-half-hub-numerics.large_activations_finite",
+    "window-off-by-one-windowed-window.width",
+    "rope-low-precision-windowed-sensitivity.shift_invariance",
+    "position-table-clamped-plain-context.overlong_refused",
+    "generated-length-wrong-headwise-generation.keeps_prompt",
+    "continues-from-pad-writer-generation.padded_prompt",
+    "cache-list-mutated-rotary-decode.branch",
+    "tie-lost-saved-directory.complete",
+)
+WHERE_WRONG = (  # symptoms that ask what is different where a cached step is wrong
+    "cache.right_with_keys_as_held",
+    "decode.right_in_one_row",
+    "decode.right_in_one_layer",
+    "decode.right_token_by_token",
+    "decode.right_at_first",
+    "decode.right_after_one_call",
+    "decode.equal_tokens_right",
+    "decode.takes_other_parts",
+    "decode.embeds_another_position",
+    "decode.wrong_before_attention",
+)
+NOT_SO = (  # and those that ask what a cached step does
+    "cache.list_holds_others",
+    "cache.logits_of_another_dtype",
+    "decode.ignores_the_prefix",
+    "decode.forgets_the_oldest",
+    "decode.sees_more",
+    "decode.chunk_loses_the_cached",
+)
 CONFIG: dict[str, Any] = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16}
 SEEN_IN_BUGS_ONLY = (  # experiments whose yes says that something is wrong
     *("attention.*", "batch.other_rows_matter", "compile.leaks", "leak.*", "packing.attention_keeps_apart"),
-    *("padding.attended_without_cache", "paths.*", "sensitivity.blind_to_own_token", "shape.nan_for_one_token"),
+    *("paths.*", "sensitivity.blind_to_own_token", "shape.nan_for_one_token"),
     *("window.*", "reference.joins_heads_otherwise", "repair.scaled_scores", "repair.other_*"),
 )
 NEEDS_ITS_FAILURE = ("leak.in_gradients_only", "leak.with_dropout_only")
@@ -56,77 +90,81 @@ def test_a_correct_model_shows_none_of_them(base: str) -> None:
     assert asked > 15
 
 
-@pytest.mark.parametrize("base", ["rotary", "hub", "plain", "headwise", "experts", "scribe"])
-def test_a_watcher_changes_nothing(base: str) -> None:
-    lm = patient(base).lm()
-    ids = distinct_tokens(lm)
-    expected = lm.logits(ids)
-    weights: list[Tensor] = []
-    for watcher in (
-        partial(AttentionWeights, weights),
-        partial(Choices, []),
-        partial(SoftmaxesOverQueries, []),
-        lambda start, length: Overflows(),
-    ):
-        lm.around = watcher
-        torch.testing.assert_close(lm.logits(ids), expected, rtol=0, atol=1e-12)
-    assert weights
-    for seen in weights:
-        torch.testing.assert_close(seen.sum(-1), torch.ones_like(seen[..., 0]))
-        assert not seen.triu(1).any()
+@pytest.mark.parametrize(
+    ("id", "modules"),
+    [
+        ("top-k-edge-writer-generation.top_k", ("continuation", "handed_over", "padding", "padding_steps")),
+        ("top-k-edge-scribe-generation.top_k", ("continuation", "handed_over", "padding", "padding_steps")),
+        ("masked-nan-leaks-learned-padding.nan_contained", ("padding", "padding_steps")),
+        ("masked-nan-leaks-ragged-padding.nan_contained", ("padding", "padding_steps")),
+    ],
+)
+def test_nothing_is_said_of_padding_and_tokens_that_are_right(id: str, modules: tuple[str, ...]) -> None:
+    bug = next(bug for bug in list_bugs() if bug.id == id)
+    subject, checks = bug.subject(), {check.id: check for check in list_checks()}
+    failed = [verify_one(subject, checks[kill], Settings(PROFILES["quick"], shrink=False)) for kill in bug.kills]
+    patient = Patient(subject, {result.check.id: result for result in failed})
+    questions = [found for found in list_symptoms().values() if found.ask.__module__.rpartition(".")[2] in modules]
+    assert len(questions) >= 5
+    answers = {found.id: found.ask(patient) for found in questions}
+    assert not any(answers.values()), answers
+    assert {id for id, answer in answers.items() if answer is False} <= {"padding.first_token_sees_its_future"}
 
 
-def test_weights_are_those_of_every_kind_of_attention() -> None:
-    q, k = torch.randn(2, 1, 2, 3, 4)
-    expected = (q @ k.transpose(2, 3) / 2).softmax(-1)
-    seen: list[Tensor] = []
-    with AttentionWeights(seen, 0, 3):
-        F.scaled_dot_product_attention(q, k, k)
-        (q @ k.transpose(2, 3) / 2).softmax(-1)
-    torch.testing.assert_close(seen, [expected, expected])
+@pytest.mark.parametrize("base", ["rotary", "hub", "learned", "onmodule", "windowed", "switch", "supplied", "scribe"])
+def test_a_correct_model_has_no_symptoms_of_a_cache(base: str) -> None:
+    failed: Any = {"decode.chunks": SimpleNamespace(failure=SimpleNamespace(config={}))}
+    patient = Patient(BASES[base].subject(), failed)
+    symptoms = list_symptoms()
+    assert {id: symptoms[id].ask(patient) for id in WHERE_WRONG} == dict.fromkeys(WHERE_WRONG)
+    lacks_generation = "generate" in BASES[base].generation
+    asked = [id for id in NOT_SO if not (lacks_generation and id.startswith("generation."))]
+    assert not any(symptoms[id].ask(patient) for id in asked)
 
 
-def test_a_cache_with_room_is_masked_from_where_its_tokens_are() -> None:
-    q, k = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 6, 4)
-    seen: list[Tensor] = []
-    with AttentionWeights(seen, 1, 2), CausalAttention(1, 2):
-        F.scaled_dot_product_attention(q, k, k)
-    assert [weights.shape[-1] for weights in seen] == [3]
+@pytest.mark.parametrize("base", ["hub", "headwise", "kept", "packed", "pretrained", "resettable", "scribe", "writer"])
+def test_no_experiment_on_modes_state_or_gradients_blames_a_correct_model(base: str) -> None:
+    config = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16, "dropout": 0.5}
+    failure = Failure("saw none at nothing", (), config, {"config": config}, "")
+    failed = {check.id: Result(check, "failed", failure=failure) for check in list_checks()}
+    patient = Patient(BASES[base].subject(), failed)
+    for found in list_symptoms().values():
+        answer = None
+        if found.ask.__module__.rpartition(".")[2] in ("arguments", "modes", "saving", "state", "switches", "training"):
+            with contextlib.suppress(Exception), seeded():
+                answer = found.ask(patient)
+        assert not answer, found.id
 
 
-@pytest.mark.parametrize(("operation", "first"), [("square", "square"), ("scores", "scores")])
-def test_what_overflows_first(operation: str, first: str) -> None:
-    x = torch.full((4, 4), 400.0, dtype=torch.float16)
-    with Overflows() as seen:
-        _ = x.pow(2).mean(-1) if operation == "square" else (x @ x.T).softmax(-1)
-    assert seen.first == first
+@pytest.mark.parametrize(
+    ("new", "id"),
+    [
+        ("self.dropout", "modes.dropout_is_told_none"),
+        ("self.__dict__.setdefault('drops', self.dropout * self.training)", "modes.decided_earlier"),
+    ],
+)
+def test_what_decides_that_a_strangers_dropout_goes_on(tmp_path: Path, new: str, id: str) -> None:
+    old, path = "self.dropout if self.training else 0.0", tmp_path / "nano_gpt.py"
+    path.write_text((EXAMPLES / "nano_gpt.py").read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    subject, checks = resolve(f"{path}:GPT"), {check.id: check for check in list_checks()}
+    result = verify_one(subject, checks["modes.dropout_off_in_eval"], Settings(PROFILES["quick"], shrink=False))
+    seen = observe(subject, [result])
+    asked = ("modes.dropout_is_told_none", "modes.decided_earlier", "modes.dropout_is_told_to_train")
+    assert [name for name in asked if seen[name]] == [id]
 
 
-def test_scores_are_scaled_and_hidden_ones_stay_hidden() -> None:
-    q, k = torch.randn(2, 1, 1, 3, 4)
-    mask = torch.ones(3, 3, dtype=torch.bool).tril()
-    expected = F.scaled_dot_product_attention(q, k, k, attn_mask=mask, scale=1.0)
-    least = torch.finfo(q.dtype).min
-    with ScaledScores(2.0, 0, 3):
-        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, attn_mask=mask), expected)
-        scores = (q @ k.transpose(2, 3) / 2).masked_fill(~mask, least)
-        torch.testing.assert_close(scores.softmax(-1) @ k, expected)
+@pytest.mark.parametrize("id", LIVE)
+def test_symptoms_show_as_they_were_measured(id: str) -> None:
+    bug = next(bug for bug in list_bugs() if bug.id == id)
+    measured = next(found for found in SAMPLES if found.bug == id)
+    subject, checks = bug.subject(), {check.id: check for check in list_checks()}
+    settings = Settings(PROFILES["quick"], shrink=False)
+    seen = observe(subject, [verify_one(subject, checks[killer], settings) for killer in measured.killers])
+    assert seen == measured.symptoms
 
 
-def test_activations_are_exchanged() -> None:
-    gate, up = torch.randn(2, 5)
-    with OtherActivation("silu", "gelu", 0, 5):
-        assert torch.equal(F.silu(gate), torch.ops.aten.gelu(gate))
-        assert torch.equal(F.relu(gate), gate.clamp(min=0))
-    with GateAndUpExchanged(0, 5):
-        product = F.silu(gate) * up
-    torch.testing.assert_close(product, F.silu(up) * gate)
-
-
-def test_chosen_experts_are_weighed_otherwise() -> None:
-    scores = torch.randn(2, 3, 4)
-    softmax_to_one = next(rule for rule in ROUTINGS if rule[0] is not rule[1] and rule[1](torch.ones(2))[0] == 0.5)
-    with OtherRouting(*softmax_to_one, 0, 3):
-        values, chosen = torch.sigmoid(scores).topk(2)
-    probabilities = scores.softmax(-1).gather(-1, chosen)
-    torch.testing.assert_close(values, probabilities / probabilities.sum(-1, keepdim=True))
+def test_a_module_that_raises_has_no_symptoms() -> None:
+    subject = resolve(None)
+    check = next(check for check in list_checks() if check.id == "causality.edit")
+    passed = verify_one(subject, check, Settings(PROFILES["quick"]))
+    assert observe(subject, [passed]) == {}

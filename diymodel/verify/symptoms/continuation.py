@@ -144,22 +144,3 @@ def _right_by_hand(patient: Patient) -> bool | None:
         tokens = torch.cat((tokens, new), 1)
         logits, past = lm.extend(new, past)
     return True
-
-
-@symptom(
-    "generation.right_in_eval_mode",
-    "the new tokens are the likeliest in eval mode: generate leaves another mode behind",
-    "按 eval 模式的 logits 看，新 token 都是对的：是 generate 结束后留下了别的模式",
-    ("generation.greedy_is_argmax", "generation.restores_mode"),
-    ("mode-not-restored",),
-)
-def _right_in_eval_mode(patient: Patient) -> bool | None:
-    lm = patient.lm(dropout=0.5)
-    if patient.subject.missing("greedy") is not None:
-        return None
-    prompts = drawn_prompts(patient, lm, padded=False)
-    found = write(lm, prompts, padded=False)
-    if parts_at(lm, prompts, found) is None:
-        return None
-    lm.module.eval()
-    return parts_at(lm, prompts, found) is None

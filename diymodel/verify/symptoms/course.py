@@ -157,18 +157,3 @@ def _wrong_before_attention(patient: Patient) -> bool | None:
     if found is None:
         return None
     return any(not found.mixed(call) and not found.agrees(call) for call in found.known())
-
-
-@symptom(
-    "decode.right_through_attention",
-    "a cached step is right through attention and goes wrong after it",
-    "用 cache 解码时，attention 之前和之中都对，之后才错",
-    DECODE,
-    ("cached-path-diverges", "cache-dtype-promoted"),
-)
-def _right_through_attention(patient: Patient) -> bool | None:
-    found = _courses(patient)
-    if found is None:
-        return None
-    mixed = [call for call in found.known() if found.mixed(call)]
-    return bool(mixed) and found.agrees(mixed[0])

@@ -132,22 +132,3 @@ def _attention_keeps_apart(patient: Patient) -> bool | None:
         return None
     meet = apart(second(changed(ids, 1)), second(ids)) > SAME
     return meet and not any(bool(weights[..., 3:, :3].any()) for weights in seen)
-
-
-@symptom(
-    "padding.attended_without_cache",
-    "without a cache padding gets some weight, and with one it gets none",
-    "不用 cache 时 padding 得到了权重，用 cache 时没有",
-    ("padding.*",),
-    ("mask-dropped-on-fast-path",),
-)
-def _attended_without_cache(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    real = torch.arange(ids.shape[1], device=ids.device)[None] >= 2
-    runs = (lambda: lm.logits(ids, real)), (lambda: lm.extend(ids, None, real))
-    seen = [weights_of(lm, run) for run in runs]
-    if not all(seen):
-        return None
-    without, cached = (any(bool(weights[..., 2:, :2].any()) for weights in run) for run in seen)
-    return without and not cached

@@ -5,19 +5,15 @@ Shapes: B batch, T query length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from diymodel._compat import attention_backends, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.symptoms import SAME, Patient, distinct_tokens, influence, symptom
 from diymodel.verify.symptoms.decode import DECODE, beyond_the_window, cached_last, seen_by_whole
 
 _LENGTH = 8
-_IMPLEMENTATIONS = ("eager", "sdpa")  # transformers' names
 
 
 @symptom(
@@ -118,56 +114,3 @@ def _chunk_loses_the_cached(patient: Patient) -> bool | None:
         return any(seen > SAME and not kept > SAME for seen, kept in zip(whole, cached, strict=True))
 
     return loses(0) and not loses(ids.shape[1] - 4)
-
-
-@symptom(
-    "window.narrower_on_some_paths",
-    "under one attention kernel or implementation a position sees fewer tokens than under another",
-    "换一种 attention kernel 或实现，一个位置看到的 token 就变少",
-    ("causality.each_backend", "causality.without_gradients"),
-    ("window-off-by-one",),
-)
-def _narrower_on_some_paths(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    ids = distinct_tokens(lm)
-    seen = {tuple(far > SAME for far in seen_by_whole(lm, ids)) for _ in _paths(lm, ids)}
-    return len(seen) > 1 if seen else None
-
-
-@symptom(
-    "window.one_more_or_fewer",
-    "in the whole sequence a position sees one token more or fewer than the window is wide",
-    "整段计算时，一个位置看到的 token 比窗口宽度多一个或少一个",
-    ("window.width", *DECODE),
-    ("window-off-by-one",),
-)
-def _one_more_or_fewer(patient: Patient) -> bool | None:
-    if patient.subject.window is None:
-        return None
-    lm = patient.lm(max_seq_len=patient.subject.window + 2)
-    ids = distinct_tokens(lm, length=patient.subject.window + 2)
-    if ids.shape[1] < patient.subject.window + 2:
-        return None
-    seen = sum(far > SAME for far in seen_by_whole(lm, ids))
-    return abs(seen - patient.subject.window) == 1
-
-
-def _paths(lm: LM, ids: Tensor) -> Iterator[None]:
-    """Each attention kernel and implementation that runs, in turn."""
-    setter: Any = getattr(lm.module, "set_attn_implementation", None)
-    for name in _IMPLEMENTATIONS if setter is not None else ():
-        try:
-            setter(name)
-        except (ValueError, ImportError):  # a family may lack one
-            continue
-        yield
-    for backend in attention_backends():
-        with sdpa_kernel(backend):
-            try:
-                lm.logits(ids)
-            except RuntimeError:  # this one cannot run here
-                continue
-            yield
-    for recording in (True, False):
-        with torch.set_grad_enabled(recording):
-            yield
