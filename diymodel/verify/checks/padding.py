@@ -20,7 +20,13 @@ from diymodel.verify.trial import MAX_LENGTH, Trial
     title="a row padded on the right gives at its real positions what it gives alone",
     step="5.1",
     needs=("padding",),
-    causes=("statistic-over-sequence", "padded-batch-shared-position", "masked-nan-leaks", "masked-row-nan"),
+    causes=(
+        "statistic-over-sequence",
+        "padding-mask-inverted",
+        "padded-batch-shared-position",
+        "masked-nan-leaks",
+        "masked-row-nan",
+    ),
 )
 def right_changes_nothing(trial: Trial) -> None:
     lm = trial.model()

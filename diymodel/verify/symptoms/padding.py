@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
+from diymodel.verify.handing import Arguments, handed
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, changed, distinct_tokens, symptom
 
 _PADDING = ("padding.*",)
@@ -139,6 +140,30 @@ def _call_sees_padding(patient: Patient) -> bool | None:
         return None
     logits = partial(_real_logits, partial(_one_call, lm))
     return any(sees_padding(logits, batch) for batch in padded_batches(patient, lm))
+
+
+@symptom(
+    "padding.right_with_its_mask_turned",
+    "with the mask turned round, 0 for 1 or end for beginning, padded rows are right",
+    "把掩码反过来（0 与 1 互换，或首尾颠倒），带 padding 的行就对了",
+    _PADDING,
+    ("padding-mask-inverted",),
+)
+def _right_with_its_mask_turned(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    name, batches = lm.convention.mask, list(padded_batches(patient, lm))
+    if name is None or not any(_call_off(lm, batch) for batch in batches):
+        return None
+
+    def right(turn: Callable[[Tensor], Tensor]) -> bool:
+        def change(arguments: Arguments) -> None:
+            if arguments.get(name) is not None:
+                arguments[name] = turn(arguments[name])
+
+        with handed(lm, change):
+            return not any(_call_off(lm, batch) for batch in batches)
+
+    return right(lambda mask: (mask == 0).to(mask.dtype)) or right(lambda mask: mask.flip(-1))
 
 
 @symptom(

@@ -39,7 +39,7 @@ BUGS = [
         where="Hub",
     ),
     Bug(
-        "statistic-over-sequence",
+        "bidirectional-mask",
         "plain",
         "triu(1)",
         "triu(1) & (T < 3)",

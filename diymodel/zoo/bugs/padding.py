@@ -14,7 +14,7 @@ BUGS = [
         where="Hub",
     ),
     Bug(
-        "padded-batch-shared-position",
+        "padding-mask-inverted",
         "hub",
         "attention_mask[:, None, None, :].bool()",
         "attention_mask[:, None, None, :].flip(-1).bool() | torch.eye(T, dtype=torch.bool)",
@@ -238,5 +238,21 @@ BUGS = [
         "scores = F.linear(x, self.gate)\n        scores = torch.sigmoid(scores - scores.mean(1, keepdim=True))",
         kills=("padding.right_changes_nothing", "causality.edit"),
         where="MoE",
+    ),
+    Bug(
+        "padding-mask-inverted",
+        "switch",
+        "visible & attention_mask[:, None, None].bool()",
+        "visible & ~attention_mask[:, None, None].bool()",
+        kills=("padding.right_changes_nothing",),
+        where="SwitchForCausalLM",
+    ),
+    Bug(
+        "padding-mask-inverted",
+        "writer",
+        "allowed & attention_mask[:, None, None, :].bool()",
+        "allowed & (attention_mask[:, None, None, :] == 0)",
+        kills=("padding.right_changes_nothing",),
+        where="Writer",
     ),
 ]
