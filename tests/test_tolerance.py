@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from diymodel import DIYConfig
 from diymodel.verify import tolerance
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.subject import resolve
-from diymodel.verify.tolerance import estimate_noise, noise_factor, rounding
+from diymodel.verify.tolerance import estimate_noise, float32_step, noise_factor, rounding
 from diymodel.verify.trial import Trial
 
 
@@ -177,6 +178,40 @@ def test_a_difference_is_measured_where_rounding_could_explain_it(difference: fl
     with contextlib.nullcontext() if difference < 1e-11 else pytest.raises(CheckFailure, match="must be one, saw"):
         trial.same(one + difference, one, "must be one", lm, lambda: (calls.append(1), one)[1])
     assert bool(calls) == measured
+
+
+@pytest.mark.parametrize(
+    ("operation", "step"),
+    [
+        (lambda x: x.softmax(-1), 0.0),
+        (lambda x: x.softmax(-1, dtype=torch.float32).double(), 2.0**-23),
+        (lambda x: x.float().topk(1).values.double(), 2.0**-23),
+        (lambda x: x * (x > 0).long(), 0.0),
+        (lambda x: x * x.bfloat16().double(), 0.0),  # a step that would hide bugs
+    ],
+)
+def test_the_step_of_float32_counts_where_something_is_computed_in_it(
+    operation: Callable[[Tensor], Tensor], step: float
+) -> None:
+    assert float32_step(lambda: operation(torch.randn(3, 4, dtype=torch.float64))) == step
+
+
+@pytest.mark.parametrize("largest", [1.0, 50.0])
+@pytest.mark.parametrize(("steps", "inside", "same"), [(0.9, True, True), (1.1, True, False), (0.9, False, False)])
+def test_rounding_that_is_always_the_same_is_allowed_up_to_its_step(
+    steps: float, inside: bool, same: bool, largest: float
+) -> None:
+    """A softmax in float32 of scores far apart is 1, whatever the weights: nothing varies that could be measured."""
+    trial = Trial(resolve(None), None, {"weights": 0})
+    lm = trial.build(DIYConfig(vocab_size=8, num_layers=1, hidden_size=4, num_heads=2, dropout=0.0), 0, 1)
+    one = torch.full((1,), largest, dtype=torch.float64)
+
+    def rerun() -> Tensor:
+        scores = torch.tensor([40.0, 0.0], dtype=torch.float64)
+        return one * scores.softmax(-1, dtype=torch.float32 if inside else torch.float64)[0].double()
+
+    with contextlib.nullcontext() if same else pytest.raises(CheckFailure, match="must be one, saw"):
+        trial.same(one * (1 + steps * 2.0**-23), one, "must be one", lm, rerun)
 
 
 def test_no_graph_is_recorded() -> None:

@@ -4,15 +4,21 @@ Semantics are judged in float64. There, rounding stays below 1e-12 of the larges
 healthy modules, so 1e-11 decides nearly always. But ``.double()`` is not always float64: many modules keep float32 in
 their norms or rotary tables. Where a difference is larger than 1e-11, the module's own rounding is therefore measured,
 and 16 times that is allowed. In float32 the same factor holds; half types get 4 times, as a gross check.
+
+What rounds always to the same number measures as nothing: a saturated softmax in float32 gives exactly 1 and is off by
+what it left out. A module that computes in float32 inside may therefore be off by float32's own step, whatever was
+measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diymodel.verify.randomness import reseed, seeded
 
@@ -31,6 +37,29 @@ def rounding(dtype: torch.dtype) -> float:
 def noise_factor(dtype: torch.dtype) -> int:
     """How many times the measured rounding is allowed."""
     return 16 if dtype in (torch.float64, torch.float32) else 4
+
+
+class _Results(TorchDispatchMode):
+    """Notes whether an operation gives float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.float32 = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        several = result if isinstance(result, (tuple, list)) else (result,)
+        self.float32 |= any(isinstance(part, Tensor) and part.dtype == torch.float32 for part in several)
+        return result
+
+
+def float32_step(run: Callable[[], Tensor]) -> float:
+    """The share of the largest value that one rounding to float32 can change, where ``run()`` computes in it; else 0."""
+    with torch.no_grad(), seeded(), _Results() as results:
+        run()
+    return torch.finfo(torch.float32).eps if results.float32 else 0.0
 
 
 def estimate_noise(module: nn.Module, run: Callable[[], Tensor], seed: int, enough: float = math.inf) -> float:

@@ -21,7 +21,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.failure import CheckFailure, SubjectError
 from diymodel.verify.strategies import real_lengths
-from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, noise_factor, rounding
+from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, float32_step, noise_factor, rounding
 
 if TYPE_CHECKING:
     from diymodel.verify.subject import Subject
@@ -158,7 +158,7 @@ class Trial:
         tolerance = rounding(self.dtype) * largest
         worst = float(difference.nan_to_num(torch.inf).max())
         if tolerance < worst <= BEYOND_ROUNDING * largest or (worst > tolerance and self.dtype != torch.float64):
-            tolerance = max(tolerance, self._measured_rounding(lm, rerun, worst))
+            tolerance = max(tolerance, self._measured_rounding(lm, rerun, worst, largest))
         wrong = ~(difference <= tolerance)  # a NaN is wrong
         if bool(wrong.any()):
             raise CheckFailure(
@@ -176,8 +176,10 @@ class Trial:
         if difference != 0:
             raise CheckFailure(f"{what}, saw a difference of {difference:.3g}", difference, 0.0)
 
-    def _measured_rounding(self, lm: LM, rerun: Callable[[], Tensor], difference: float) -> float:
+    def _measured_rounding(self, lm: LM, rerun: Callable[[], Tensor], difference: float, largest: float) -> float:
         """What the module's own rounding explains; measured once for all comparisons of a loop."""
+        if self.dtype == torch.float64 and (step := largest * float32_step(rerun)) >= difference:
+            return step
         factor = noise_factor(self.dtype)
         where = (id(lm.module), getattr(rerun, "__code__", rerun))
         if factor * self._noise.get(where, 0.0) < difference:
