@@ -39,11 +39,11 @@ def noise_factor(dtype: torch.dtype) -> int:
     return 16 if dtype in (torch.float64, torch.float32) else 4
 
 
-class _Results(TorchDispatchMode):
+class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether an operation gives float32."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.float32 = False
 
     def __torch_dispatch__(
@@ -56,7 +56,7 @@ class _Results(TorchDispatchMode):
 
 
 def float32_step(run: Callable[[], Tensor]) -> float:
-    """The share of the largest value that one rounding to float32 can change, where ``run()`` computes in it; else 0."""
+    """What one rounding to float32 can change, as a share of the largest value; 0 where ``run()`` computes in none."""
     with torch.no_grad(), seeded(), _Results() as results:
         run()
     return torch.finfo(torch.float32).eps if results.float32 else 0.0

@@ -83,7 +83,8 @@ WORDS: dict[Lang, dict[str, str]] = {
         "look": "Look for",
         "explain": "What this check means and how to fix it",
         "equal": "Equal means within 1e-11 of the largest value in float64, or within 16 times the subject's own "
-        "measured rounding (4 times in half types), or one step of float32 where it computes in that: {alarms} false alarms in {trials:,} trials on correct models.",
+        "measured rounding (4 times in half types), or one step of float32 where it computes in that: {alarms} false "
+        "alarms in {trials:,} trials on correct models.",
         "refused": "configurations were refused by the subject",
     },
     "zh": {
@@ -118,7 +119,8 @@ WORDS: dict[Lang, dict[str, str]] = {
         "unexplained": "以上都解释不了的失败",
         "look": "该看哪里",
         "explain": "这项检查的含义与修法",
-        "equal": "“相等”指与最大值相差不超过 1e-11（float64），或不超过模型自身实测舍入误差的 16 倍（半精度为 4 倍），内部用 float32 计算的则不超过 float32 的一个最小间隔："
+        "equal": "“相等”指与最大值相差不超过 1e-11（float64），或不超过模型自身实测舍入误差的 16 倍（半精度为 4 倍），"
+        "内部用 float32 计算的则不超过 float32 的一个最小间隔："
         "在正确的模型上试验 {trials:,} 次，误报 {alarms} 次。",
         "refused": "个配置被模型拒绝构建",
     },
