@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from diymodel import DIYConfig, DIYForCausalLM
-from diymodel.verify import Subject, SubjectError, check_causal_lm
+from diymodel.verify import Subject, SubjectError, check_causal_lm, timing
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.isolation import can_isolate
 from diymodel.verify.registry import Check
@@ -165,6 +167,28 @@ def test_another_dtype_is_used_stated_and_replayed() -> None:
     assert (report.verdict, report.dtype) == ("passed", "float32")
     with pytest.raises(ValueError, match="dtype='float8': must be one of float64, float32"):
         check_causal_lm(dtype="float8")
+
+
+def test_the_time_limit_lets_an_import_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an import of torch's compiler would break every later one."""
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.3)\nDONE = True\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def hang() -> None:
+        while importlib.import_module("slow_to_import").DONE:
+            pass
+
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        hang()
+    assert importlib.import_module("slow_to_import").DONE
+
+
+def test_the_time_limit_does_not_wait_for_ever_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "never_imported.py").write_text("while True: pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(timing, "_IMPORT_SECONDS", 0.2)
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        importlib.import_module("never_imported")
 
 
 def test_the_time_limit_leaves_no_timer_behind() -> None:

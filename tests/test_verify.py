@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
 from diymodel.verify.registry import select_checks
 from diymodel.verify.runner import replay
-
-pytest_plugins = ["pytester"]
 
 # A small rotary model with a tuple cache, as somebody would write it from memory, and the line where a bug goes.
 EXAMPLES = Path(__file__).parent / "examples"
@@ -290,31 +289,37 @@ def test_checks_come_in_the_order_of_the_roadmap() -> None:
     assert {check.id for check in select_checks(step="3.2")} == {c.id for c in list_checks() if c.step == "3.2"}
 
 
-def test_pytest_lm_gives_the_same_verdicts(pytester: pytest.Pytester, broken: str) -> None:
-    result = pytester.runpytest_subprocess(
-        "--lm", broken, "--lm-profile", "quick", "-k", "decode.", "-p", "no:cacheprovider"
-    )
-    expected = check_causal_lm(broken, profile="quick", only=["decode.*"])
-    result.assert_outcomes(
-        passed=sum(r.status == "passed" for r in expected.results),
-        failed=sum(r.status == "failed" for r in expected.results),
-        skipped=sum(r.status == "skipped" for r in expected.results),
-    )
-    result.stdout.fnmatch_lines(["lm: *dtype float64*profile quick*seed 0*", "*Most likely cause: position-restarts*"])
+def run_pytest(folder: Path, *arguments: str) -> tuple[dict[str, int], str]:
+    """How many tests passed, failed, …, and what was printed.
+
+    In a process of its own, and without pytest's pytester: that forgets the modules that a test imported, and torch
+    cannot import its compiler twice.
+    """
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+    counts = re.findall(r"(\d+) (passed|failed|skipped|xfailed|error)", printed.splitlines()[-1])
+    return {outcome: int(count) for count, outcome in counts}, printed
 
 
-def test_parametrize_with_checks(pytester: pytest.Pytester, broken: str) -> None:
-    pytester.makepyfile(
-        f"""
-        from diymodel.verify import parametrize_with_checks
+def test_pytest_lm_gives_the_same_verdicts(tmp_path: Path, broken: str) -> None:
+    outcomes, printed = run_pytest(tmp_path, "--lm", broken, "--lm-profile", "quick", "-k", "decode.")
+    expected = Counter(result.status for result in check_causal_lm(broken, profile="quick", only=["decode.*"]).results)
+    assert outcomes == expected
+    assert re.search(r"^lm: .*dtype float64.*profile quick.*seed 0", printed, re.MULTILINE)
+    assert "Most likely cause: position-restarts" in printed
 
-        @parametrize_with_checks([{broken!r}], expected_failures={{"{CACHED}": "positions restart"}})
-        def test_model(lm, check):
-            check(lm)
-        """
-    )
-    result = pytester.runpytest_subprocess("-k", "decode.cached_equals or row_alone", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1, xfailed=1)
+
+def test_parametrize_with_checks(tmp_path: Path, broken: str) -> None:
+    content = f"""
+from diymodel.verify import parametrize_with_checks
+
+@parametrize_with_checks([{broken!r}], expected_failures={{"{CACHED}": "positions restart"}})
+def test_model(lm, check):
+    check(lm)
+"""
+    (tmp_path / "test_it.py").write_text(content, encoding="utf-8")
+    outcomes, _ = run_pytest(tmp_path, "-k", "decode.cached_equals or row_alone")
+    assert outcomes == {"passed": 1, "xfailed": 1}
 
 
 def test_the_plugin_does_not_import_torch() -> None:
