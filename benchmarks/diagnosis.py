@@ -19,7 +19,8 @@ from diymodel.verify import check_causal_lm
 from diymodel.verify.text import diagnosis_lines
 from diymodel.zoo.lesson import lesson
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "tests" / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "tests" / "examples"
 LESSON = "labels-shifted-twice"
 
 
@@ -74,7 +75,7 @@ def shown() -> Iterator[str]:
 def main() -> int:
     torch.set_num_threads(1)
     text = "\n".join(line.rstrip() for part in shown() for line in part.splitlines())
-    replace_text(sys.argv[1], f"{text}\n")
+    replace_text(sys.argv[1], f"{text}\n".replace(f"{ROOT}/", ""))
     return 0
 
 

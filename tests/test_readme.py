@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.held_out import names, ranks
 from diymodel.verify.diagnose import leave_one_base_out
 from diymodel.verify.samples import read_samples
 from diymodel.verify.tolerance import FALSE_ALARMS, HEALTHY_TRIALS
@@ -70,6 +71,19 @@ def test_the_figures_of_zoo_and_diagnosis_are_those_measured() -> None:
     assert f"{found.classes} 类共 {found.bugs} 个 bug" in chinese
     for text in (english, chinese):
         assert {first, three} <= set(re.findall(r"\d+\.\d%", text))
+
+
+def test_the_figures_of_bugs_that_the_diagnosis_was_not_made_on_are_those_measured() -> None:
+    samples = read_samples((ROOT / "benchmarks/results/held-out.json").read_text("utf-8"))
+    assert [sample.bug for sample in samples] == names()
+    named = ranks(samples)
+    first = sum(named[sample.bug][0] == sample.slug for sample in samples)
+    three = sum(sample.slug in named[sample.bug] for sample in samples)
+    english, chinese = (readme.read_text("utf-8") for readme in (ENGLISH, CHINESE))
+    assert f"of {len(samples)} changes to our own model" in english
+    assert f"{first} come first and {three} among three" in english
+    assert f"做的 {len(samples)} 处改动" in chinese
+    assert f"{first} 处排第一，{three} 处在前三" in chinese
 
 
 def test_the_picture_of_the_matrix_is_that_of_the_samples() -> None:
