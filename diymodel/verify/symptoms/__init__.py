@@ -69,17 +69,17 @@ class Patient:
 
     def passes_under(self, repair: RepairOf, ids: Iterable[str]) -> bool | None:
         """Whether the failing trials of these checks pass under a repair; None where one passes without it as well."""
-        known = [result for id, result in self.failed.items() if id in ids and result.failure is not None]
-        if not known or any(self._passes(result, None) for result in known):
-            return None
-        return all(self._passes(result, repair) for result in known)
+        return self._all_pass(ids, repair)
 
     def passes_without_dropout(self, ids: Iterable[str]) -> bool | None:
         """Whether the failing trials of these checks pass with dropout 0; None where one passes as it is."""
+        return self._all_pass(ids, None, dropout=0.0)
+
+    def _all_pass(self, ids: Iterable[str], repair: RepairOf | None, **fixed: Any) -> bool | None:
         known = [result for id, result in self.failed.items() if id in ids and result.failure is not None]
         if not known or any(self._passes(result, None) for result in known):
             return None
-        return all(self._passes(result, None, dropout=0.0) for result in known)
+        return all(self._passes(result, repair, **fixed) for result in known)
 
     def _passes(self, result: Result, repair: RepairOf | None, **fixed: Any) -> bool:
         assert result.failure is not None
