@@ -41,7 +41,8 @@ def picture(samples: Sequence[Sample]) -> str:
     columns = _positions(list(samples[0].verdicts), lambda id: id.partition(".")[0], _LEFT)
     slugs = sorted(totals, key=lambda slug: (AREAS.index(bug_class(slug).area), slug))
     rows = _positions(slugs, lambda slug: bug_class(slug).area, _TOP)
-    width, height = max(columns.values()) + 3 * _CELL, max(rows.values()) + 3 * _CELL
+    end, height = max(columns.values()) + _CELL, max(rows.values()) + 3 * _CELL
+    width = end + _TOP // 2  # the last names lean beyond their columns
     said = figures(samples)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
@@ -56,9 +57,7 @@ def picture(samples: Sequence[Sample]) -> str:
         place = f"translate({x + _CELL - 2} {_TOP - 4}) rotate(-60)"
         parts.append(f'<text transform="{place}">{escape(id)}</text>')
     for slug, y in rows.items():
-        parts.append(
-            f'<rect class="row" x="{_LEFT}" y="{y}" width="{width - _LEFT - 2 * _CELL}" height="{_CELL - 1}"/>'
-        )
+        parts.append(f'<rect class="row" x="{_LEFT}" y="{y}" width="{end - _LEFT}" height="{_CELL - 1}"/>')
         label = f"{escape(slug)} <tspan class='soft'>{totals[slug]}</tspan>"
         parts.append(f'<text text-anchor="end" x="{_LEFT - 4}" y="{y + 7}">{label}</text>')
         for id, x in columns.items():
