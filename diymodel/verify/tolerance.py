@@ -50,8 +50,7 @@ class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        several = result if isinstance(result, (tuple, list)) else (result,)
-        self.float32 |= any(isinstance(part, Tensor) and part.dtype == torch.float32 for part in several)
+        self.float32 |= isinstance(result, Tensor) and result.dtype == torch.float32  # at the latest what casts
         return result
 
 
