@@ -6,10 +6,13 @@ What holds for any causal language model is checked by the harness: tests/proper
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -259,3 +262,13 @@ def test_autocast_trains_and_generates_in_bfloat16() -> None:
     assert logits.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert generated.shape == (2, 5)
+
+
+def test_dropout_acts_on_the_embedding_and_on_both_updates_of_every_block() -> None:
+    model = DIYForCausalLM(replace(CONFIG, dropout=0.5)).train()
+    with mock.patch.object(F, "dropout", wraps=F.dropout) as dropout:
+        model(IDS)
+        assert [call.args[1] for call in dropout.call_args_list] == [0.5] * (1 + 2 * CONFIG.num_layers)
+        dropout.reset_mock()
+        model.eval()(IDS)
+        dropout.assert_not_called()

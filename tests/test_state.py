@@ -87,3 +87,12 @@ def test_a_tied_weight_stays_one_parameter(operation: Callable[[DIYForCausalLM],
 def test_every_weight_of_the_architecture_is_registered_once(values: dict[str, object]) -> None:
     config = DIYConfig.from_dict(values)
     assert sum(parameter.numel() for parameter in DIYForCausalLM(config).parameters()) == num_parameters(config)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_tensors_are_copied_or_taken_over_as_is_asked(assign: bool) -> None:
+    model = DIYForCausalLM(DIYConfig(vocab_size=8, num_layers=1, hidden_size=4, num_heads=2))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+    for name, tensor in model.state_dict().items():
+        assert (tensor.data_ptr() == state[name].data_ptr()) == assign, name
