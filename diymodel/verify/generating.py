@@ -136,7 +136,7 @@ def find_generating(module: nn.Module, config: DIYConfig, convention: Convention
         what = "has no parameter for the number of new tokens" if names else "is not a method of the module"
         return _without_all(f"generate {what}")
     if convention.sequence_first:
-        return _without_all("generate of a module that takes (seq, batch) is not called")
+        return _without_all("forward takes (seq, batch), and generate is tried with (batch, seq) only")
     draw_weights(module, seed=0, sharpness=2)  # as built, many a model repeats one token whatever it is given
     ids = (torch.arange(2 * 4) % config.vocab_size).view(2, 4)
     generating = Generating(
