@@ -190,7 +190,7 @@ def _overfit(args: argparse.Namespace) -> int:
     import torch
 
     from diymodel.data import ByteTokenizer
-    from diymodel.train import OVERFIT_LOSS, overfit
+    from diymodel.overfit import OVERFIT_LOSS, overfit
 
     torch.set_num_threads(1)  # the model is so small that threads only wait for each other
     vocabulary = {"vocab_size": ByteTokenizer.vocab_size, "pad_token_id": ByteTokenizer.pad_id}
@@ -260,7 +260,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"--seed {args.seed} must be in [0, 2**64)")
     import torch
 
-    from diymodel.train import choose_device
+    from diymodel.devices import choose_device
 
     device = choose_device(args.device)
     model, tokenizer = _load(Path(args.checkpoint))

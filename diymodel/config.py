@@ -214,7 +214,7 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-# For diymodel.train.overfit: a few dozen steps, a second or two.
+# For diymodel.overfit.overfit: a few dozen steps, a second or two.
 OVERFIT = Preset(
     "the smallest proof that a model can learn",
     {"num_layers": 2, "hidden_size": 64, "max_seq_len": 32, "dropout": 0.0},

@@ -157,6 +157,11 @@ class Tokenizer(ABC):
     def to_dict(self) -> dict[str, str]:
         """What :func:`tokenizer_from_dict` rebuilds it from, as plain strings: it is stored in the checkpoint."""
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ``ValueError`` where a model of this vocabulary cannot take every token."""
+        if vocab_size < self.vocab_size:
+            raise ValueError(f"vocab_size={vocab_size} is too small: the tokenizer has {self.vocab_size} tokens")
+
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one by one."""
         return TextStream(self)

@@ -1,4 +1,4 @@
-"""The training loop: first the smallest one there is, then the same three lines with everything a real run needs.
+"""The training loop: the three lines of :mod:`diymodel.overfit`, with everything that a real run needs.
 
 A run directory holds ``checkpoint.pt`` (weights, configuration and everything needed to continue), ``metrics.jsonl``
 (a line for every step and every evaluation) and, once finished, ``loss.svg``.
@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diymodel._compat import FUSED_DEVICES, cpu_has_bfloat16
-from diymodel._files import replace_file
+from diymodel._compat import FUSED_DEVICES
+from diymodel._run import CtrlC, Log, Metrics, Progress
 from diymodel.checkpoint import read_checkpoint, save_checkpoint
 from diymodel.config import DIYConfig, TrainConfig
 from diymodel.data import Batch, ByteTokenizer, Rows, Tokenizer, fingerprint, split_documents
+from diymodel.devices import choose_autocast, choose_device, device_of
 from diymodel.generate import eval_mode
 from diymodel.loss import next_token_loss, num_scored
 from diymodel.model import DIYForCausalLM
@@ -31,66 +28,6 @@ from diymodel.model import DIYForCausalLM
 CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "loss.svg"
-
-OVERFIT_TEXT = "The cat sat on a mat"  # 20 bytes, so 20 tokens; after "at" only what came before tells what follows
-OVERFIT_LOSS = 0.01
-
-Log = Callable[[str], object]
-
-
-# --------------------------------------------------------------------------------------- the smallest loop there is
-
-
-class OverfitResult(NamedTuple):
-    """How :func:`overfit` ended."""
-
-    loss: float  # of the last step, in nats per token
-    steps: int
-    seconds: float
-    expected: str
-    generated: str  # greedily, from the first token on
-
-    @property
-    def learned(self) -> bool:
-        """Whether the loss got below ``OVERFIT_LOSS`` and the sequence came back."""
-        return self.loss < OVERFIT_LOSS and self.generated == self.expected
-
-
-def overfit(model_config: DIYConfig, train_config: TrainConfig, log: Log = print) -> OverfitResult:
-    """Learn one sequence of 20 tokens by heart: the smallest proof that forward, loss and backward are right.
-
-    Args:
-        model_config: needs ``vocab_size`` of at least 258 and ``max_seq_len`` of at least 20.
-        train_config: ``steps``, ``batch_size`` (copies of the sequence), ``learning_rate``, ``seed`` and ``device``
-            are used. It stops early, once the loss is below ``OVERFIT_LOSS``.
-        log: called with each progress line.
-
-    Raises:
-        ValueError: the model is too small for the sequence, or there is no such device.
-    """
-    tokenizer = ByteTokenizer()
-    _check_vocabulary(model_config, tokenizer)
-    device = choose_device(train_config.device)
-    torch.manual_seed(train_config.seed)
-    model = DIYForCausalLM(model_config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train_config.learning_rate)
-    sequence = torch.tensor(tokenizer.encode(OVERFIT_TEXT), device=device)
-    input_ids = sequence.repeat(train_config.batch_size, 1)
-    labels = input_ids  # not shifted: next_token_loss shifts
-    started = time.perf_counter()
-    step, loss_value = 0, math.inf
-    while step < train_config.steps and loss_value >= OVERFIT_LOSS:
-        logits = model(input_ids)
-        loss = next_token_loss(logits, labels)
-        optimizer.zero_grad()  # backward adds to the gradients that are there
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        step, loss_value = step + 1, loss.item()
-        if step % train_config.log_every == 0 or loss_value < OVERFIT_LOSS:
-            log(f"step {step:>4}/{train_config.steps}  loss {loss_value:.4f}")
-    seconds = time.perf_counter() - started
-    generated = model.generate(sequence[None, :1], max_new_tokens=len(sequence) - 1)
-    return OverfitResult(loss_value, step, seconds, OVERFIT_TEXT, tokenizer.decode(generated[0].tolist()))
 
 
 # ----------------------------------------------------------------------------------------------- the parts of a step
@@ -195,41 +132,6 @@ def evaluate(model: DIYForCausalLM, rows: Rows, batch_size: int = 16, max_batche
     return Evaluation(loss, loss / math.log(2) * rows.num_scored / rows.num_bytes)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are."""
-    return next(model.parameters()).device
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA where there is one, else Apple's MPS, else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def choose_autocast(dtype: str, hidden_size: int, device: torch.device) -> torch.dtype | None:
-    """The type to autocast to, for ``TrainConfig.dtype``; None: compute in float32.
-
-    "auto" is bfloat16 on CUDA, and on a CPU that has instructions for it (AVX512-BF16) once the matrices are large
-    enough to outweigh the casts. Measured on an AMD EPYC (Zen 4) with torch 2.13, in tokens a second, first float32 and
-    then bfloat16: one thread, 4 layers, hidden size 32: 31,800 and 19,200; 64: 20,000 and 16,100; 96: 9,800 and 10,500.
-    Two threads, 4 layers, 128: 15,700 and 22,900; 256: 5,700 and 8,200; 8 layers, 512: 830 and 1,350.
-    """
-    if dtype == "auto":
-        faster = device.type == "cuda" or (device.type == "cpu" and hidden_size >= 128 and cpu_has_bfloat16())
-        return torch.bfloat16 if faster else None
-    return torch.bfloat16 if dtype == "bfloat16" else None
-
-
 # ------------------------------------------------------------------------------------------------------- a whole run
 
 
@@ -281,7 +183,7 @@ def train(
     out = Path(out)
     path = out / CHECKPOINT_NAME
     tokenizer = tokenizer or ByteTokenizer()
-    _check_vocabulary(model_config, tokenizer)
+    tokenizer.check_fits(model_config.vocab_size)
     device = choose_device(train_config.device)
     autocast_dtype = choose_autocast(train_config.dtype, model_config.hidden_size, device)
     training_text, held_out_text = split_documents(documents)
@@ -293,7 +195,7 @@ def train(
     model = DIYForCausalLM(model_config).to(device).train()
     optimizer = make_optimizer(model, train_config)
     first_step = _restore(path, model, optimizer, identity) if resume else _begin(path)
-    metrics = _Metrics(out / METRICS_NAME, first_step)
+    metrics = Metrics(out / METRICS_NAME, first_step)
 
     def save(steps_done: int) -> None:
         state = {
@@ -315,10 +217,10 @@ def train(
         log(f"resumed from {path} at step {first_step}")
 
     steps, accumulation = train_config.steps, train_config.grad_accumulation
-    progress = _Progress(first_step, steps, log)
+    progress = Progress(first_step, steps, log)
     evaluation = None
     done = first_step
-    with _CtrlC() as ctrl_c:
+    with CtrlC() as ctrl_c:
         while done < steps:
             learning_rate = learning_rate_at(done, train_config)
             for group in optimizer.param_groups:
@@ -332,7 +234,7 @@ def train(
                     f"try a learning_rate below {train_config.learning_rate}"
                 )
             metrics.write(step=done, learning_rate=learning_rate, **result._asdict())
-            progress.add(result, learning_rate)
+            progress.add(result.loss, result.num_tokens, learning_rate)
             if done % train_config.log_every == 0 or done == steps:
                 progress.report()
             if done % train_config.eval_every == 0 or done == steps:
@@ -357,13 +259,6 @@ def train(
     return TrainResult(model, done, False, evaluation, path)
 
 
-def _check_vocabulary(config: DIYConfig, tokenizer: Tokenizer) -> None:
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"vocab_size={config.vocab_size} is too small: the tokenizer has {tokenizer.vocab_size} tokens"
-        )
-
-
 def _describe(device: torch.device) -> str:
     return f"cpu with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
@@ -375,79 +270,6 @@ def _draw_curve(out: Path, log: Log) -> None:
         draw_loss(out / METRICS_NAME, out / CURVE_NAME)
     except ImportError:
         log("no loss curve, for want of matplotlib: pip install 'diymodel[plot]'")
-
-
-class _Progress:
-    """The progress lines: mean loss and speed since the last one, and the time that is left."""
-
-    def __init__(self, first_step: int, steps: int, log: Log) -> None:
-        self._first_step = self._step = first_step
-        self._steps = steps
-        self._log = log
-        self._started = self._reported = time.perf_counter()
-        self._results: list[StepResult] = []
-        self._learning_rate = 0.0
-
-    def add(self, result: StepResult, learning_rate: float) -> None:
-        self._step += 1
-        self._results.append(result)
-        self._learning_rate = learning_rate
-
-    def report(self) -> None:
-        now = time.perf_counter()
-        loss = sum(result.loss for result in self._results) / len(self._results)
-        speed = sum(result.num_tokens for result in self._results) / (now - self._reported)
-        left = round((now - self._started) / (self._step - self._first_step) * (self._steps - self._step))
-        self._log(
-            f"step {self._step}/{self._steps}  loss {loss:.3f}  lr {self._learning_rate:.2e}  "
-            f"{speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
-        )
-        self._reported, self._results = now, []
-
-
-class _Metrics:
-    """``metrics.jsonl``: one JSON object a line, each with its "step"; lines after ``first_step`` are dropped first."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        if path.exists():
-            kept = [line + b"\n" for line in path.read_bytes().splitlines() if _is_up_to(line, first_step)]
-            replace_file(path, lambda file: file.write(b"".join(kept)))
-
-    def write(self, **values: float) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def _is_up_to(line: bytes, step: int) -> bool:
-    """Whether a line belongs to the steps up to this one; a line torn by a crash belongs to none."""
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-class _CtrlC:
-    """Within, the first Ctrl-C only sets ``pressed``; a second one raises ``KeyboardInterrupt`` as usual."""
-
-    pressed = False
-
-    def __enter__(self) -> Self:
-        # Python allows handlers in the main thread only; a shell that runs us in the background may ignore SIGINT.
-        self._previous = signal.getsignal(signal.SIGINT)
-        self._set = threading.current_thread() is threading.main_thread() and self._previous != signal.SIG_IGN
-        if self._set:
-            signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._set:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
 
 
 # ------------------------------------------------------------------------------------------------- begin and continue

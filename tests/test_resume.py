@@ -18,8 +18,9 @@ from torch import Tensor
 from diymodel.checkpoint import read_checkpoint, save_checkpoint
 from diymodel.config import DIYConfig, TrainConfig
 from diymodel.data import ByteTokenizer, JsonTokenizer
+from diymodel.devices import choose_device
 from diymodel.model import DIYForCausalLM
-from diymodel.train import TrainResult, choose_device, train
+from diymodel.train import TrainResult, train
 
 STEPS = 6
 MODEL = DIYConfig(vocab_size=258, num_layers=2, hidden_size=16, num_heads=2, max_seq_len=12, dropout=0.3)

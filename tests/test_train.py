@@ -22,18 +22,15 @@ from torch import Tensor, nn
 
 from diymodel._compat import FUSED_DEVICES
 from diymodel.checkpoint import load_checkpoint, read_checkpoint
-from diymodel.config import OVERFIT, PRESETS, DIYConfig, TrainConfig
+from diymodel.config import PRESETS, DIYConfig, TrainConfig
 from diymodel.data import IGNORE, Batch, ByteTokenizer, Rows
 from diymodel.loss import next_token_loss, num_scored
 from diymodel.model import DIYForCausalLM
 from diymodel.plot import HELD_OUT, INK, TRAINING
 from diymodel.train import (
-    choose_autocast,
-    choose_device,
     evaluate,
     learning_rate_at,
     make_optimizer,
-    overfit,
     train,
     train_step,
 )
@@ -229,56 +226,6 @@ def test_evaluation_restores_the_mode_after_an_error() -> None:
     with pytest.raises(ValueError, match="max_seq_len"):
         evaluate(model, Rows(["abcdef" * 9], TOKENIZER, 32))
     assert model.training
-
-
-# -------------------------------------------------------------------------------------------------------- choices
-
-
-def test_devices() -> None:
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="device='gpu0' cannot be used: "):
-        choose_device("gpu0")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda' cannot be used: "):
-            choose_device("cuda")
-
-
-def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_autocast("float32", 4096, cuda) is None
-    assert choose_autocast("bfloat16", 16, cpu) is torch.bfloat16
-    assert choose_autocast("auto", 16, cuda) is torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert choose_autocast("auto", 512, cpu) is torch.bfloat16
-    assert choose_autocast("auto", 32, cpu) is None
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    assert choose_autocast("auto", 512, cpu) is None
-
-
-# -------------------------------------------------------------------------------------------------------- overfitting
-
-
-def overfit_settings() -> tuple[DIYConfig, TrainConfig]:
-    return DIYConfig(vocab_size=258, **OVERFIT.model), TrainConfig(**OVERFIT.train, warmup_steps=0, device="cpu")
-
-
-def test_overfit_learns_its_sequence_by_heart() -> None:
-    result = overfit(*overfit_settings(), log=silent)
-    assert result.learned
-    assert result.loss < 0.01
-    assert result.generated == result.expected == "The cat sat on a mat"
-    assert len(TOKENIZER.encode(result.expected)) == 20
-    assert result.seconds < 30
-
-
-def test_overfit_says_when_it_did_not_learn() -> None:
-    model_config, train_config = overfit_settings()
-    result = overfit(model_config, dataclasses.replace(train_config, steps=2), log=silent)
-    assert result.steps == 2
-    assert not result.learned
-    with pytest.raises(ValueError, match="vocab_size=257 is too small"):
-        overfit(dataclasses.replace(model_config, vocab_size=257), train_config)
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
