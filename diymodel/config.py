@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -47,16 +48,19 @@ class _Settings:
 
     def _check_types(self) -> None:
         """Hold every field to its annotation; a whole number is accepted, and stored, where a float is asked for."""
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), _alternatives(hints[field.name])
+        for name, allowed in self._alternatives().items():
+            value = getattr(self, name)
             if float in allowed and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
+                object.__setattr__(self, name, float(value))
             elif value not in allowed and type(value) not in allowed:
                 names = " or ".join(repr(a) if isinstance(a, str) else a.__name__ for a in allowed)
-                raise TypeError(
-                    f"{type(self).__name__}.{field.name}={value!r}: expected {names}, got {type(value).__name__}"
-                )
+                raise TypeError(f"{type(self).__name__}.{name}={value!r}: expected {names}, got {type(value).__name__}")
+
+    @classmethod
+    @functools.cache  # annotations are strings, compiled each time they are asked for
+    def _alternatives(cls) -> dict[str, tuple[Any, ...]]:
+        """By field, the types or the literal values that its annotation allows."""
+        return {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(cls).items()}
 
     def _check_at_least(self, minimum: int, *names: str) -> None:
         for name in names:
@@ -67,11 +71,6 @@ class _Settings:
         for name in names:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 self._refuse(name, "must be a finite number above 0")
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types, or the literal values, that an annotation allows."""
-    return typing.get_args(hint) or (hint,)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ class Linear(nn.Linear):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module``'s, and lays the weight and its gradient out for what comes."""
         by_column = not mode and self.weight.device.type == "cpu" and self.weight.numel() >= 2**18
-        with torch.inference_mode(False):  # or the weight could not be trained afterwards
-            for tensor in (self.weight, self.weight.grad):
-                if tensor is not None and tensor.t().is_contiguous() != by_column:
+        for tensor in (self.weight, self.weight.grad):
+            if tensor is not None and tensor.t().is_contiguous() != by_column:
+                with torch.inference_mode(False):  # or the weight could not be trained afterwards
                     tensor.data = tensor.data.t().contiguous().t() if by_column else tensor.data.contiguous()
         return super().train(mode)
 

@@ -210,8 +210,9 @@ def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
 
     The usual 0.02 makes every distribution near-uniform; N(0, 1) saturates attention, which hides masks.
     """
+    generator = torch.Generator()
     for index, parameter in enumerate(module.parameters()):
-        generator = torch.Generator().manual_seed(1000 * seed + index)
+        generator.manual_seed(1000 * seed + index)
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
         if parameter.dim() < 2:
             parameter.add_(noise / 4)
