@@ -60,8 +60,8 @@ def test_symptoms_point_to_classes_of_the_catalogue_in_both_languages() -> None:
 
 def test_it_names_bugs_in_models_it_has_not_learned_from() -> None:
     found = leave_one_base_out(SAMPLES)
-    assert found.first / found.bugs >= 0.9, found.wrong
-    assert found.among_three / found.bugs >= 0.98, found.wrong
+    assert found.first / found.bugs >= 0.95, found.wrong
+    assert found.among_three / found.bugs >= 0.99, found.wrong
 
 
 def test_two_bugs_at_once_are_both_named() -> None:
@@ -102,6 +102,30 @@ def test_scores_are_shares_and_evidence_is_what_was_seen() -> None:
     assert [found.score for found in ranked] == sorted((found.score for found in ranked), reverse=True)
     seen = set(one.killers) | {id for id, shows in one.symptoms.items() if shows}
     assert all(set(found.evidence) <= seen for found in ranked)
+
+
+def test_a_class_falls_where_its_symptoms_were_looked_for_and_none_showed() -> None:
+    one = next(found for found in SAMPLES if found.slug == "heads-mixed-by-reshape" and found.base == "kept")
+    assert signatures().rank(one)[0].bug == one.slug
+    silent = replace(one, verdicts={**one.verdicts, "reference.logits": "skipped"})
+    silent = replace(silent, symptoms=dict.fromkeys(one.symptoms, False))
+    unasked = Signatures(SAMPLES, known_causes())
+    unasked._silent = dict.fromkeys(unasked._silent, 0.0)
+    shares = [
+        next(found.score for found in known.rank(silent) if found.bug == one.slug) for known in (signatures(), unasked)
+    ]
+    assert shares[0] < shares[1]
+    assert shares[0] < 0.3
+
+
+def test_what_an_experiment_rules_out_is_not_evidence() -> None:
+    failed = {"generation.greedy_is_argmax", "generation.restores_mode"}
+    answers = {"modes.call_turns_training_on": True, "modes.generates_rightly_with_dropout_0": False}
+    first = signatures().rank(sample(failed, **answers))[0]
+    assert first.bug == "mode-not-restored"
+    assert set(first.evidence) == {"generation.restores_mode", "modes.call_turns_training_on"}
+    again = signatures().rank(sample(failed, **{**answers, "modes.generates_rightly_with_dropout_0": True}))[0]
+    assert "generation.greedy_is_argmax" in again.evidence
 
 
 # --- from end to end -------------------------------------------------------------------------------------------------

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from benchmarks.diagnosis import EXAMPLES
 from diymodel.verify.randomness import seeded
@@ -16,7 +20,7 @@ from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Failure, Result
 from diymodel.verify.runner import PROFILES, Settings, verify_one
 from diymodel.verify.samples import read_samples
-from diymodel.verify.subject import resolve
+from diymodel.verify.subject import Subject, resolve
 from diymodel.verify.symptoms import Patient, list_symptoms, observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
@@ -34,6 +38,12 @@ LIVE = (  # bugs, one for each group of symptoms
     "continues-from-pad-writer-generation.padded_prompt",
     "cache-list-mutated-rotary-decode.branch",
     "tie-lost-saved-directory.complete",
+    "module-never-called-postnorm-gradients.reach_every_parameter",
+    "no-positions-experts-sensitivity.order_matters",
+    "router-without-gradient-experts-gradients.reach_every_parameter",
+    "convolution-not-causal-timeshift-causality.truncation-causality.gradient",
+    "mask-sees-next-token-rotary-causality.through_cache",
+    "continues-from-pad-scribe-generation.padded_prompt",
 )
 WHERE_WRONG = (  # symptoms that ask what is different where a cached step is wrong
     "cache.right_with_keys_as_held",
@@ -75,7 +85,9 @@ def patient(base: str) -> Patient:
     return found
 
 
-@pytest.mark.parametrize("base", ["rotary", "hub", "plain", "alibi", "fastlike", "switch", "windowed", "packed"])
+@pytest.mark.parametrize(
+    "base", ["rotary", "hub", "plain", "alibi", "fastlike", "switch", "windowed", "packed", "recurrent", "timeshift"]
+)
 def test_a_correct_model_shows_none_of_them(base: str) -> None:
     found, shown, asked = patient(base), [], 0
     for id, symptom in list_symptoms().items():
@@ -122,7 +134,9 @@ def test_a_correct_model_has_no_symptoms_of_a_cache(base: str) -> None:
     assert not any(symptoms[id].ask(patient) for id in asked)
 
 
-@pytest.mark.parametrize("base", ["hub", "headwise", "kept", "packed", "pretrained", "resettable", "scribe", "writer"])
+@pytest.mark.parametrize(
+    "base", ["hub", "headwise", "kept", "packed", "pretrained", "resettable", "scribe", "writer", "switch", "experts"]
+)
 def test_no_experiment_on_modes_state_or_gradients_blames_a_correct_model(base: str) -> None:
     config = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16, "dropout": 0.5}
     failure = Failure("saw none at nothing", (), config, {"config": config}, "")
@@ -151,6 +165,70 @@ def test_what_decides_that_a_strangers_dropout_goes_on(tmp_path: Path, new: str,
     seen = observe(subject, [result])
     asked = ("modes.dropout_is_told_none", "modes.decided_earlier", "modes.dropout_is_told_to_train")
     assert [name for name in asked if seen[name]] == [id]
+
+
+def told(check_id: str, **values: Any) -> dict[str, Result]:
+    """A failure of a check, with these values of its trial."""
+    check = next(check for check in list_checks() if check.id == check_id)
+    return {check_id: Result(check, "failed", failure=Failure("told", (), CONFIG, {"config": CONFIG, **values}, ""))}
+
+
+@pytest.mark.parametrize(("rows", "answer"), [(1, False), (2, True)])
+def test_rows_are_not_to_blame_where_one_row_alone_failed(rows: int, answer: bool) -> None:
+    bug = next(bug for bug in list_bugs() if bug.slug == "cache-rows-shared" and bug.base == "onmodule")
+    found = Patient(bug.subject(), told("decode.cached_equals_full", rows=rows))
+    assert list_symptoms()["decode.right_in_one_row"].ask(found) is answer
+
+
+class Routed(nn.Module):
+    """A mixture of twelve experts of which each token is given to one, so that a few tokens leave most out."""
+
+    def __init__(self, config: Any, weigh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed, self.head = nn.Embedding(config.vocab_size, d), nn.Linear(d, config.vocab_size)
+        self.gate = nn.Linear(d, 12, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(d, d) for _ in range(12))
+        self.weigh = weigh
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).flatten(0, 1)
+        weights, chosen = self.gate(x).softmax(-1).topk(1)
+        out = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            rows = (chosen == index).any(-1)
+            out[rows] = self.experts[index](x[rows]) * self.weigh(weights[rows])
+        logits: Tensor = self.head(x + out).unflatten(0, input_ids.shape)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("weigh", "yes"),
+    [
+        (lambda weights: weights, []),
+        (lambda w: w / (w.sum(-1, keepdim=True) + 1e-20), ["gradients.none_at_the_router"]),
+    ],
+    ids=["right", "router without gradient"],
+)
+def test_an_expert_that_few_tokens_leave_out_is_no_module_that_is_never_called(
+    weigh: Callable[[Tensor], Tensor], yes: list[str]
+) -> None:
+    failed = told("gradients.reach_every_parameter")
+    seen = observe(Subject(lambda config: Routed(config, weigh)), failed.values())
+    asked = ("gradients.module_not_called", "gradients.none_at_the_router", "gradients.position_table_not_used")
+    assert [id for id in asked if seen[id]] == yes
+
+
+def test_a_model_without_grouped_queries_is_tried_wide() -> None:
+    def without(config: Any) -> nn.Module:
+        if config.num_kv_heads != config.num_heads:
+            raise NotImplementedError("as many heads of keys as of queries")
+        return BASES["nanogpt"].subject().build(config)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm = Patient(Subject(without), told("causality.edit")).lm()
+    assert (lm.config.num_heads, lm.config.num_kv_heads, lm.config.max_seq_len) == (2, 2, 16)
 
 
 @pytest.mark.parametrize("id", LIVE)

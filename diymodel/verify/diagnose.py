@@ -4,11 +4,13 @@ A class of bugs has several signatures, since it does not look the same in every
 showed on the zoo (``samples.json``), their mean, and what checks and symptoms name among their causes. Each gives every
 fact, a failed check or a symptom, a probability. A run is the likelier of a class, the better the best of its
 signatures explains what was seen, against how often that is seen on bugs of any class. A failure that it does not
-explain says little against it, so that of several bugs at once each can be found.
+explain says little against it, so that of several bugs at once each can be found. A class whose known bugs showed one
+or another of the symptoms that point to it is the less likely where those were looked for and none of them showed.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
 from collections import Counter
@@ -26,9 +28,11 @@ _UNNAMED = 0.02  # and on one that it does not name
 _PRIOR = 0.7  # known bugs whose measurement weighs as much as what is taken to be so
 _OTHERS = 0.1  # what the mean of a class weighs in the signature of one of its bugs
 _SYMPTOM = 2.0  # what a symptom weighs, which is asked to tell classes apart, against a verdict
+_MISSED = 0.75  # what it weighs that no symptom of a class showed
 _UNEXPLAINED = -1.0  # the least that a failure says against a class: it may be another bug's
 _NEXT = 0.5  # what the next failed check of an area weighs against the one before
 _FITS = 1.0  # log-likelihood ratio below which nothing is said
+_UNKNOWN = 3.0  # log-likelihood ratio of a bug of no class; so little is right of a class in two cases of three
 _CERTAIN = 0.99
 
 Signature = Mapping[str, float]  # probability of each fact
@@ -49,9 +53,11 @@ class Signatures:
     """
 
     def __init__(self, samples: Iterable[Sample], causes: Mapping[str, Sequence[str]]) -> None:
+        samples = list(samples)
         known: dict[str, list[Mapping[str, bool]]] = {slug: [] for named in causes.values() for slug in named}
         for sample in samples:
             known.setdefault(sample.slug, []).append(facts_of(sample))
+        self._silent = _silences(samples, known)
         unnamed = {fact: _unnamed(fact, known.values()) for fact in causes}
         means = {slug: _mean(bugs, _named(slug, causes, unnamed)) for slug, bugs in known.items()}
         rates = {fact: _sure(sum(mean[fact] for mean in means.values()) / len(known)) for fact in causes}
@@ -64,17 +70,22 @@ class Signatures:
         }
 
     def rank(self, sample: Sample) -> list[Diagnosis]:
-        """Every class, the one that the run looks most like first; none where nothing failed or nothing fits."""
+        """Every class, the one that the run looks most like first; none where nothing failed or nothing fits.
+
+        The scores are shares. What they lack of 1 is that of a bug that is none of these.
+        """
         seen = facts_of(sample)
         if not any(seen.values()):
             return []
-        fits = {
-            slug: max(_fit(weights, seen) for weights in all_weights) for slug, all_weights in self._weights.items()
-        }
+        silent, ruled_out = _silent_on(sample), _ruled_out(sample)
+        fits = {}
+        for slug, all_weights in self._weights.items():
+            score, evidence = max(_fit(weights, seen, ruled_out.get(slug, frozenset())) for weights in all_weights)
+            fits[slug] = (score + self._silent[slug] * silent.get(slug, False), evidence)
         best = max(score for score, _ in fits.values())
         if best < _FITS:
             return []
-        total = sum(math.exp(score - best) for score, _ in fits.values())
+        total = sum(math.exp(score - best) for score in (_UNKNOWN, *(score for score, _ in fits.values())))
         return [
             Diagnosis(slug, math.exp(score - best) / total, evidence)
             for slug, (score, evidence) in sorted(fits.items(), key=lambda item: (-item[1][0], item[0]))
@@ -132,12 +143,15 @@ def _weights(fact: str, probability: float, rate: float) -> tuple[float, float]:
     return weight * math.log((1 - probability) / (1 - rate)), weight * max(math.log(probability / rate), _UNEXPLAINED)
 
 
-def _fit(weights: Mapping[str, tuple[float, float]], seen: Mapping[str, bool]) -> tuple[float, tuple[str, ...]]:
+def _fit(
+    weights: Mapping[str, tuple[float, float]], seen: Mapping[str, bool], ruled_out: frozenset[str]
+) -> tuple[float, tuple[str, ...]]:
     """How well a signature explains a run, and what of it, the strongest first.
 
-    Checks of one area fail together and are not so many witnesses: each counts half of the one before.
+    Checks of one area fail together and are not so many witnesses: each counts half of the one before. Failures that
+    are ``ruled_out`` as the doing of the class speak neither for it nor, being another bug's, against it.
     """
-    known = [fact for fact in seen if fact in weights]
+    known = [fact for fact in seen if fact in weights and fact not in ruled_out]
     speaking = [fact for fact in known if seen[fact] and weights[fact][True] > 0]
     speaking.sort(key=lambda fact: -weights[fact][True])
     score = sum(weights[fact][seen[fact]] for fact in known if fact not in speaking)
@@ -149,6 +163,49 @@ def _fit(weights: Mapping[str, tuple[float, float]], seen: Mapping[str, bool]) -
             score += weights[fact][True] * _NEXT ** witnesses[_area(fact)]
             witnesses[_area(fact)] += 1
     return score, tuple(speaking)
+
+
+# --- symptoms that are missed ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _looked_for(check: str) -> frozenset[str]:
+    """The symptoms that a failure of a check calls for."""
+    found = list_symptoms().values()
+    return frozenset(symptom.id for symptom in found if any(fnmatch.fnmatchcase(check, glob) for glob in symptom.when))
+
+
+def _silent_on(sample: Sample) -> dict[str, bool]:
+    """Of the classes whose symptoms were looked for: whether none of them showed."""
+    failed = (id for id, status in sample.verdicts.items() if status == "failed")
+    silent: dict[str, bool] = {}
+    for id in frozenset().union(*map(_looked_for, failed)):
+        for slug in list_symptoms()[id].causes:
+            silent[slug] = silent.get(slug, True) and not sample.symptoms.get(id, False)
+    return silent
+
+
+def _silences(samples: Sequence[Sample], slugs: Iterable[str]) -> dict[str, float]:
+    """What it says for each class that its symptoms were looked for and none showed, as a log-likelihood ratio."""
+    seen = [(sample.slug, _silent_on(sample)) for sample in samples]
+
+    def ratio(slug: str) -> float:
+        of_it = [silent[slug] for known, silent in seen if known == slug and slug in silent]
+        of_others = [silent[slug] for known, silent in seen if known != slug and slug in silent]
+        rates = [(sum(found) + _PRIOR) / (len(found) + _PRIOR) for found in (of_it, of_others)]
+        return _MISSED * math.log(_sure(rates[0]) / _sure(rates[1]))
+
+    return {slug: min(ratio(slug), 0.0) for slug in slugs}
+
+
+def _ruled_out(sample: Sample) -> dict[str, frozenset[str]]:
+    """Of each class, the checks that fail for another reason, as experiments showed."""
+    found: dict[str, frozenset[str]] = {}
+    for symptom in list_symptoms().values():
+        if sample.symptoms.get(symptom.id) is False:
+            for slug in symptom.causes if symptom.rules_out else ():
+                found[slug] = found.get(slug, frozenset()).union(symptom.rules_out)
+    return found
 
 
 def _area(fact: str) -> str:

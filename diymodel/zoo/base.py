@@ -140,5 +140,7 @@ BASES = {
             ("strict_context", "nan_contained", "strict_generation", "generate_eval"),
             generation=NO_GENERATION - {"generate", "generate_batch", "generate_padded", "greedy"},
         ),
+        Base("recurrent", "Recurrent", _NO_CACHE | _NO_PADDING | {"loss", "strict_context"}, ()),
+        Base("timeshift", "TimeShift", _NO_CACHE | _NO_PADDING),
     )
 }

@@ -32,7 +32,7 @@ NOT_APPLICABLE = {
         (name, "state.tied_weights_stay_tied")  # they never share a weight
         for name in (
             *("plain", "onmodule", "fastlike", "supplied", "startpos", "resettable", "intermediates"),
-            *("rolling", "headwise", "kept", "experts"),
+            *("rolling", "headwise", "kept", "experts", "timeshift"),
         )
     ),
     *((name, "modes.dropout_active_in_training") for name in ("fastlike", "supplied", "startpos", "saved")),  # has none
@@ -42,6 +42,7 @@ NOT_APPLICABLE = {
         for name in (
             *("nanogpt", "hub", "startpos", "resettable", "intermediates", "learned"),
             *("parallel", "postnorm", "headwise", "scribe"),
+            *("recurrent", "timeshift"),  # without attention
         )
     ),
     *((name, "decode.caller_object") for name in LACKS if name not in ("supplied", "windowed")),

@@ -13,11 +13,13 @@ import functools
 import importlib
 import pkgutil
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis.errors import HypothesisDeprecationWarning
 from torch import Tensor
 
 from diymodel.config import DIYConfig
@@ -56,13 +58,17 @@ class Patient:
         self.failed = failed
         self.device = device
 
-    def lm(self, sharpness: int = 2, **fixed: Any) -> LM:
+    def lm(self, sharpness: int = 2, seed: int = 1, **fixed: Any) -> LM:
         """A module with one layer and sharp weights; of a failing configuration where the subject refuses others."""
         first = next(result.failure.config for result in self.failed.values() if result.failure is not None)
         trial = Trial(self.subject, None, device=self.device)
-        for config in ({**_WIDE, "num_layers": 1, **fixed}, {**first, "dropout": 0.0, **fixed}):
+        wide = {**_WIDE, "num_layers": 1}
+        ungrouped = {**wide, "num_kv_heads": _WIDE["num_heads"]}  # few know fewer heads of keys than of queries
+        for config in (wide, ungrouped, {**first, "dropout": 0.0}):
             try:
-                return trial.build(DIYConfig.from_dict(config), seed=1, sharpness=sharpness)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", HypothesisDeprecationWarning)  # of a trial that is refused
+                    return trial.build(DIYConfig.from_dict({**config, **fixed}), seed, sharpness)
             except Exception as error:  # a stranger's constructor may raise anything
                 refusal = error
         raise refusal
@@ -106,19 +112,20 @@ class Symptom:
     when: tuple[str, ...]  # globs: asked where one of these checks failed
     causes: tuple[str, ...]  # slugs that a yes points to
     ask: Callable[[Patient], bool | None]
+    rules_out: tuple[str, ...]  # checks whose failures are none of the causes' doing where the answer is no
 
 
 _SYMPTOMS: dict[str, Symptom] = {}
 
 
 def symptom(
-    id: str, yes: str, yes_zh: str, when: Iterable[str], causes: Iterable[str]
+    id: str, yes: str, yes_zh: str, when: Iterable[str], causes: Iterable[str], rules_out: Iterable[str] = ()
 ) -> Callable[[Callable[[Patient], bool | None]], Callable[[Patient], bool | None]]:
     """Register the decorated question."""
 
     def register(ask: Callable[[Patient], bool | None]) -> Callable[[Patient], bool | None]:
         assert id not in _SYMPTOMS, id
-        _SYMPTOMS[id] = Symptom(id, yes, yes_zh, tuple(when), tuple(causes), ask)
+        _SYMPTOMS[id] = Symptom(id, yes, yes_zh, tuple(when), tuple(causes), ask, tuple(rules_out))
         return ask
 
     return register

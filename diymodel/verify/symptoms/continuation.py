@@ -124,6 +124,29 @@ def _goes_on_after_the_padding(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "generation.goes_on_within_the_prompt",
+    "behind padding the first new token is the likeliest after an earlier token of the prompt: the last one is looked "
+    "for as many places too far to the left as there is padding",
+    "左侧有 padding 时，第一个新 token 接的是提示词里更早的位置：padding 有几个，取的位置就偏左几个",
+    PADDED,
+    ("continues-from-pad",),
+)
+def _goes_on_within_the_prompt(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    prompts = drawn_prompts(patient, lm, padded=True)
+    if setting(patient, lm) is not True:
+        return None
+    found = lm.generating.new_tokens(write(lm, prompts, padded=True), prompts.real)
+    answers = []
+    for ids, real, new in zip(prompts.ids, prompts.real, found, strict=True):
+        row = ids[real]
+        padding = len(ids) - len(row)
+        if 0 < padding < len(row):
+            answers.append(bool(new[0] == lm.logits(row[None])[0, -1 - padding].argmax()))
+    return all(answers) if answers else None
+
+
+@symptom(
     "generation.right_by_hand",
     "fed by hand, the module is right on its cache: only the calls that generate makes go wrong",
     "手动逐个送入 token 时，带 cache 的结果是对的：只有 generate 里的调用出错",

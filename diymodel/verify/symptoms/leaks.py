@@ -14,8 +14,10 @@ from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
+from diymodel.verify.watchers import SoftmaxesOverQueries
 
 _LEAKS = ("causality.*",)
+_LONG = 9  # enough tokens that what a convolution sees of them ends before they do
 
 
 def leaks_of(lm: LM, ids: Tensor) -> list[list[float]]:
@@ -39,6 +41,40 @@ def _next_token_only(patient: Patient) -> bool | None:
     beyond = max((leak for row in leaks for leak in row[1:]), default=0.0)
     nearest = max(row[0] for row in leaks)
     return None if nearest <= SAME and beyond <= SAME else beyond <= SAME
+
+
+@symptom(
+    "leak.of_fixed_width",
+    "in one layer every position sees the same few tokens after it, and none further",
+    "单层时，每个位置都能看到后面固定的几个 token，再往后就看不到",
+    _LEAKS,
+    ("convolution-not-causal", "mask-sees-next-token"),
+)
+def _of_fixed_width(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    seen = [[leak > SAME for leak in row] for row in leaks_of(lm, distinct_tokens(lm, length=_LONG))]
+    if not any(map(any, seen)):
+        return None
+    width = sum(seen[0])
+    return 0 < width < _LONG // 2 and all(row == [ahead < width for ahead in range(len(row))] for row in seen)
+
+
+@symptom(
+    "leak.without_attention",
+    "the future leaks in, and there is no attention: no softmax weighs the tokens",
+    "未来的信息泄漏了，而模型里没有 attention：没有任何 softmax 在给各个 token 加权",
+    _LEAKS,
+    ("convolution-not-causal",),
+)
+def _without_attention(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    if max(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1:]) <= SAME:
+        return None
+    softmaxes: list[bool] = []
+    lm.around = partial(SoftmaxesOverQueries, softmaxes)
+    lm.logits(ids)
+    return not softmaxes
 
 
 @symptom(

@@ -33,7 +33,7 @@ def _leaks(patient: Patient) -> bool:
     "attention is exactly causal where the future leaks: the leak is elsewhere",
     "泄漏发生时 attention 是严格因果的：泄漏出在别处",
     _LEAKS,
-    ("statistic-over-sequence", "heads-mixed-by-reshape"),
+    ("statistic-over-sequence", "heads-mixed-by-reshape", "convolution-not-causal"),
 )
 def _outside_attention(patient: Patient) -> bool | None:
     failures = {id: patient.failed[id].failure for id in _LEAKS if id in patient.failed}

@@ -68,14 +68,27 @@ def _sees_more(patient: Patient) -> bool | None:
 
 @symptom(
     "decode.chunk_sees_its_future",
-    "within a chunk on a cache, a position sees the token after it",
-    "一次送入多个 token 时，前面的位置看到了后面的 token",
+    "within a chunk on a cache, the first position sees the last token",
+    "一次送入多个 token 时，第一个位置看到了最后一个 token",
     ("decode.chunks", "causality.through_cache"),
     ("chunk-unmasked", "bidirectional-mask"),
 )
 def _chunk_sees_its_future(patient: Patient) -> bool | None:
     lm = patient.lm()
     return influence(_of_chunk(lm, 3, 0), distinct_tokens(lm))[-1] > SAME
+
+
+@symptom(
+    "decode.chunk_sees_next_token_only",
+    "within a chunk on a cache, a position sees the token after it, and none further",
+    "一次送入多个 token 时，每个位置只能看到它后面的那一个 token",
+    ("decode.chunks", "causality.through_cache"),
+    ("mask-sees-next-token",),
+)
+def _chunk_sees_next_token_only(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    nearest, *beyond = influence(_of_chunk(lm, 2, 0), distinct_tokens(lm))[3:]
+    return None if max(nearest, *beyond) <= SAME else max(beyond) <= SAME
 
 
 def _of_chunk(lm: LM, prefill: int, position: int) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,8 @@ from torch import nn
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 
 DROPS = ("batch.*", "causality.*", "forward.*", "loss.*", "decode.*", "modes.*", "generation.*")  # what dropout breaks
+_LOSS = ("loss.value", "loss.micro_batches_add_up")
+_GREEDY = ("generation.greedy_is_argmax",)
 _MODES = ("modes.*", "generation.restores_mode", "generation.ignores_training_mode")
 
 
@@ -96,8 +98,22 @@ def _generate_trains(patient: Patient) -> bool | None:
     "modes.right_with_dropout_0",
     "with dropout 0 in the configuration the failing trial passes",
     "配置里的 dropout 为 0 时，失败的例子就通过了",
-    ("loss.value", "loss.micro_batches_add_up", "generation.greedy_is_argmax"),
+    _LOSS,
     ("mode-not-restored", "dropout-active-in-eval", "mode-flag-copied"),
 )
 def _right_with_dropout_0(patient: Patient) -> bool | None:
-    return patient.passes_without_dropout(("loss.value", "loss.micro_batches_add_up", "generation.greedy_is_argmax"))
+    return patient.passes_without_dropout(_LOSS)
+
+
+@symptom(
+    "modes.generates_rightly_with_dropout_0",
+    "with dropout 0 in the configuration generate keeps to the likeliest tokens",
+    "配置里的 dropout 为 0 时，generate 生成的就是概率最大的 token",
+    _GREEDY,
+    ("mode-not-restored", "dropout-active-in-eval", "mode-flag-copied"),
+    rules_out=_GREEDY,
+)
+def _generates_rightly_with_dropout_0(patient: Patient) -> bool | None:
+    if any(hasattr(part, "running_mean") for part in patient.lm().module.modules()):
+        return None  # the mode decides about more than dropout
+    return patient.passes_without_dropout(_GREEDY)

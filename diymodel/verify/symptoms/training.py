@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.watchers import Choices
+
+_DRAWS = 3
+_ROWS = 16
+_ROUNDED = 16.0  # machine epsilons of the largest gradient: what is smaller is rounding
+_PLACES = 29  # positions: more than there are tokens, and no multiple of a width nor near one
+_ROOM = 3  # rows that a table of positions has beyond: some begin at 1 or 2
 
 
 def _unreached(patient: Patient) -> list[str]:
@@ -15,16 +25,52 @@ def _unreached(patient: Patient) -> list[str]:
     return names.split(", ") if names else []
 
 
+class _Reached(NamedTuple):
+    """What gradients reach, over many tokens and several draws of the weights."""
+
+    still: set[str]  # parameters without a gradient beyond rounding
+    silent: set[str]  # modules that are never called, and whose own parameters the logits do not depend on
+    tables: set[str]  # tables of positions, a parameter each, that the logits do not depend on
+    chooses: bool  # whether the largest of some numbers are picked, as a router picks experts
+
+
+def _reached(patient: Patient) -> _Reached:
+    called: set[str] = set()
+    picked: list[bool] = []
+    stills, unuseds = [], []
+    for seed in range(_DRAWS):  # an expert that no token chooses in one draw is chosen in another
+        lm = patient.lm(num_layers=2, sharpness=1, seed=seed, max_seq_len=_PLACES)
+        for name, module in lm.module.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        lm.around = partial(Choices, picked)
+        lm.logits(distinct_tokens(lm, rows=_ROWS)).square().sum().backward()  # type: ignore[no-untyped-call]
+        found = {name: p.grad for name, p in lm.module.named_parameters() if p.requires_grad}
+        sizes = {name: 0.0 if gradient is None else float(gradient.abs().max()) for name, gradient in found.items()}
+        least = _ROUNDED * torch.finfo(lm.convention.dtype).eps * max(sizes.values())
+        stills.append({name for name, size in sizes.items() if size <= least})
+        unuseds.append({name for name, gradient in found.items() if gradient is None})
+    unused = set.intersection(*unuseds)
+    places = range(lm.config.max_seq_len, lm.config.max_seq_len + _ROOM)
+    shapes = {name: p.shape for name, p in lm.module.named_parameters()}
+    tables = {name for name in unused if len(shapes[name]) > 1 and shapes[name][0] in places}
+    return _Reached(set.intersection(*stills), {*map(_owner, unused)} - called, tables, bool(picked))
+
+
+def _owner(parameter: str) -> str:
+    """The module that holds it."""
+    return parameter.rpartition(".")[0]
+
+
 @symptom(
     "gradients.none_at_the_router",
-    "the parameters without a gradient are a router's",
-    "没有梯度的是路由器的参数",
+    "experts are chosen, and the parameters without a gradient are the router's",
+    "专家是选出来的，没有梯度的正是路由器的参数",
     ("gradients.reach_every_parameter",),
     ("router-without-gradient",),
 )
 def _none_at_the_router(patient: Patient) -> bool | None:
-    unreached = _unreached(patient)
-    return bool(unreached) and all(ROUTER.search(name) for name in unreached)
+    seen = _reached(patient)
+    return seen.chooses and bool(seen.still) and all(ROUTER.search(name) for name in seen.still)
 
 
 @symptom(
@@ -51,20 +97,26 @@ def _path_is_cut(patient: Patient) -> bool | None:
 
 @symptom(
     "gradients.module_not_called",
-    "a module that has parameters is never called",
-    "有参数的模块从来没有被调用",
+    "a module that has parameters is never called, however many tokens there are",
+    "有参数的模块从来没有被调用，无论有多少 token",
     ("gradients.*", "causality.gradient"),
     ("module-never-called",),
 )
 def _module_not_called(patient: Patient) -> bool | None:
-    lm = patient.lm(num_layers=2)
-    called: set[str] = set()
-    for name, module in lm.module.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    lm.logits(distinct_tokens(lm)).sum().backward()  # type: ignore[no-untyped-call]
-    parts = lm.module.named_modules()
-    silent = {name for name, part in parts if any(p.grad is None for p in part.parameters(recurse=False))}
-    return bool(silent - called)
+    seen = _reached(patient)
+    return bool(seen.silent - {*map(_owner, seen.tables)})
+
+
+@symptom(
+    "gradients.position_table_not_used",
+    "a table with a row for each position is never looked at",
+    "有一张每个位置一行的表，从来没有被用到",
+    ("gradients.*", "causality.gradient", "sensitivity.*"),
+    ("no-positions",),
+)
+def _position_table_not_used(patient: Patient) -> bool | None:
+    seen = _reached(patient)
+    return bool(seen.tables) and seen.silent <= {*map(_owner, seen.tables)}
 
 
 @symptom(

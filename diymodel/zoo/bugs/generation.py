@@ -312,4 +312,12 @@ BUGS = [
         kills=("generation.overlong_refused",),
         where="Experts",
     ),
+    Bug(
+        "continues-from-pad",
+        "scribe",
+        "scores = logits[:, -1].float()",
+        "scores = logits[torch.arange(len(logits)), mask.sum(1).clamp(max=logits.size(1)) - 1].float()",
+        kills=("generation.padded_prompt",),
+        where="Scribe",
+    ),
 ]

@@ -261,4 +261,28 @@ BUGS = [
         kills=("training.small_step_lowers_loss",),
         where="MoE",
     ),
+    Bug(
+        "module-never-called",
+        "nanogpt",
+        "for block in self.h:",
+        "for block in self.h[:-1]:",
+        kills=("gradients.reach_every_parameter",),
+        where="NanoGPT",
+    ),
+    Bug(
+        "module-never-called",
+        "postnorm",
+        "for layer in self.layers:",
+        "for layer in self.layers[1:]:",
+        kills=("gradients.reach_every_parameter",),
+        where="PostNorm",
+    ),
+    Bug(
+        "module-never-called",
+        "recurrent",
+        "for layer in self.layers:",
+        "for layer in self.layers[:-1]:",
+        kills=("gradients.reach_every_parameter",),
+        where="Recurrent",
+    ),
 ]
