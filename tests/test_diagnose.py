@@ -98,24 +98,20 @@ def test_before_anything_is_measured_it_goes_by_what_the_checks_name() -> None:
 def test_scores_are_shares_and_evidence_is_what_was_seen() -> None:
     one = next(found for found in SAMPLES if found.slug == "labels-shifted-twice")
     ranked = signatures().rank(one)
-    assert sum(found.score for found in ranked) == pytest.approx(1)
+    assert 0.999 < sum(found.score for found in ranked) <= 1  # the rest is a bug of no class
     assert [found.score for found in ranked] == sorted((found.score for found in ranked), reverse=True)
     seen = set(one.killers) | {id for id, shows in one.symptoms.items() if shows}
     assert all(set(found.evidence) <= seen for found in ranked)
 
 
 def test_a_class_falls_where_its_symptoms_were_looked_for_and_none_showed() -> None:
-    one = next(found for found in SAMPLES if found.slug == "heads-mixed-by-reshape" and found.base == "kept")
-    assert signatures().rank(one)[0].bug == one.slug
-    silent = replace(one, verdicts={**one.verdicts, "reference.logits": "skipped"})
-    silent = replace(silent, symptoms=dict.fromkeys(one.symptoms, False))
+    leak = next(found for found in SAMPLES if found.slug == "convolution-not-causal" and found.base == "recurrent")
+    silent = replace(leak, symptoms=dict.fromkeys(leak.symptoms, False))
     unasked = Signatures(SAMPLES, known_causes())
     unasked._silent = dict.fromkeys(unasked._silent, 0.0)
-    shares = [
-        next(found.score for found in known.rank(silent) if found.bug == one.slug) for known in (signatures(), unasked)
-    ]
-    assert shares[0] < shares[1]
-    assert shares[0] < 0.3
+    first, before = signatures().rank(silent)[0], unasked.rank(silent)[0]
+    assert first.score < before.score
+    assert first.score < 0.3, "no experiment speaks for any class: the rest is a bug that is none of them"
 
 
 def test_what_an_experiment_rules_out_is_not_evidence() -> None:

@@ -175,7 +175,7 @@ def told(check_id: str, **values: Any) -> dict[str, Result]:
 
 @pytest.mark.parametrize(("rows", "answer"), [(1, False), (2, True)])
 def test_rows_are_not_to_blame_where_one_row_alone_failed(rows: int, answer: bool) -> None:
-    bug = next(bug for bug in list_bugs() if bug.slug == "cache-rows-shared" and bug.base == "onmodule")
+    bug = next(bug for bug in list_bugs() if bug.slug == "cache-rows-shared" and bug.base == "kept")
     found = Patient(bug.subject(), told("decode.cached_equals_full", rows=rows))
     assert list_symptoms()["decode.right_in_one_row"].ask(found) is answer
 

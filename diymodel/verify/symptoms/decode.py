@@ -76,11 +76,15 @@ def right_once(patient: Patient, changed: Callable[[], bool], unchanged: Callabl
     ("cache-rows-shared", "beam-reorder-skipped", "padded-batch-shared-position"),
 )
 def _right_in_one_row(patient: Patient) -> bool | None:
-    failures = (result.failure for id, result in patient.failed.items() if id in _COMPARED)
-    if any(failure is not None and failure.values.get("rows") == 1 for failure in failures):
-        return False  # one row alone went wrong there
     lm = patient.lm()
-    return right_once(patient, lambda: wrong(lm, distinct_tokens(lm)), lambda: wrong(lm, distinct_tokens(lm, rows=3)))
+    right = right_once(patient, lambda: wrong(lm, distinct_tokens(lm)), lambda: wrong(lm, distinct_tokens(lm, rows=3)))
+    return right and not _failed_in_one_row(patient)
+
+
+def _failed_in_one_row(patient: Patient) -> bool:
+    """Whether a trial of one row alone went wrong."""
+    failures = (patient.failed[id].failure for id in _COMPARED if id in patient.failed)
+    return any(failure is not None and failure.values.get("rows") == 1 for failure in failures)
 
 
 @symptom(
