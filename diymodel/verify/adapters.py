@@ -9,8 +9,8 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.failure import NotApplicable, SubjectError
+from diymodel.verify.failure import NotApplicable, SubjectError, said
 from diymodel.verify.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
 
 if TYPE_CHECKING:
@@ -188,6 +188,35 @@ class LM:
     def copied(self, past: Past) -> Past:
         """The cache to go on with when another branch goes on with ``past``: a copy, unless it is a value."""
         return past if self.convention.cache_is_value else past._replace(cache=copy.deepcopy(past.cache))
+
+    def twin(self) -> LM:
+        """The same with a copy of the module.
+
+        Raises:
+            NotApplicable: it cannot be copied.
+        """
+        try:
+            module = copy.deepcopy(self.module)
+        except Exception as error:  # such as a loss that it keeps with its graph
+            raise NotApplicable(f"the module cannot be copied: {said(error)}") from error
+        return LM(module, self.config, self.convention)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Calls inside leave no trace on the module: they write to copies of all that it keeps beside parameters."""
+        parts = list(self.module.modules())
+        shared = {id(x): x for x in (*parts, *self.module.parameters())}
+        before = [dict(part.__dict__) for part in parts]
+        for part, kept in zip(parts, before, strict=True):
+            for name in kept.keys() - {"_parameters", "_modules"}:
+                with suppress(Exception):  # what cannot be copied, such as a graph, is left as it is
+                    part.__dict__[name] = copy.deepcopy(kept[name], shared)
+        try:
+            yield
+        finally:
+            for part, kept in zip(parts, before, strict=True):
+                part.__dict__.clear()
+                part.__dict__.update(kept)
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """The subject's own loss; ``labels`` (B, T) are unshifted, with IGNORED where they are not scored."""

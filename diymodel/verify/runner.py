@@ -159,11 +159,14 @@ def check_causal_lm(
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
 
-    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments.
+    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments. Where most checks
+    end in the same error, the error says it all.
     """
     from diymodel.verify.diagnose import signatures
     from diymodel.verify.isolation import observe_isolated
 
+    if report.raises_everywhere:
+        return
     look = observe_isolated if isolate else observe
     report.symptoms = {} if report.interrupted else look(subject, report.results, report.device)
     ranked = signatures().rank(sample_of(report.results, report.symptoms))
@@ -329,7 +332,7 @@ class _Run:
         except Inconclusive as stop:
             status, reason = "inconclusive", str(stop)
         except Unsatisfiable:
-            status, reason = "inconclusive", f"the subject refused every configuration: {self.subject.refusal}"
+            status, reason = "skipped", f"the subject refuses every configuration that it needs: {self.subject.refusal}"
         except (Exception, _Enough) as raised:  # Hypothesis takes an early end for flakiness
             if self.out_of_time:
                 status, reason = self._verdict_so_far()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diymodel.verify.catalogue import bug_class
@@ -32,35 +32,34 @@ def to_text(report: Report, color: bool = False, lang: Lang = "en") -> str:
             name = STEPS[step][lang == "zh"]
             lines.append("\n" + _paint(f"  {words['step']} {step}  {name}", "1", color))
         lines.append(_line(result, color, lang))
-    for result in report.failed:
-        earlier = report.first_with_the_error_of(result)
-        lines += ["", *failure_lines(result, color, lang, earlier)]
+    for result, others in report.failed_apart:
+        lines += ["", *failure_lines(result, color, lang, others)]
     if report.failed:
         lines += ["", *diagnosis_lines(report, color, lang)]
     return "\n".join([*lines, "", _paint(equal_means(lang), "90", color), _summary(report, color, lang)]) + "\n"
 
 
-def failure_lines(result: Result, color: bool = False, lang: Lang = "en", told_at: str | None = None) -> list[str]:
+def failure_lines(result: Result, color: bool = False, lang: Lang = "en", others: Sequence[str] = ()) -> list[str]:
     """What is known of one failed check, or of one that could not give a verdict.
 
     Args:
-        told_at: the check that was shown before with the very same error; this one is kept short then.
+        others: the checks in which the subject raised the very same error.
     """
     words, check, failure = WORDS[lang], result.check, result.failure
     heading = _paint(f"{MARKS[result.status]} {check.id}: {title(check, lang)}", "1;31", color)
     if failure is None:
         return [heading, f"  {result.reason}"]
-    if told_at is not None:
-        return [heading, f"  {words['same']} {told_at}"]
     expected, seen = failure.expected_and_seen
     said = {words["expected"]: expected, words["seen"]: seen} if seen else {words["raised"]: expected}
+    if others:
+        said[words["same"]] = ", ".join(others)
     if failure.traceback:
         said[words["traceback"]] = failure.traceback.replace("\n", "\n    ").join(("\n    ", ""))
     if failure.likely_causes:
-        first, *others = failure.likely_causes
+        first, *further = failure.likely_causes
         said[words["cause"]] = _paint(cause(first, check, lang), "1", color)
-        if others:
-            said[words["others"]] = ", ".join(others)
+        if further:
+            said[words["others"]] = ", ".join(further)
     said[words["config"]] = _values(failure.config)
     said[words["input"]] = _values({name: value for name, value in failure.values.items() if name != "config"})
     said[words["replay"]] = failure.reproduce
