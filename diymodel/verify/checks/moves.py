@@ -25,7 +25,7 @@ _ROUNDED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1 / 16, tor
     "state.moves",
     title="a module that was moved to another dtype or device computes what one built there does",
     step="4.2",
-    causes=("tensor-left-behind",),
+    causes=("tensor-left-behind", "complex-table-cast"),
 )
 def moves(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1)
