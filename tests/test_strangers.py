@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diymodel import DIYConfig, DIYForCausalLM
-from diymodel.verify import Subject, check_causal_lm
+from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.failure import NotApplicable
@@ -215,3 +215,31 @@ def test_what_the_module_prints_is_shown_by_a_replay_only(tmp_path: Path) -> Non
     )
     shown = subprocess.run([*command[:-2], "--replay", values], capture_output=True, text=True, check=False)
     assert "a line" in shown.stdout
+
+
+def test_what_is_skipped_for_the_same_reason_shares_a_line() -> None:
+    report = check_causal_lm("tests/examples/nano_gpt.py:GPT", profile="quick", only=["padding.*"])
+    text = to_text(report)
+    assert text.count("forward has no attention_mask and no seq_lengths)") == 1
+    assert "  – padding.all_padding_finite, padding.content_irrelevant, " in text
+    assert all(result.check.id in text for result in report.results)
+    assert max(map(len, text.splitlines()[:12])) <= 120
+
+
+def test_a_factory_may_import_its_neighbours_once_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "neighbour_of_lazy.py").write_text("from diymodel import DIYForCausalLM\n")
+    path = tmp_path / "lazy.py"
+    path.write_text(
+        "def LM(config):\n    from neighbour_of_lazy import DIYForCausalLM\n    return DIYForCausalLM(config)\n"
+    )
+    assert check_causal_lm(f"{path}:LM", profile="quick", only=["shape.logits"]).verdict == "passed"
+
+
+def test_a_file_of_a_package_is_told_how_to_be_named(tmp_path: Path) -> None:
+    package = tmp_path / "outer" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "model.py").write_text("from .parts import LM\n")
+    with pytest.raises(SubjectError, match=rf"write outer\.inner\.model:LM in {re.escape(str(tmp_path))}$"):
+        check_causal_lm(f"{package / 'model.py'}:LM")
