@@ -70,7 +70,7 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
         if not _runs_in_float64(module, config, convention, ids):
             return rest(torch.float32)
         exact, coarse = rest(torch.float64), rest(torch.float32)
-        better = "cache" in exact.missing and "cache" not in coarse.missing  # buffers that are float32 for good
+        better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
         overflows = _padded_is_finite(build, config, coarse, ids) and not _padded_is_finite(build, config, exact, ids)
         narrower = "cache" not in exact.missing and is_narrower(build().eval().double(), config, exact, ids)
         return coarse if better or overflows or narrower else exact
