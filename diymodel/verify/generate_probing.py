@@ -6,6 +6,7 @@ Shapes: B batch, T prompt length, N new tokens, L length of what is returned, V 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -49,6 +50,9 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
 }
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _SECONDS = 30  # for all of a module's answers
+_SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
+_CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
+_NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
 _TRANSFORMERS = {  # its generate hides them behind **kwargs
     role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed")
 }
@@ -71,7 +75,8 @@ def with_generating(build: Callable[[], nn.Module], config: DIYConfig, conventio
 
 def find_generating(module: nn.Module, config: DIYConfig, convention: Convention) -> Generating:
     """Try the ``generate`` of a freshly built module, in eval mode, and record how it wants to be called."""
-    names, defaults = _parameters(module)
+    parameters = _parameters(module)
+    names = _names(module, parameters)
     if "new_tokens" not in names:
         what = "has no parameter for the number of new tokens" if names else "is not a method of the module"
         return _without_all(f"generate {what}")
@@ -81,11 +86,14 @@ def find_generating(module: nn.Module, config: DIYConfig, convention: Convention
     ids = (torch.arange(2 * 4) % config.vocab_size).view(2, 4)
     generating = Generating(
         names,
-        _fixed(names, defaults),
+        _fixed(names, parameters),
         mask_dtype=convention.mask_dtype,
         mask_marks_padding=convention.mask_marks_padding,
     )
     lm = LM(module, config, replace(convention, generating=generating))
+    if _narrows(parameters.get(names.get("top_k", ""))):
+        generating = _without_top_k(lm, ids[1:])
+        lm = LM(module, config, replace(convention, generating=generating))
     missing = {}
     if (why := _refused(lm, ids, {})) is not None:
         missing["generate_batch"] = f"generate does not take two rows: {why}"
@@ -97,27 +105,50 @@ def find_generating(module: nn.Module, config: DIYConfig, convention: Convention
     return replace(found, missing={**missing, **found.missing})
 
 
-def _parameters(module: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Names by role, and defaults by name."""
+def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:
     if not callable(getattr(module, "generate", None)):
-        return {}, {}
-    if hasattr(module, "generation_config"):
-        return dict(_TRANSFORMERS), {}
-    parameters = inspect.signature(module.generate).parameters
+        return {}
+    return inspect.signature(module.generate).parameters
+
+
+def _names(module: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+    """Names by role."""
+    if not parameters:
+        return {}
     known = {role: next((name for name in names if name in parameters), "") for role, names in _NAMES.items()}
     names = {role: name for role, name in known.items() if name}
-    names.setdefault("ids", next(iter(parameters), "input_ids"))
-    return names, {name: parameter.default for name, parameter in parameters.items()}
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "new_tokens" not in names and takes_more and hasattr(module, "generation_config"):
+        return {**_TRANSFORMERS, **names}  # transformers' own generate, or one that hands everything on to it
+    names.setdefault("ids", next(iter(parameters)))
+    return names
 
 
-def _fixed(names: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed(names: Mapping[str, str], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """Arguments for what has no default, or one that would end or narrow every generation."""
     fixed = {}
     for role, value in _NEUTRAL.items():
-        default = defaults.get(names.get(role, ""))
-        if default is inspect.Parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float))):
-            fixed[names[role]] = value
+        parameter = parameters.get(names.get(role, ""))
+        if parameter is None:
+            continue
+        default = parameter.default
+        if default is parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float))):
+            fixed[parameter.name] = value
     return fixed
+
+
+def _narrows(top_k: inspect.Parameter | None) -> bool:
+    """Whether the default is a number of tokens to draw among; 1 is the greedy choice of whoever wrote it."""
+    return top_k is not None and isinstance(top_k.default, int) and top_k.default > 1
+
+
+def _without_top_k(lm: LM, ids: Tensor) -> Generating:
+    """top_k switched off: its default narrows every draw, and may be more than there are tokens."""
+    generating = lm.generating
+    for off in _SWITCHED_OFF:
+        if _refused(lm, ids, {"top_k": off}) is None:
+            return replace(generating, fixed={**generating.fixed, generating.names["top_k"]: off})
+    return generating
 
 
 def _find_counting(lm: LM, ids: Tensor) -> Generating:
@@ -148,17 +179,20 @@ def _find_greedy(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
 
 
 def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
-    generating = lm.generating
     settings = {"do_sample": True, "temperature": 1.0}
-    sampling = {role: value for role, value in settings.items() if role in generating.names}
+    sampling = {role: value for role, value in settings.items() if role in lm.generating.names}
+    generating = replace(lm.generating, sampling=sampling)
+    if any(_crashes(lm, ids, role, sampling) for role in sampling):
+        return generating, {}
     if (why := _refused(lm, ids[:1].repeat(MANY, 1), sampling)) is not None:
         return generating, {"sampling": f"generate does not draw in {MANY} rows at once: {why}"}
     if "seed" not in generating.names and not _draws(lm, ids, sampling):
-        return generating, {"sampling": "generate has no seed, and draws nothing from torch's random generator"}
-    return replace(generating, sampling=sampling), {}
+        return lm.generating, {"sampling": "generate has no seed, and draws nothing from torch's random generator"}
+    return generating, {}
 
 
 def _find_settings(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
+    """Which settings there are. One that crashes is there: the check that sets it will say so."""
     generating, missing = lm.generating, {}
     greedy, sampling = generating.greedy, generating.sampling
     tried: dict[str, tuple[str, Mapping[str, Any]]] = {  # capability -> the role it is of, and settings
@@ -172,13 +206,35 @@ def _find_settings(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
         name = generating.names.get(role)
         if name is None:
             missing[capability] = f"generate has no {_NAMES[role][0]}"
-        elif (why := _refused(lm, ids, settings)) is not None:
+        elif (why := _refused(lm, ids, settings)) is not None and not _crashes(lm, ids, role, settings):
             missing[capability] = f"generate does not take {name}={settings[role]}: {why}"
     return generating, missing
 
 
 def _refused(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> str | None:
     return refusal(lambda: lm.generate(ids, 2, **settings))
+
+
+def _crashes(lm: LM, ids: Tensor, role: str, settings: Mapping[str, Any]) -> bool:
+    """Whether generate names a setting, gets a value of the kind it asks for, and fails by a mistake of its own."""
+    parameter = _parameters(lm.module).get(lm.generating.names[role])
+    if parameter is None or not _is_of_kind(settings[role], parameter):
+        return False
+    try:
+        lm.generate(ids, 2, **settings)
+    except _CRASHES:
+        return True
+    except Exception:  # a refusal
+        return False
+    return False
+
+
+def _is_of_kind(value: float, parameter: inspect.Parameter) -> bool:
+    """Whether a number or a switch is what the annotation and the default ask for."""
+    default, annotation = parameter.default, parameter.annotation
+    if not (default is None or default is parameter.empty or isinstance(default, (int, float))):
+        return False
+    return annotation is parameter.empty or not _NO_NUMBER.search(inspect.formatannotation(annotation))
 
 
 def _draws(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> bool:
