@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import refusal, said
 from diymodel.verify.generating import CAPABILITIES, MANY, Generating
 from diymodel.verify.timing import OutOfTime, time_limit
@@ -62,7 +63,7 @@ def with_generating(build: Callable[[], nn.Module], config: DIYConfig, conventio
     """The convention, completed by how a module that ``build`` makes of ``config`` generates."""
     generating = convention.generating  # its author may have stated it
     if generating is None:
-        module = build().eval().to(convention.dtype)
+        module = cast(build().eval(), convention.dtype)
         try:
             with time_limit(_SECONDS):
                 generating = find_generating(module, config, convention)

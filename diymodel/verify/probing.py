@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import IGNORED, LM, ROLES, Convention
 from diymodel.verify.cache_probing import cache_on_module, find_cache, is_narrower
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import SubjectError, refusal, said
 from diymodel.verify.masks import CAUSAL_MASKS
 from diymodel.verify.trial import draw_weights
@@ -60,7 +61,7 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
     module = build().eval()
 
     def rest(dtype: torch.dtype) -> Convention:
-        found = _find_rest(build().eval().to(dtype), config, replace(convention, dtype=dtype), ids, declared)
+        found = _find_rest(cast(build().eval(), dtype), config, replace(convention, dtype=dtype), ids, declared)
         return replace(found, **declared)
 
     with torch.no_grad():
@@ -83,7 +84,7 @@ def _padded_is_finite(build: Callable[[], nn.Module], config: DIYConfig, convent
     """
     if not convention.mask or "padding" in convention.missing:
         return True
-    lm = LM(build().eval().to(convention.dtype), config, convention)
+    lm = LM(cast(build().eval(), convention.dtype), config, convention)
     real = torch.ones_like(ids, dtype=torch.bool)
     real[0, 0] = False
     return refusal(lm.logits, ids, real) is not None or bool(lm.logits(ids, real).isfinite().all())

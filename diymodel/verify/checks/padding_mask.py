@@ -33,8 +33,8 @@ def mask_is_used(trial: Trial) -> None:
         raise NotApplicable(f"a token that stands before others cannot be hidden: {why}")
     other = ids.clone()
     other[:, hidden] = (ids[:, hidden] + 1) % lm.config.vocab_size
-    later = slice(hidden + 1, None)
-    plain, changed, masked = lm.logits(ids)[:, later], lm.logits(other)[:, later], lm.logits(ids, real)[:, later]
+    calls = lm.logits(ids), lm.logits(other), lm.logits(ids, real)
+    plain, changed, masked = (logits.detach()[:, hidden + 1 :] for logits in calls)
     largest = float(plain.abs().max())
     if float((changed - plain).abs().max()) > _MATTERS * largest and torch.equal(masked, plain):
         raise CheckFailure(
