@@ -17,6 +17,7 @@ from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
+from diymodel.verify.checks.gradients import _reached
 from diymodel.verify.failure import NotApplicable
 from diymodel.verify.subject import resolve
 from diymodel.verify.text import to_text
@@ -244,3 +245,17 @@ def test_a_file_of_a_package_is_told_how_to_be_named(tmp_path: Path) -> None:
     (package / "model.py").write_text("from .parts import LM\n")
     with pytest.raises(SubjectError, match=rf"write outer\.inner\.model:LM in {re.escape(str(tmp_path))}$"):
         check_causal_lm(f"{package / 'model.py'}:LM")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_no_token_chose_are_no_parameters_without_gradient(seed: int) -> None:
+    subject = BASES["switch"].subject()
+    subject.no_gradient = ()
+    assert check_causal_lm(subject, profile="quick", seed=seed, only=["gradients.reach_every_parameter"]).failed == []
+
+
+def test_a_gradient_below_the_rounding_of_the_largest_is_none() -> None:
+    """As that of a router whose weights are divided by their own sum; but what a key's bias gets is nothing else."""
+    large, tiny = torch.ones(2, 2), torch.full((2, 2), 1e-17)
+    found = {"large": large, "router": tiny, "bias": tiny[0], "cut": None, "unused": torch.zeros(2), "empty": large[:0]}
+    assert _reached(found) == {"large", "bias"}

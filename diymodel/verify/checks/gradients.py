@@ -22,7 +22,8 @@ from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_WIDE_ENOUGH = 8  # inside the MLP: a single ReLU may well be off at every token
+# A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
+_WIDE_ENOUGH = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
 _DRAWS = 3  # what is 0 by bad luck in one draw is not in three
 _MANY_ROWS = 32
 _VOCABULARY = 16  # more than there are positions, so that a table with as many rows is the token embedding
@@ -43,7 +44,7 @@ _CHECKPOINTING = (  # methods that turn it on; transformers deprecates its secon
     causes=("gradient-detached", "module-never-called", "router-without-gradient", "parameters-unregistered"),
 )
 def reach_every_parameter(trial: Trial) -> None:
-    lm = trial.model(max_sharpness=1, intermediate_size=_WIDE_ENOUGH)
+    lm = trial.model(max_sharpness=1, **_WIDE_ENOUGH)
     ids = distinct_tokens(trial, lm)
     unreached = set(trainable(lm))
     for seed in range(2 * _DRAWS):
@@ -64,10 +65,14 @@ def reach_every_parameter(trial: Trial) -> None:
 
 
 def _reached(found: dict[str, Tensor | None]) -> set[str]:
-    """The parameters with a gradient that is more than the largest one's rounding."""
+    """The parameters with a gradient; a matrix needs one that is more than the rounding of the largest.
+
+    A vector does not: the bias of a key moves all scores of a query alike, and has nothing but rounding.
+    """
     sizes = {name: float(g.abs().max()) for name, g in found.items() if g is not None and g.numel()}
     least = torch.finfo(torch.float64).eps * max(sizes.values(), default=0.0)
-    return {name for name, size in sizes.items() if size > least}
+    vectors = {name for name, gradient in found.items() if gradient is not None and gradient.dim() < 2}
+    return {name for name, size in sizes.items() if size > (0.0 if name in vectors else least)}
 
 
 @check(
