@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.verify import Subject, SubjectError, check_causal_lm
@@ -60,3 +61,71 @@ def test_float32_is_taken_where_it_can_do_more() -> None:
     subject = Subject(MaskOfFloat32)
     assert subject.convention.dtype == torch.float32
     assert subject.missing("padding") is None
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+class LastLoss(Tiny):
+    """As in llama2.c: logits come back, and the loss stays behind; an auxiliary loss does as well."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.last_loss: Tensor | None = None
+        self.aux_loss: Tensor | None = None
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.run(tokens, causal)
+        self.aux_loss = logits.square().mean()
+        self.last_loss = None if targets is None else self.loss(logits, targets)
+        return logits
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class Within(nn.Module):
+    """The part that keeps the loss is not the whole."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.model = LastLoss(config)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        return self.model(tokens, targets)
+
+
+class HalvedLoss(LastLoss):
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(logits, targets) / 2
+
+
+class LossOfEachToken(LastLoss):
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+
+
+@pytest.mark.parametrize(("module", "path"), [(LastLoss, "last_loss"), (Within, "model.last_loss")])
+def test_a_loss_that_is_left_on_the_module_is_found(module: type[nn.Module], path: str) -> None:
+    described = Subject(module).convention.describe()
+    assert described == (
+        f"forward(tokens, targets); targets come shifted by the caller, -1 is ignored; the loss is left in {path}"
+    )
+    report = check_causal_lm(module, profile="quick", only=["loss.*"])
+    assert report.verdict == "passed", report.to_text()
+    passed = {result.check.id for result in report.results if result.status == "passed"}
+    assert {"loss.value", "loss.gradient", "loss.micro_batches_add_up"} <= passed
+
+
+def test_a_wrong_loss_that_is_left_on_the_module_is_seen() -> None:
+    report = check_causal_lm(HalvedLoss, profile="quick", only=["loss.value"])
+    assert report.verdict == "failed"
+
+
+def test_without_a_loss_it_is_said_what_to_write() -> None:
+    subject = Subject(LossOfEachToken)
+    assert "targets come" not in subject.convention.describe()
+    assert subject.missing("loss") == (
+        "forward(targets=…) returned no scalar loss, and left none in an attribute; let it return (logits, loss), or "
+        "write Subject(…, loss=lambda logits, labels: …)"
+    )

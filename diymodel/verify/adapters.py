@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,6 +90,7 @@ class Convention:
     ignore_index: int = IGNORED
     logits_need_labels: bool = False  # nanoGPT: without targets, logits of the last position only
     loss: Loss | None = None  # where the module leaves it to its caller
+    loss_attribute: str | None = None  # llama2.c's last_loss: where the module leaves the loss, a path from it
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: one timeline, nothing is handed back
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
@@ -107,9 +109,11 @@ class Convention:
             notes.append("tensors are (seq, batch)")
         if self.causal:
             notes.append(f"{self.causal} is a causal mask that the caller makes")
-        if self.labels:
-            notes.append(f"labels {'come shifted' if self.labels_come_shifted else 'unshifted'}")
-            notes.append(f"{self.ignore_index} is ignored")
+        if self.labels and "loss" not in self.missing:
+            shifted = "come shifted by the caller" if self.labels_come_shifted else "are shifted inside the module"
+            notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
+        if self.loss_attribute:
+            notes.append(f"the loss is left in {self.loss_attribute}")
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             notes.append(f"the cache is {kind}")
@@ -228,10 +232,12 @@ class LM:
         if convention.loss is not None:
             return convention.loss(self.logits(input_ids), own_labels)
         inputs = self._inputs(input_ids, None, start=0)
-        output = self._call({**inputs, _some(convention.labels): own_labels})
-        if output.loss is None:
+        loss = self._call({**inputs, _some(convention.labels): own_labels}).loss
+        if convention.loss_attribute is not None:
+            loss = attrgetter(convention.loss_attribute)(self.module)
+        if not isinstance(loss, Tensor):
             raise SubjectError(f"forward({convention.labels}=…) returned no scalar loss")
-        return output.loss
+        return loss
 
     @property
     def generating(self) -> Generating:
