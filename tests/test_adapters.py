@@ -415,7 +415,7 @@ def test_a_module_that_takes_the_sequence_first_is_called_so() -> None:
     assert (
         resolve(SequenceFirst)
         .convention.describe()
-        .startswith("forward(src, src_key_padding_mask, labels); tensors are (seq, batch); labels unshifted")
+        .startswith("forward(src, src_key_padding_mask, labels); tensors are (seq, batch); labels are shifted inside")
     )
     groups = ("shape.*", "causality.*", "batch.*", "loss.*", "padding.*", "gradients.*", "modes.*", "state.*")
     found = verdicts(SequenceFirst, only=groups)

@@ -20,7 +20,7 @@ from diymodel.verify import Subject, SubjectError, check_causal_lm, timing
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.isolation import can_isolate
 from diymodel.verify.registry import Check
-from diymodel.verify.runner import Settings, run_check
+from diymodel.verify.runner import Settings, replay, run_check
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import Trial
 
@@ -203,3 +203,49 @@ def test_the_global_random_state_is_as_before() -> None:
     before = torch.get_rng_state()
     check_causal_lm(profile="quick", only=ONLY)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def differing(largest: Callable[[int], float]) -> Check:
+    """A check that fails by a size, of a tolerance of 1, that depends on what is drawn."""
+
+    def fails(trial: Trial) -> None:
+        difference = largest(trial.draw("x", st.integers(0, 100)))
+        if difference > 1:
+            raise CheckFailure(f"must be equal, saw {difference}", difference, 1.0)
+
+    return check(fails)
+
+
+@pytest.mark.parametrize(
+    ("largest", "seen"),
+    [
+        (lambda x: 50.0 if x > 60 else 2.0 if x > 3 else 0.0, {"x": 61}),  # smaller ones are near rounding
+        (lambda x: 2.0 if x > 3 else 0.0, {"x": 4}),  # there is no other
+    ],
+    ids=["some are far from rounding", "all are near"],
+)
+def test_a_failure_is_made_no_smaller_than_what_convinces(
+    largest: Callable[[int], float], seen: dict[str, int]
+) -> None:
+    result = run_check(own(), differing(largest), Settings())
+    assert result.failure is not None
+    assert result.failure.values == seen
+
+
+def test_a_doubtful_failure_is_not_lost_where_time_runs_out_or_the_rest_does_not_apply() -> None:
+    def slow(trial: Trial) -> None:
+        if trial.draw("x", st.integers(0, 100)) != 0:
+            raise NotApplicable("only for nothing")
+        time.sleep(0.2)
+        raise CheckFailure("must be equal, saw 2", 2.0, 1.0)
+
+    result = run_check(own(), check(slow), Settings(check_seconds=0.3))
+    assert (result.status, result.reason) == ("failed", None)
+
+
+def test_a_doubtful_failure_replays() -> None:
+    found = run_check(own(), differing(lambda x: 2.0), Settings())
+    assert found.failure is not None
+    again = replay(own(), differing(lambda x: 2.0), found.failure.values)
+    assert again.failure is not None
+    assert again.failure.message == found.failure.message

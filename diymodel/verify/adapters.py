@@ -9,9 +9,10 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.failure import NotApplicable, SubjectError
+from diymodel.verify.failure import NotApplicable, SubjectError, said
 from diymodel.verify.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Convention:
     ignore_index: int = IGNORED
     logits_need_labels: bool = False  # nanoGPT: without targets, logits of the last position only
     loss: Loss | None = None  # where the module leaves it to its caller
+    loss_attribute: str | None = None  # llama2.c's last_loss: where the module leaves the loss, a path from it
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: one timeline, nothing is handed back
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
@@ -107,9 +109,11 @@ class Convention:
             notes.append("tensors are (seq, batch)")
         if self.causal:
             notes.append(f"{self.causal} is a causal mask that the caller makes")
-        if self.labels:
-            notes.append(f"labels {'come shifted' if self.labels_come_shifted else 'unshifted'}")
-            notes.append(f"{self.ignore_index} is ignored")
+        if self.labels and "loss" not in self.missing:
+            shifted = "come shifted by the caller" if self.labels_come_shifted else "are shifted inside the module"
+            notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
+        if self.loss_attribute:
+            notes.append(f"the loss is left in {self.loss_attribute}")
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             notes.append(f"the cache is {kind}")
@@ -189,6 +193,35 @@ class LM:
         """The cache to go on with when another branch goes on with ``past``: a copy, unless it is a value."""
         return past if self.convention.cache_is_value else past._replace(cache=copy.deepcopy(past.cache))
 
+    def twin(self) -> LM:
+        """The same with a copy of the module.
+
+        Raises:
+            NotApplicable: it cannot be copied.
+        """
+        try:
+            module = copy.deepcopy(self.module)
+        except Exception as error:  # such as a loss that it keeps with its graph
+            raise NotApplicable(f"the module cannot be copied: {said(error)}") from error
+        return LM(module, self.config, self.convention)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Calls inside leave no trace on the module: they write to copies of all that it keeps beside parameters."""
+        parts = list(self.module.modules())
+        shared = {id(x): x for x in (*parts, *self.module.parameters())}
+        before = [dict(part.__dict__) for part in parts]
+        for part, kept in zip(parts, before, strict=True):
+            for name in kept.keys() - {"_parameters", "_modules"}:
+                with suppress(Exception):  # what cannot be copied, such as a graph, is left as it is
+                    part.__dict__[name] = copy.deepcopy(kept[name], shared)
+        try:
+            yield
+        finally:
+            for part, kept in zip(parts, before, strict=True):
+                part.__dict__.clear()
+                part.__dict__.update(kept)
+
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """The subject's own loss; ``labels`` (B, T) are unshifted, with IGNORED where they are not scored."""
         return self.own_loss(input_ids, self.own_labels(labels))
@@ -199,10 +232,12 @@ class LM:
         if convention.loss is not None:
             return convention.loss(self.logits(input_ids), own_labels)
         inputs = self._inputs(input_ids, None, start=0)
-        output = self._call({**inputs, _some(convention.labels): own_labels})
-        if output.loss is None:
+        loss = self._call({**inputs, _some(convention.labels): own_labels}).loss
+        if convention.loss_attribute is not None:
+            loss = attrgetter(convention.loss_attribute)(self.module)
+        if not isinstance(loss, Tensor):
             raise SubjectError(f"forward({convention.labels}=…) returned no scalar loss")
-        return output.loss
+        return loss
 
     @property
     def generating(self) -> Generating:

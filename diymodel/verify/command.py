@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -31,7 +32,8 @@ def add_commands(commands: Any) -> None:
         "verify",
         help="prove or refute that a causal language model behaves",
         description="Run every property on SUBJECT. Exit code: 0 all passed (or skipped, or expected to fail), "
-        "1 a check failed, 2 SUBJECT cannot be found, built or called.",
+        "1 a check failed, 2 SUBJECT cannot be found, built or called. What SUBJECT itself prints is shown with "
+        "--replay only.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -90,21 +92,22 @@ def _verify(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the modules are tiny: more threads only wait for each other
     if args.replay is not None:
         return _replay(args)
-    report = check_causal_lm(
-        args.subject,
-        profile=args.profile,
-        seed=args.seed,
-        only=args.only,
-        skip=args.skip,
-        step=args.step,
-        expected_failures=dict(_expectation(text) for text in args.expect_fail),
-        device=args.device,
-        dtype=args.dtype,
-        time_budget=args.time_budget,
-        check_seconds=args.check_seconds,
-        isolate=True,
-        on_result=_progress,
-    )
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the module prints
+        report = check_causal_lm(
+            args.subject,
+            profile=args.profile,
+            seed=args.seed,
+            only=args.only,
+            skip=args.skip,
+            step=args.step,
+            expected_failures=dict(_expectation(text) for text in args.expect_fail),
+            device=args.device,
+            dtype=args.dtype,
+            time_budget=args.time_budget,
+            check_seconds=args.check_seconds,
+            isolate=True,
+            on_result=_progress,
+        )
     _clear_progress()
     print(report.to_text(_wants_color(), args.lang), end="")
     _write(report, args)

@@ -36,7 +36,9 @@ class SubjectError(ValueError):
 
 
 def said(error: Exception) -> str:
-    """A stranger's error in one line."""
+    """A stranger's error in one line, or ours about the subject as it is."""
+    if isinstance(error, SubjectError):
+        return str(error)
     first, *more = [line.strip() for line in str(error).splitlines()] or [""]
     if first.endswith(":") and more:
         first = f"{first} {more[0]}"

@@ -1,4 +1,4 @@
-"""Finds how a stranger's ``generate`` is called, by the names of its parameters and by trying each once, and calls it.
+"""How a stranger's ``generate`` is called, and the call itself; ``generate_probing.py`` finds it by trying.
 
 Shapes: B batch, T prompt length, N new tokens, L length of what is returned, V vocabulary.
 """
@@ -6,21 +6,16 @@ Shapes: B batch, T prompt length, N new tokens, L length of what is returned, V 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention
-from diymodel.verify.failure import SubjectError, refusal, said
-from diymodel.verify.timing import OutOfTime, time_limit
-from diymodel.verify.trial import draw_weights
+from diymodel.verify.failure import SubjectError
 
 CAPABILITIES = (
     "generate",
@@ -34,39 +29,7 @@ CAPABILITIES = (
     "top_p",
     "eos",
 )
-_NAMES = {
-    "ids": ("input_ids", "idx", "tokens", "token_ids", "inputs", "prompt", "prompts", "prompt_ids", "context", "x"),
-    "new_tokens": (
-        *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
-        *("max_gen_len", "gen_len", "num_steps", "n_steps", "steps", "seq_len", "max_length", "max_len", "length"),
-    ),
-    "mask": ("attention_mask", "padding_mask", "mask"),
-    "lengths": ("seq_lengths", "prompt_lens", "prompt_lengths", "lengths"),
-    "eos": ("eos_token_id", "eos_token", "eos_id", "eos", "stop_token_id", "stop_token", "end_token"),
-    "pad": ("pad_token_id", "pad_token", "pad_id", "pad"),
-    "do_sample": ("do_sample", "sample"),
-    "temperature": ("temperature", "temp"),
-    "top_k": ("top_k", "topk"),
-    "top_p": ("top_p", "topp"),
-    "seed": ("seed",),
-    "use_cache": ("use_cache", "cache_kv", "use_kv_cache"),
-}
-_NEUTRAL = {  # what settings are that change nothing, where they have no default
-    "eos": -1,
-    "pad": 0,
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": None,
-    "top_p": 1.0,
-    "seed": 0,
-    "use_cache": False,
-}
-_TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 MANY = 256  # rows at once, for judging what is drawn
-_SECONDS = 30  # for all of a module's answers
-_TRANSFORMERS = {  # its generate hides them behind **kwargs
-    role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed")
-}
 
 
 @dataclass(frozen=True)
@@ -114,49 +77,6 @@ class Generating:
         return [row[length:] for row, length in zip(found, real.sum(1).tolist(), strict=True)]
 
 
-def with_generating(build: Callable[[], nn.Module], config: DIYConfig, convention: Convention) -> Convention:
-    """The convention, completed by how a module that ``build`` makes of ``config`` generates."""
-    generating = convention.generating  # its author may have stated it
-    if generating is None:
-        module = build().eval().to(convention.dtype)
-        try:
-            with time_limit(_SECONDS):
-                generating = find_generating(module, config, convention)
-        except OutOfTime:
-            generating = _without_all(f"generate did not answer a few tiny calls in {_SECONDS} s")
-        except Exception as error:  # a stranger's generate may raise anything, at any time
-            generating = _without_all(f"generate failed on token ids: {said(error)}")
-    return replace(convention, generating=generating, missing={**convention.missing, **generating.missing})
-
-
-def find_generating(module: nn.Module, config: DIYConfig, convention: Convention) -> Generating:
-    """Try the ``generate`` of a freshly built module, in eval mode, and record how it wants to be called."""
-    names, defaults = _parameters(module)
-    if "new_tokens" not in names:
-        what = "has no parameter for the number of new tokens" if names else "is not a method of the module"
-        return _without_all(f"generate {what}")
-    if convention.sequence_first:
-        return _without_all("forward takes (seq, batch), and generate is tried with (batch, seq) only")
-    draw_weights(module, seed=0, sharpness=2)  # as built, many a model repeats one token whatever it is given
-    ids = (torch.arange(2 * 4) % config.vocab_size).view(2, 4)
-    generating = Generating(
-        names,
-        _fixed(names, defaults),
-        mask_dtype=convention.mask_dtype,
-        mask_marks_padding=convention.mask_marks_padding,
-    )
-    lm = LM(module, config, replace(convention, generating=generating))
-    missing = {}
-    if (why := _refused(lm, ids, {})) is not None:
-        missing["generate_batch"] = f"generate does not take two rows: {why}"
-        ids = ids[1:]
-    found = replace(_find_counting(lm, ids), one_row=len(ids) == 1)
-    for find in (_find_greedy, _find_sampling, _find_settings, _find_padding):
-        found, without = find(LM(module, config, replace(convention, generating=found)), ids)
-        missing |= without
-    return replace(found, missing={**missing, **found.missing})
-
-
 def _call(module: Any, arguments: Mapping[str, Any]) -> Tensor:
     with torch.no_grad(), _quiet():
         found = module.generate(**arguments)
@@ -178,140 +98,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def _parameters(module: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Names by role, and defaults by name."""
-    if not callable(getattr(module, "generate", None)):
-        return {}, {}
-    if hasattr(module, "generation_config"):
-        return dict(_TRANSFORMERS), {}
-    parameters = inspect.signature(module.generate).parameters
-    known = {role: next((name for name in names if name in parameters), "") for role, names in _NAMES.items()}
-    names = {role: name for role, name in known.items() if name}
-    names.setdefault("ids", next(iter(parameters), "input_ids"))
-    return names, {name: parameter.default for name, parameter in parameters.items()}
-
-
-def _fixed(names: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for what has no default, or one that would end or narrow every generation."""
-    fixed = {}
-    for role, value in _NEUTRAL.items():
-        default = defaults.get(names.get(role, ""))
-        if default is inspect.Parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float))):
-            fixed[names[role]] = value
-    return fixed
-
-
-def _find_counting(lm: LM, ids: Tensor) -> Generating:
-    """Whether the prompt is in what is asked for, and in what is returned."""
-    T, new_tokens = ids.shape[1], 6
-    found = lm.generate(ids, new_tokens)
-    prompt_first = torch.equal(found[:, :T], ids)
-    named_total = lm.generating.names["new_tokens"] in _TOTALS
-    counts, returns = {
-        T + new_tokens: (False, True),
-        new_tokens - T: (True, False),
-        new_tokens: (prompt_first, prompt_first),
-    }.get(found.shape[1], (named_total, prompt_first))
-    return replace(lm.generating, counts_prompt=counts, returns_prompt=returns)
-
-
-def _find_greedy(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
-    generating = lm.generating
-    settings = {"do_sample": False, "temperature": 0.0, "top_k": 1}
-    candidates = [{role: value} for role, value in settings.items() if role in generating.names]
-    for greedy in candidates:
-        if _refused(lm, ids, greedy) is None:
-            return replace(generating, greedy=greedy), {}
-    if not candidates and not _draws(lm, ids, {}):
-        return generating, {}
-    why = "generate has no do_sample, no temperature that may be 0 and no top_k to be greedy by"
-    return generating, {"greedy": why}
-
-
-def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
-    generating = lm.generating
-    settings = {"do_sample": True, "temperature": 1.0}
-    sampling = {role: value for role, value in settings.items() if role in generating.names}
-    if (why := _refused(lm, ids[:1].repeat(MANY, 1), sampling)) is not None:
-        return generating, {"sampling": f"generate does not draw in {MANY} rows at once: {why}"}
-    if "seed" not in generating.names and not _draws(lm, ids, sampling):
-        return generating, {"sampling": "generate has no seed, and draws nothing from torch's random generator"}
-    return replace(generating, sampling=sampling), {}
-
-
-def _find_settings(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
-    generating, missing = lm.generating, {}
-    greedy, sampling = generating.greedy, generating.sampling
-    tried: dict[str, tuple[str, Mapping[str, Any]]] = {  # capability -> the role it is of, and settings
-        "generate_cache": ("use_cache", {**greedy, "use_cache": True}),
-        "temperature_zero": ("temperature", {**sampling, "temperature": 0.0}),
-        "top_k": ("top_k", {**sampling, "top_k": 2}),
-        "top_p": ("top_p", {**sampling, "top_p": 1.0}),
-        "eos": ("eos", {**greedy, "eos": 3}),
-    }
-    for capability, (role, settings) in tried.items():
-        name = generating.names.get(role)
-        if name is None:
-            missing[capability] = f"generate has no {_NAMES[role][0]}"
-        elif (why := _refused(lm, ids, settings)) is not None:
-            missing[capability] = f"generate does not take {name}={settings[role]}: {why}"
-    return generating, missing
-
-
-def _refused(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> str | None:
-    return refusal(lambda: lm.generate(ids, 2, **settings))
-
-
-def _draws(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> bool:
-    """Whether a call draws from torch's global generator, or gives another result each time."""
-    before = torch.get_rng_state()
-    found = [lm.generate(ids, 4, **settings) for _ in range(3)]
-    return not torch.equal(torch.get_rng_state(), before) or any(not torch.equal(f, found[0]) for f in found)
-
-
-def _find_padding(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
-    """On which side short prompts are padded, and where the new tokens of a row padded on the right stand."""
-    generating = lm.generating
-    if not {"mask", "lengths"} & generating.names.keys():
-        return generating, {"generate_padded": "generate has no attention_mask and no seq_lengths"}
-    if generating.one_row:
-        return generating, {"generate_padded": "generate takes one row at a time"}
-    right = torch.tensor([[True] * 4, [True, True, False, False]])
-    sides = (right,) if "lengths" in generating.names else (right, right.flip(1))
-    refusals = [refusal(lm.greedy, ids, 4, real) for real in sides]
-    if refusals[0] is None:
-        generating = replace(generating, follows_padding=_follows_padding(lm, ids, right))
-    lm = LM(lm.module, lm.config, replace(lm.convention, generating=generating))
-    taken = [real for real, why in zip(sides, refusals, strict=True) if why is None]
-    if not taken:
-        return generating, {"generate_padded": f"generate does not take padding on the right: {refusals[0]}"}
-    # Where neither side works, it is the first that should.
-    real = next((real for real in taken if _continues_as_alone(lm, ids, real)), taken[0])
-    return replace(generating, pads_left=real is not right), {}
-
-
-def _follows_padding(lm: LM, ids: Tensor, right: Tensor) -> bool:
-    """Whether what fills the padding of a row stays in its place."""
-    T = ids.shape[1]
-    for fill in (0, 1):
-        settings = {"pad": fill} if "pad" in lm.generating.names else {}
-        found = lm.greedy(ids.masked_fill(~right, fill), 2, right, **settings)
-        if bool((found[:, :T][~right] != fill).any()):
-            return False
-    return True
-
-
-def _continues_as_alone(lm: LM, ids: Tensor, real: Tensor) -> bool:
-    """Whether every new token is the likeliest after the row's own, on the logits of the row alone."""
-    for row, own, new in zip(ids, real, lm.generating.new_tokens(lm.greedy(ids, 4, real), real), strict=True):
-        alone = torch.cat((row[own], new[:4]))
-        likeliest = lm.logits(alone[None, :-1])[0].argmax(-1)
-        if not torch.equal(likeliest[-4:], alone[-4:]):
-            return False
-    return True
-
-
-def _without_all(why: str) -> Generating:
-    return Generating(missing=dict.fromkeys(CAPABILITIES, why))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -85,7 +85,7 @@ def to_html(report: Report, lang: Lang = "en") -> str:
     ]
     if report.failed:
         parts.append(f"<h2>{words['failures']}</h2>")
-        parts += [_failure(result, lang, report.first_with_the_error_of(result)) for result in report.failed]
+        parts += [_failure(result, lang, others) for result, others in report.failed_apart]
     return "\n".join([*parts, "</main></body>", "</html>"]) + "\n"
 
 
@@ -167,7 +167,7 @@ def _jump(result: Result) -> str:
     return f'<a href="#{name}"><code>{name}</code></a>'
 
 
-def _failure(result: Result, lang: Lang, told_at: str | None) -> str:
+def _failure(result: Result, lang: Lang, others: Sequence[str]) -> str:
     words, check, failure = WORDS[lang], result.check, result.failure
     lines = [
         f'<section class="card failure" id="{escape(check.id)}">',
@@ -176,9 +176,10 @@ def _failure(result: Result, lang: Lang, told_at: str | None) -> str:
     ]
     if result.reason:
         lines.append(f"<p>{escape(result.reason)}</p>")
-    if told_at is not None:
-        lines.append(f'<p>{words["same"]} <a href="#{escape(told_at)}"><code>{escape(told_at)}</code></a></p>')
-    elif failure is not None:
+    if others:
+        names = ", ".join(f'<code id="{escape(id)}">{escape(id)}</code>' for id in others)
+        lines.append(f"<p>{words['same']} {names}</p>")
+    if failure is not None:
         lines += [*_message(failure, lang), *_evidence(failure, check, lang)]
     text = _without_title(explain(check.id, lang))
     lines.append(f"<details><summary>{words['explain']}</summary>\n{render_markdown(text)}\n</details>")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def import_named(spec: str) -> Any:
             f'{place} ends the program while it is imported: what is to run belongs under if __name__ == "__main__":'
         ) from error
     except Exception as error:  # a stranger's module may raise anything
-        raise SubjectError(f"{place} does not import: {said(error)}") from error
+        raise SubjectError(f"{place} does not import: {said(error)}{_as_package(place, name, error)}") from error
     if not hasattr(module, name):
         raise SubjectError(f"{place} has no {name!r}{_instead(module, name)}")
     return getattr(module, name)
@@ -65,8 +64,8 @@ def _instead(module: Any, name: str) -> str:
 
 
 def _import_module(name: str) -> Any:
-    with _first_on_path(Path.cwd()):  # as with python -m
-        return importlib.import_module(name)
+    _put_first(Path.cwd())  # as with python -m
+    return importlib.import_module(name)
 
 
 def _import_file(path: Path) -> Any:
@@ -77,15 +76,23 @@ def _import_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickles look their module up
-    with _first_on_path(path.parent):  # as python does for a script: a file may import its neighbours
-        spec.loader.exec_module(module)
+    _put_first(path.parent)  # as python does for a script: a file may import its neighbours
+    spec.loader.exec_module(module)
     return module
 
 
-@contextlib.contextmanager
-def _first_on_path(directory: Path) -> Iterator[None]:
-    sys.path.insert(0, str(directory))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(directory))
+def _put_first(directory: Path) -> None:
+    """On the path, and left there: a factory may import once it is called."""
+    place = str(directory.resolve())
+    if place in sys.path:
+        sys.path.remove(place)
+    sys.path.insert(0, place)
+
+
+def _as_package(place: str, name: str, error: Exception) -> str:
+    """What to write for a file that imports the package it lies in."""
+    folders = list(itertools.takewhile(lambda folder: (folder / "__init__.py").exists(), Path(place).resolve().parents))
+    if not folders or not isinstance(error, ImportError):
+        return ""
+    dotted = ".".join([*(folder.name for folder in reversed(folders)), Path(place).stem])
+    return f"; the file is part of a package: write {dotted}:{name} in {folders[-1].parent}"

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 
@@ -133,7 +134,15 @@ def _child(work: Callable[[Connection], object]) -> Iterator[tuple[BaseProcess, 
 def _work(sender: Connection, work: Callable[[Connection], object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     faulthandler.disable()  # a crash is the report's to tell
-    work(sender)
+    stderr = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:  # a line that the module prints is printed thousands of times
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        work(sender)
+    except BaseException:  # the harness's own
+        os.dup2(stderr, 2)
+        raise
 
 
 def _since(started: float) -> float:

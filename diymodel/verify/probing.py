@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import IGNORED, LM, ROLES, Convention
 from diymodel.verify.cache_probing import cache_on_module, find_cache, is_narrower
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import SubjectError, refusal, said
 from diymodel.verify.masks import CAUSAL_MASKS
 from diymodel.verify.trial import draw_weights
@@ -60,7 +61,7 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
     module = build().eval()
 
     def rest(dtype: torch.dtype) -> Convention:
-        found = _find_rest(build().eval().to(dtype), config, replace(convention, dtype=dtype), ids, declared)
+        found = _find_rest(cast(build().eval(), dtype), config, replace(convention, dtype=dtype), ids, declared)
         return replace(found, **declared)
 
     with torch.no_grad():
@@ -70,7 +71,7 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
         if not _runs_in_float64(module, config, convention, ids):
             return rest(torch.float32)
         exact, coarse = rest(torch.float64), rest(torch.float32)
-        better = "cache" in exact.missing and "cache" not in coarse.missing  # buffers that are float32 for good
+        better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
         overflows = _padded_is_finite(build, config, coarse, ids) and not _padded_is_finite(build, config, exact, ids)
         narrower = "cache" not in exact.missing and is_narrower(build().eval().double(), config, exact, ids)
         return coarse if better or overflows or narrower else exact
@@ -83,7 +84,7 @@ def _padded_is_finite(build: Callable[[], nn.Module], config: DIYConfig, convent
     """
     if not convention.mask or "padding" in convention.missing:
         return True
-    lm = LM(build().eval().to(convention.dtype), config, convention)
+    lm = LM(cast(build().eval(), convention.dtype), config, convention)
     real = torch.ones_like(ids, dtype=torch.bool)
     real[0, 0] = False
     return refusal(lm.logits, ids, real) is not None or bool(lm.logits(ids, real).isfinite().all())
@@ -301,25 +302,61 @@ def _missing_packing(module: nn.Module, config: DIYConfig, convention: Conventio
 def _find_loss(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
 ) -> tuple[Convention, dict[str, str]]:
-    """Whether there is a loss and, where the name leaves it open, how it wants its labels."""
+    """Whether there is a loss, where it is left and, where the name leaves it open, how it wants its labels."""
     if convention.loss is not None:
         return convention, {}
     if not convention.labels:
         return convention, {"loss": "forward has no labels"}
-    candidates = [convention]
+    styles = [convention]
     if convention.labels in _LABELS_SHIFTED and not {"labels_come_shifted", "ignore_index"} & declared.keys():
-        styles = ((True, -1), (True, IGNORED), (False, IGNORED), (False, -1))
-        candidates = [replace(convention, labels_come_shifted=s, ignore_index=i) for s, i in styles]
-    refusals = []
+        pairs = ((True, -1), (True, IGNORED), (False, IGNORED), (False, -1))
+        styles = [replace(convention, labels_come_shifted=s, ignore_index=i) for s, i in pairs]
+    candidates = [way for style in styles for way in _losses(LM(module, config, style), ids)]
+    accepted: list[Convention] = []
+    reasons: list[str] = []
     for candidate in candidates:
         lm = LM(module, config, candidate)
-        why = refusal(lm.loss, ids, _half_ignored(ids))
-        if why is None and (len(candidates) == 1 or _is_cross_entropy(lm, ids)):
-            return candidate, {}
-        refusals.append(why)
-    if None in refusals:  # there is a loss, of no known kind: the checks will say how it is wrong
-        return candidates[refusals.index(None)], {}
-    return convention, {"loss": f"forward({convention.labels}=…) gave no loss: {refusals[0]}"}
+        try:
+            lm.loss(ids, _half_ignored(ids))
+        except SubjectError as error:
+            reasons.insert(0, f"{error}, and left none in an attribute")  # it came further than one that raised
+        except Exception as error:  # a stranger's forward may raise anything
+            reasons.append(f"forward({convention.labels}=…) gave no loss: {said(error)}")
+        else:
+            if len(candidates) == 1 or _is_cross_entropy(lm, ids):
+                return candidate, {}
+            accepted.append(candidate)
+    if accepted:  # there is a loss, of no known kind: the checks will say how it is wrong
+        return accepted[0], {}
+    advice = "let it return (logits, loss), or write Subject(…, loss=lambda logits, labels: …)"
+    return convention, {"loss": f"{reasons[0]}; {advice}"}
+
+
+def _losses(lm: LM, ids: Tensor) -> list[Convention]:
+    """How the loss may be had: as forward returns it, or from attributes where it leaves it.
+
+    Such an attribute holds a scalar with a graph, and another one for other labels; an auxiliary loss does not.
+    """
+    if lm.convention.loss_attribute is not None or refusal(lm.loss, ids, _half_ignored(ids)) is None:
+        return [lm.convention]
+    left = []
+    for labels in (ids, ids.roll(1, 1)):
+        with torch.enable_grad():
+            refusal(lm.loss, ids, labels)
+        left.append(_scalars(lm.module))
+    first, second = left
+    paths = [path for path in first.keys() & second.keys() if not torch.equal(first[path], second[path])]
+    return [replace(lm.convention, loss_attribute=path) for path in sorted(paths)] or [lm.convention]
+
+
+def _scalars(module: nn.Module) -> dict[str, Tensor]:
+    """The attributes that hold a scalar with a graph, by their path."""
+    return {
+        f"{name}.{attribute}" if name else attribute: value.detach()
+        for name, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if isinstance(value, Tensor) and value.dim() == 0 and value.grad_fn is not None
+    }
 
 
 def _half_ignored(ids: Tensor) -> Tensor:

@@ -85,20 +85,31 @@ class Report:
 
     @property
     def only_raises(self) -> bool:
-        """Whether every failure is an error that the subject raised."""
-        return all(result.failure is not None and result.failure.traceback is not None for result in self.failed)
+        """Whether there is nothing but errors that the subject raised."""
+        failures = [result.failure for result in self.failed]
+        return self.raises_everywhere or all(failure is not None and failure.traceback for failure in failures)
 
-    def first_with_the_error_of(self, result: Result) -> str | None:
-        """The id of the earlier check in which the subject raised the very same; None where there is none."""
-        if result.failure is None or result.failure.traceback is None:
-            return None
-        told = (result.failure.message, result.failure.traceback)
-        for earlier in self.failed:
-            if earlier is result:
-                return None
-            if earlier.failure is not None and (earlier.failure.message, earlier.failure.traceback) == told:
-                return earlier.check.id
-        return None
+    @property
+    def raises_everywhere(self) -> bool:
+        """Whether one and the same error is most of what there is to report."""
+        most = max((1 + len(others) for _, others in self.failed_apart if others), default=0)
+        return 2 * most > sum(result.status != "skipped" for result in self.results)
+
+    @property
+    def failed_apart(self) -> list[tuple[Result, list[str]]]:
+        """The failures, each with the ids of later checks in which the subject raised the very same error."""
+        apart: list[tuple[Result, list[str]]] = []
+        raised: dict[tuple[str, str], list[str]] = {}
+        for result in self.failed:
+            failure = result.failure
+            error = (failure.message, failure.traceback) if failure is not None and failure.traceback else None
+            if error in raised:
+                raised[error].append(result.check.id)
+                continue
+            apart.append((result, []))
+            if error is not None:
+                raised[error] = apart[-1][1]
+        return apart
 
     @property
     def likely(self) -> tuple[Diagnosis, ...]:

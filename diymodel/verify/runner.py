@@ -32,6 +32,7 @@ CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a singl
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
 DIAGNOSES = 5  # classes of bugs that a report names
+_CONVINCING = 10  # times the tolerance: a smaller difference might be rounding that was measured too small
 _SHRINKS = 400  # trials spent on making a failure smaller
 _HARNESS = "diymodel/verify"
 _TOOLS = (_HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
@@ -159,11 +160,14 @@ def check_causal_lm(
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
 
-    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments.
+    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments. Where most checks
+    end in the same error, the error says it all.
     """
     from diymodel.verify.diagnose import signatures
     from diymodel.verify.isolation import observe_isolated
 
+    if report.raises_everywhere:
+        return
     look = observe_isolated if isolate else observe
     report.symptoms = {} if report.interrupted else look(subject, report.results, report.device)
     ranked = signatures().rank(sample_of(report.results, report.symptoms))
@@ -261,12 +265,27 @@ class _Run:
         self.not_applicable: list[str] = []  # the reason of every trial that did not apply
         self.effects: list[float] = []
         self.failed: tuple[Trial, Exception] | None = None  # the last, which is the smallest
+        self.convincing_only = True  # for as long as there may be such a failure, a doubtful one is passed over
+        self.doubtful: tuple[Trial, Exception] | None = None  # a failure so near rounding that it may be taken for it
         self.shrinks = 0
         self.out_of_time = False
         self.never_applies = False
 
     def trials(self) -> None:
-        """All of them."""
+        """All of them, and once more, to make it smaller, where the only failure is a doubtful one."""
+        self._all_trials()
+        if self.doubtful is not None:
+            self.convincing_only, self.count = False, 0
+            self._all_trials()
+        if self.not_applicable and len(self.not_applicable) == self.count:
+            raise NotApplicable(self.not_applicable[0])
+        if self.effects and max(self.effects) <= rounding(torch.float64):
+            raise Inconclusive(
+                f"in {self.count} trials, what a bug would change never changed by more than {max(self.effects):.1g} "
+                "of its size"
+            )
+
+    def _all_trials(self) -> None:
         draw = hypothesis.given(st.data())(self._draw)
         draw = hypothesis.settings(
             max_examples=self.examples,
@@ -278,13 +297,6 @@ class _Run:
             report_multiple_bugs=False,
         )(draw)
         hypothesis.seed(self.settings.seed)(draw)()
-        if self.not_applicable and len(self.not_applicable) == self.count:
-            raise NotApplicable(self.not_applicable[0])
-        if self.effects and max(self.effects) <= rounding(torch.float64):
-            raise Inconclusive(
-                f"in {self.count} trials, what a bug would change never changed by more than {max(self.effects):.1g} "
-                "of its size"
-            )
 
     def _draw(self, data: st.DataObject) -> None:
         self.shrinks += self.failed is not None
@@ -310,6 +322,9 @@ class _Run:
                 raise _Enough from None
             return
         except Exception as error:
+            if self.convincing_only and _is_near_rounding(error):
+                self.doubtful = trial, error
+                return
             if isinstance(error, CheckFailure) or _is_the_subjects(error):
                 self.failed = trial, error
             raise
@@ -329,7 +344,7 @@ class _Run:
         except Inconclusive as stop:
             status, reason = "inconclusive", str(stop)
         except Unsatisfiable:
-            status, reason = "inconclusive", f"the subject refused every configuration: {self.subject.refusal}"
+            status, reason = "skipped", f"the subject refuses every configuration that it needs: {self.subject.refusal}"
         except (Exception, _Enough) as raised:  # Hypothesis takes an early end for flakiness
             if self.out_of_time:
                 status, reason = self._verdict_so_far()
@@ -337,9 +352,9 @@ class _Run:
                 status, reason = "skipped", self.not_applicable[0]
             elif self.failed is None:
                 status, reason = "error", f"the check itself failed: {type(raised).__name__}: {raised}"
-        if self.failed is not None:
+        if (failed := self.failed or self.doubtful) is not None:
             status, reason = "failed", None
-            failure = _failure(self.check, self.subject, *self.failed)
+            failure = _failure(self.check, self.subject, *failed)
         return Result(self.check, status, self.count, time.perf_counter() - self.started, reason, failure)
 
     def _verdict_so_far(self) -> tuple[Status, str]:
@@ -350,6 +365,13 @@ class _Run:
     @property
     def limit(self) -> str:
         return f"{self.settings.check_seconds:g} s"
+
+
+def _is_near_rounding(error: Exception) -> bool:
+    """Whether a difference is so near its tolerance that a reader could take it for rounding."""
+    if not isinstance(error, CheckFailure) or error.max_abs_diff is None or error.tolerance is None:
+        return False
+    return error.max_abs_diff < _CONVINCING * error.tolerance
 
 
 def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> Failure:

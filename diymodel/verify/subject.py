@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch import nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import Checkpoint, Convention, Load, Reference, Save, Shifted, own_model
 from diymodel.verify.failure import SubjectError, said
+from diymodel.verify.generate_probing import with_generating
 from diymodel.verify.generating import CAPABILITIES as GENERATING
-from diymodel.verify.generating import with_generating
 from diymodel.verify.importing import import_named
 from diymodel.verify.probing import find_convention
 from diymodel.verify.randomness import seeded
@@ -30,13 +31,15 @@ _PATIENCE = 60  # seconds, for finding out how a subject is called
 Factory = Callable[[Any], nn.Module]
 OpenDirectory = Callable[[], tuple[nn.Module, Any, Sequence[str]]]  # the fields of Opened
 
-# Tried in this order until the factory builds one: what it is called with for finding its convention.
-_FIRST_CONFIGS = (
+# Tried in this order, untied and then tied, until the factory builds one: what it is called with for finding its
+# convention.
+_FIRST_SIZES = (
     {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_size": 8},  # so that no two sizes are the same
     {"num_layers": 1, "num_heads": 2, "hidden_size": 8},
     {"num_layers": 2, "num_heads": 2, "hidden_size": 16},
     {"num_layers": 2, "num_heads": 4, "hidden_size": 64},
 )
+_FIRST_LENGTH = 16  # and as many tokens in the vocabulary
 
 
 CLAIMS = {  # promises that no trying can find
@@ -191,8 +194,14 @@ class Subject:
     def _first_config(self) -> DIYConfig:
         """The first configuration that the factory builds a module of."""
         refusal: Exception | None = None
-        for sizes in _FIRST_CONFIGS:
-            config = DIYConfig(vocab_size=16, max_seq_len=16, dropout=0.0, **sizes)  # type: ignore[arg-type]
+        for tied, sizes in itertools.product((False, True), _FIRST_SIZES):
+            config = DIYConfig(
+                vocab_size=_FIRST_LENGTH,
+                max_seq_len=_FIRST_LENGTH,
+                dropout=0.0,
+                tie_word_embeddings=tied,
+                **sizes,
+            )
             try:
                 module = self.build(config)
             except NotImplementedError as error:
@@ -208,7 +217,11 @@ class Subject:
                     "factory config -> nn.Module, and a class will do"
                 )
             return config
-        raise SubjectError(f"{self.name} refused every configuration that was tried, the last with: {refusal}")
+        tried = "; ".join(" ".join(f"{name}={value}" for name, value in sizes.items()) for sizes in _FIRST_SIZES)
+        raise SubjectError(
+            f"{self.name} refused every configuration that was tried ({tried}; each untied and tied, with vocab_size "
+            f"and max_seq_len {_FIRST_LENGTH}), the last with: {str(refusal) or 'NotImplementedError'}"
+        )
 
 
 def _advice(error: Exception) -> str:

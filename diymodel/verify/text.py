@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diymodel.verify.catalogue import bug_class
@@ -10,6 +12,7 @@ from diymodel.verify.explain import cause, explain_diagnosis, title
 from diymodel.verify.report import Lang, Report, Result, Status
 from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS, equal_means
 
+_WIDTH = 116  # of a line of ids
 _COLORS: dict[Status, str] = {
     "passed": "32",
     "failed": "31",
@@ -25,42 +28,38 @@ def to_text(report: Report, color: bool = False, lang: Lang = "en") -> str:
     words = WORDS[lang]
     facts = (f"torch {report.torch}", report.device, report.dtype, report.profile, f"{words['seed']} {report.seed}")
     lines = [f"{words['title']} {report.subject}", "  " + " · ".join(facts), f"  {words['called']} {report.called}"]
-    step = ""
-    for result in report.results:
-        if result.check.step != step:
-            step = result.check.step
-            name = STEPS[step][lang == "zh"]
-            lines.append("\n" + _paint(f"  {words['step']} {step}  {name}", "1", color))
-        lines.append(_line(result, color, lang))
-    for result in report.failed:
-        earlier = report.first_with_the_error_of(result)
-        lines += ["", *failure_lines(result, color, lang, earlier)]
+    for step, found in itertools.groupby(report.results, key=lambda result: result.check.step):
+        lines.append("\n" + _paint(f"  {words['step']} {step}  {STEPS[step][lang == 'zh']}", "1", color))
+        for results in _alike(found):
+            lines += [_line(results[0], color, lang)] if len(results) == 1 else _skipped(results, color)
+    for result, others in report.failed_apart:
+        lines += ["", *failure_lines(result, color, lang, others)]
     if report.failed:
         lines += ["", *diagnosis_lines(report, color, lang)]
     return "\n".join([*lines, "", _paint(equal_means(lang), "90", color), _summary(report, color, lang)]) + "\n"
 
 
-def failure_lines(result: Result, color: bool = False, lang: Lang = "en", told_at: str | None = None) -> list[str]:
+def failure_lines(result: Result, color: bool = False, lang: Lang = "en", others: Sequence[str] = ()) -> list[str]:
     """What is known of one failed check, or of one that could not give a verdict.
 
     Args:
-        told_at: the check that was shown before with the very same error; this one is kept short then.
+        others: the checks in which the subject raised the very same error.
     """
     words, check, failure = WORDS[lang], result.check, result.failure
     heading = _paint(f"{MARKS[result.status]} {check.id}: {title(check, lang)}", "1;31", color)
     if failure is None:
         return [heading, f"  {result.reason}"]
-    if told_at is not None:
-        return [heading, f"  {words['same']} {told_at}"]
     expected, seen = failure.expected_and_seen
     said = {words["expected"]: expected, words["seen"]: seen} if seen else {words["raised"]: expected}
+    if others:
+        said[words["same"]] = ", ".join(others)
     if failure.traceback:
         said[words["traceback"]] = failure.traceback.replace("\n", "\n    ").join(("\n    ", ""))
     if failure.likely_causes:
-        first, *others = failure.likely_causes
+        first, *further = failure.likely_causes
         said[words["cause"]] = _paint(cause(first, check, lang), "1", color)
-        if others:
-            said[words["others"]] = ", ".join(others)
+        if further:
+            said[words["others"]] = ", ".join(further)
     said[words["config"]] = _values(failure.config)
     said[words["input"]] = _values({name: value for name, value in failure.values.items() if name != "config"})
     said[words["replay"]] = failure.reproduce
@@ -82,6 +81,22 @@ def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> l
     if report.unexplained:
         lines.append(f"  {words['unexplained']}: {', '.join(report.unexplained)}")
     return lines
+
+
+def _alike(results: Iterable[Result]) -> list[list[Result]]:
+    """Each by itself, but those that are skipped for the same reason together, in the place of the first."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(str(result.reason) if result.status == "skipped" else result.check.id, []).append(result)
+    return list(groups.values())
+
+
+def _skipped(results: Sequence[Result], color: bool) -> list[str]:
+    """The ids of checks that are skipped for the same reason, and the reason."""
+    ids = ", ".join(result.check.id for result in results)
+    first, *more = textwrap.wrap(f"{ids}  ({results[0].reason})", _WIDTH, subsequent_indent="    ")
+    mark = _paint(MARKS["skipped"], _COLORS["skipped"], color)
+    return [f"  {mark} {_paint(first, '90', color)}", *(_paint(line, "90", color) for line in more)]
 
 
 def _line(result: Result, color: bool, lang: Lang) -> str:

@@ -9,7 +9,8 @@ Shapes: B batch, T query length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
-from diymodel.verify.failure import CheckFailure, SubjectError
+from diymodel.verify.casting import cast
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, float32_step, noise_factor, rounding
 
@@ -86,9 +88,12 @@ class Trial:
 
         Args:
             max_sharpness: 1 where the property needs a softmax that is not saturated.
-            fixed: configuration fields that are not drawn.
+            fixed: configuration fields that are not drawn, unless the subject refuses them: see :func:`_nearest`.
         """
-        values = {**self.draw("config", self.subject.configs(length)), **fixed}
+        drawn = self.draw("config", self.subject.configs(length))
+        choices = _nearest(drawn, fixed)
+        taken = (values for values in choices if self._built(DIYConfig.from_dict(values)) is not None)
+        values = next(taken, choices[0]) if len(choices) > 1 else choices[0]
         self.values["config"] = values  # what the report shows is what was built
         config = DIYConfig.from_dict(values)
         seed = self.draw("weights", st.integers(0, 2**16))
@@ -103,15 +108,23 @@ class Trial:
 
     def fresh(self, config: DIYConfig) -> LM:
         """A new module with the weights its constructor gave it; a configuration that it refuses ends the trial."""
+        module = self._built(config)
+        if module is None:
+            if self._draw is None:
+                raise NotApplicable(f"the subject refuses this configuration: {self.subject.refusal}")
+            reject()
+        lm = LM(cast(module, self.dtype, self.device).eval(), config, self.subject.convention)
+        lm.around = self.around
+        return lm
+
+    def _built(self, config: DIYConfig) -> nn.Module | None:
+        """A new module, or None for a configuration that the subject refuses."""
         try:
-            module = self.subject.build(config)
+            return self.subject.build(config)
         except NotImplementedError as error:
             self.subject.refused.add(str(config))
             self.subject.refusal = str(error)
-            reject()
-        lm = LM(module.to(self.device, self.dtype).eval(), config, self.subject.convention)
-        lm.around = self.around
-        return lm
+            return None
 
     def tokens(self, lm: LM, min_length: int = 1, max_length: int = MAX_LENGTH, rows: int | None = None) -> Tensor:
         """Token ids (B, T)."""
@@ -177,14 +190,18 @@ class Trial:
             raise CheckFailure(f"{what}, saw a difference of {difference:.3g}", difference, 0.0)
 
     def _measured_rounding(self, lm: LM, rerun: Callable[[], Tensor], difference: float, largest: float) -> float:
-        """What the module's own rounding explains; measured once for all comparisons of a loop."""
-        if self.dtype == torch.float64 and (step := largest * float32_step(rerun)) >= difference:
-            return step
+        """What the module's own rounding explains; measured once for all comparisons of a loop.
+
+        Aside: a cache that the module keeps would go on with the keys of the weights it is measured with.
+        """
         factor = noise_factor(self.dtype)
         where = (id(lm.module), getattr(rerun, "__code__", rerun))
-        if factor * self._noise.get(where, 0.0) < difference:
-            noise = estimate_noise(lm.module, rerun, self.values.get("weights", 0), enough=difference / factor)
-            self._noise[where] = max(noise, self._noise.get(where, 0.0))
+        with lm.aside():
+            if self.dtype == torch.float64 and (step := largest * float32_step(rerun)) >= difference:
+                return step
+            if factor * self._noise.get(where, 0.0) < difference:
+                noise = estimate_noise(lm.module, rerun, self.values.get("weights", 0), enough=difference / factor)
+                self._noise[where] = max(noise, self._noise.get(where, 0.0))
         return factor * self._noise[where]
 
     def varies(self, seen: Tensor, other: Tensor) -> None:
@@ -202,6 +219,22 @@ class Trial:
         except Exception:  # any error a stranger chooses is a refusal
             return
         raise CheckFailure(f"{what}, saw no error")
+
+
+def _nearest(drawn: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The drawn configuration with what a check asks for, and then with what a family may have fixed for good.
+
+    Many know no grouped queries or only one group, one base of the rotary wavelengths, or tied weights alone.
+    """
+    asked = {**drawn, **fixed}
+    options: dict[str, Sequence[Any]] = {}
+    if "num_kv_heads" in fixed:
+        options["num_kv_heads"] = (asked["num_kv_heads"], asked["num_heads"], 1)
+    if "rope_theta" in fixed:
+        options["rope_theta"] = (asked["rope_theta"], drawn["rope_theta"])
+    if fixed.get("tie_word_embeddings") is False:
+        options["tie_word_embeddings"] = (False, True)
+    return [{**asked, **dict(zip(options, choice, strict=True))} for choice in itertools.product(*options.values())]
 
 
 @torch.no_grad()

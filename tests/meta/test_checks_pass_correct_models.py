@@ -51,6 +51,7 @@ NOT_APPLICABLE = {
         (name, "decode.rows_reordered") for name in ("supplied", "intermediates", "pretrained")
     ),  # an object without a method for it
     *((name, "decode.unrelated_call") for name in ("fastlike", "startpos")),  # every call is on the one cache
+    *((name, "padding.mask_is_used") for name in (OWN, "ragged", "experts")),  # takes lengths
 }
 
 APPLIES = {  # checks that need what few bases have, and which these are

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM, NewCache, Past
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -89,7 +89,8 @@ def dtype(trial: Trial) -> None:
     ids = trial.tokens(lm, min_length=2)
     refusals = []
     for name in (torch.float32, torch.bfloat16):
-        narrow = LM(copy.deepcopy(lm.module).to(name), lm.config, lm.convention)
+        narrow = lm.twin()
+        cast(narrow.module, name)
         try:
             expected = narrow.logits(ids).dtype
         except Exception as error:  # kernels and modules refuse narrow types in ways of their own

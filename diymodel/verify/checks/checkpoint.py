@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -32,7 +33,7 @@ def round_trip(trial: Trial) -> None:
     ids = trial.tokens(lm)
     with _saved(trial, lm.module.float()) as path:  # float32, which every format keeps as it is
         loaded = _loaded(trial, path, lm, "a checkpoint must load")
-    lm.module.to(trial.dtype)
+    cast(lm.module, trial.dtype)
     expected = lm.logits(ids)
     trial.varies(trial.fresh(lm.config).logits(ids), expected)
     trial.identical(loaded.logits(ids), expected, "a module from a checkpoint must give the same logits bit for bit")
@@ -64,7 +65,7 @@ def wrapped(trial: Trial) -> None:
             raise NotApplicable(f"a module in {wrapper} is not saved: {said(error)}") from error
         what = f"a checkpoint of a module in {wrapper} must load"
         loaded = _loaded(trial, path, lm, what)
-    module.to(trial.dtype)
+    cast(module, trial.dtype)
     trial.identical(loaded.logits(ids), lm.logits(ids), f"{what} and give the same logits bit for bit")
 
 
@@ -137,7 +138,7 @@ def damaged(trial: Trial) -> None:
         loaded = _load(trial, path)
     if isinstance(loaded, str):
         return
-    lm.module.to(trial.dtype)
+    cast(lm.module, trial.dtype)
     seen, expected = _called_as(lm, loaded, trial).logits(ids), lm.logits(ids)
     if not torch.equal(seen, expected):  # else what is missing was of no importance, such as a last line break
         raise CheckFailure(
@@ -178,7 +179,7 @@ def _loaded(trial: Trial, path: Path, lm: LM, what: str) -> LM:
 
 def _called_as(lm: LM, module: nn.Module, trial: Trial) -> LM:
     """A module that was loaded, as ``lm`` is called."""
-    return LM(module.to(trial.device, trial.dtype).eval(), lm.config, lm.convention)
+    return LM(cast(module, trial.dtype, trial.device).eval(), lm.config, lm.convention)
 
 
 def _numbers(module: nn.Module) -> dict[str, float]:

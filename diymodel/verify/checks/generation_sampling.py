@@ -7,7 +7,6 @@ Shapes: B batch, T prompt length, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +160,8 @@ def top_p(trial: Trial) -> None:
     rows, seed = ids.repeat(MANY, 1), _seed(trial)
     what = f"top_p={p}"
     if trial.draw("bfloat16", st.booleans()):
-        lm = LM(copy.deepcopy(lm.module).bfloat16(), lm.config, lm.convention)
+        lm = lm.twin()
+        lm.module.bfloat16()
         what += " in bfloat16"
         try:
             lm.sample(rows, 1, seed)

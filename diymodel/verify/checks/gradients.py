@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -10,7 +9,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 from diymodel.verify.learning import (
     accumulated,
@@ -24,7 +22,10 @@ from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_WIDE_ENOUGH = 8  # inside the MLP: a single ReLU may well be off at every token
+# A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
+_WIDE_ENOUGH = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
+_DRAWS = 3  # what is 0 by bad luck in one draw is not in three
+_MANY_ROWS = 32
 _VOCABULARY = 16  # more than there are positions, so that a table with as many rows is the token embedding
 _CHECKPOINTING = (  # methods that turn it on; transformers deprecates its second name
     "activation_checkpointing_enable",
@@ -43,20 +44,35 @@ _CHECKPOINTING = (  # methods that turn it on; transformers deprecates its secon
     causes=("gradient-detached", "module-never-called", "router-without-gradient", "parameters-unregistered"),
 )
 def reach_every_parameter(trial: Trial) -> None:
-    lm = trial.model(max_sharpness=1, intermediate_size=_WIDE_ENOUGH)
+    lm = trial.model(max_sharpness=1, **_WIDE_ENOUGH)
     ids = distinct_tokens(trial, lm)
     unreached = set(trainable(lm))
-    for seed in range(3):  # what is 0 by bad luck in one draw is not in three
+    for seed in range(2 * _DRAWS):
+        if not unreached:
+            break
+        generator = torch.Generator().manual_seed(seed)
+        if seed == _DRAWS:  # an expert may be nobody's choice among a few tokens
+            ids = torch.randint(lm.config.vocab_size, (_MANY_ROWS, ids.shape[1]), generator=generator).to(ids)
         lm = trial.build(lm.config, trial.values["weights"] + seed, 1)
         logits = lm.logits(ids)
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
-        found = gradients_of((logits * weights).sum(), trainable(lm))
-        unreached -= {name for name, gradient in found.items() if gradient is not None and bool(gradient.any())}
+        weights = torch.randn(logits.shape, generator=generator).to(logits)
+        unreached -= _reached(gradients_of((logits * weights).sum(), trainable(lm)))
     unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
     if unreached:
         raise CheckFailure(
             f"every parameter must get a gradient from the logits, saw none at {', '.join(sorted(unreached))}"
         )
+
+
+def _reached(found: dict[str, Tensor | None]) -> set[str]:
+    """The parameters with a gradient; a matrix needs one that is more than the rounding of the largest.
+
+    A vector does not: the bias of a key moves all scores of a query alike, and has nothing but rounding.
+    """
+    sizes = {name: float(g.abs().max()) for name, g in found.items() if g is not None and g.numel()}
+    least = torch.finfo(torch.float64).eps * max(sizes.values(), default=0.0)
+    vectors = {name for name, gradient in found.items() if gradient is not None and gradient.dim() < 2}
+    return {name for name, size in sizes.items() if size > (0.0 if name in vectors else least)}
 
 
 @check(
@@ -112,7 +128,7 @@ def absent_tokens_zero(trial: Trial) -> None:
 )
 def accumulate(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1)
-    other = LM(copy.deepcopy(lm.module), lm.config, lm.convention)
+    other = lm.twin()
     ids = distinct_tokens(trial, lm, 2)
     what = "after backward passes over two batches, the gradient must be that of the sum of their losses"
     try:
@@ -141,7 +157,7 @@ def checkpointing(trial: Trial) -> None:
     turn_on = _checkpointing_switch(lm.module)
     ids = distinct_tokens(trial, lm, 2)
     lm.module.train()
-    other = LM(copy.deepcopy(lm.module), lm.config, lm.convention)
+    other = lm.twin()
     try:
         turn_on()
     except Exception as error:  # a family may refuse it in a way of its own

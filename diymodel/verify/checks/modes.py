@@ -68,7 +68,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
     lm.logits(ids)
     lm.module.eval()
     what = "in eval mode, a module with dropout 0.5 must give the logits of one with dropout 0 and the same weights"
-    trial.same(lm.logits(ids), without.logits(ids), what, lm, lambda: without.logits(ids))
+    trial.same(lm.logits(ids), without.logits(ids), what, without, lambda: without.logits(ids))
 
 
 @check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.learning import gradients_of, trainable
 from diymodel.verify.registry import check
@@ -29,8 +29,10 @@ _FITS = 30000.0
 
 def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -> None:
     """Hold the logits in ``dtype`` against float64 with the same weights, which are rounded to ``dtype`` first."""
-    narrow = LM(copy.deepcopy(lm.module).to(dtype), lm.config, lm.convention)
-    wide = LM(copy.deepcopy(narrow.module).double(), lm.config, lm.convention)
+    narrow = lm.twin()
+    cast(narrow.module, dtype)
+    wide = narrow.twin()
+    wide.module.double()
     with torch.no_grad():
         try:
             seen = narrow.logits(ids)

@@ -48,6 +48,7 @@ def right_changes_nothing(trial: Trial) -> None:
     needs=("left_padding",),
     causes=(
         "padded-batch-shared-position",
+        "padding-mask-ignored",
         "position-ids-ignored",
         "mask-dropped-on-fast-path",
         "mask-hides-self",

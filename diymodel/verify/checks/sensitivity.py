@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.casting import cast
 from diymodel.verify.checks.causality import edited
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import check
@@ -100,7 +99,7 @@ def shift_invariance(trial: Trial) -> None:
         expected = lm.logits(ids)
         angles = torch.finfo(torch.float32).eps * (offset + ids.shape[1])
         _near(shifted(lm.module, ids, offset), expected, lm, ids, rounding(trial.dtype), angles, moved)
-        narrow = copy.deepcopy(lm.module).to(torch.bfloat16)
+        narrow = cast(lm.twin().module, torch.bfloat16)
         seen, expected = (shifted(narrow, ids, start) for start in (offset, 0))
         _near(seen, expected, lm, ids, _GROSS, torch.finfo(torch.bfloat16).eps / 2, f"in bfloat16, {moved}")
 
@@ -125,9 +124,9 @@ def _effect_of_weights(lm: LM, ids: Tensor, size: float) -> float:
     """How much the logits change, at most, where every weight is off by a share of about ``size``."""
     logits, effect = lm.logits(ids), 0.0
     for seed in range(2):
-        other = copy.deepcopy(lm.module)
-        for index, parameter in enumerate(other.parameters()):
+        other = lm.twin()
+        for index, parameter in enumerate(other.module.parameters()):
             generator = torch.Generator().manual_seed(1000 * seed + index)
             parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator).to(parameter))
-        effect = max(effect, float((LM(other, lm.config, lm.convention).logits(ids) - logits).abs().max()))
+        effect = max(effect, float((other.logits(ids) - logits).abs().max()))
     return effect

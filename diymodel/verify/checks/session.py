@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +131,7 @@ def reset(trial: Trial) -> None:
         last, _ = part.extend(ids[:, -1:], past)
         return torch.cat((first, last), 1)
 
-    new = LM(copy.deepcopy(lm.module), lm.config, lm.convention)
+    new = lm.twin()
     _, past = lm.extend(used)
     lm.extend(used[:, :1], past)
     what = f"after a cache of {used_rows} rows was used, a new sequence must give what it gives in a new module"

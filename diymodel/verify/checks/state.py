@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -140,7 +138,10 @@ def deepcopy(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
     before = lm.logits(ids).detach().clone()
-    twin = LM(copy.deepcopy(lm.module), lm.config, lm.convention)
+    try:
+        twin = lm.twin()
+    except NotApplicable as error:
+        raise CheckFailure(f"after a call copy.deepcopy must copy the module, saw otherwise: {error}") from error
     trial.identical(twin.logits(ids), lm.logits(ids), "a deep copy must give the same logits bit for bit")
     other = trial.build(lm.config, trial.values["weights"] + 1, 1)
     weights = other.module.state_dict()

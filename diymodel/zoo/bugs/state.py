@@ -240,4 +240,20 @@ BUGS = [
         kills=("state.round_trip",),
         where="MoE",
     ),
+    Bug(
+        "complex-table-cast",
+        "rolling",
+        "        return torch.polar(torch.ones_like(angle), angle)",
+        "        turns = torch.polar(torch.ones_like(angle), angle)\n        if getattr(self, 'table', None) is None or len(self.table) < end:\n            every = torch.outer(torch.arange(end).double(), inv)\n            self.register_buffer('table', torch.polar(torch.ones_like(every), every), persistent=False)\n        return self.table[start:end] if end < 64 else turns",
+        kills=("state.moves",),
+        where="Rolling",
+    ),
+    Bug(
+        "complex-table-cast",
+        "onmodule",
+        '        cos, sin = rope_table(config)\n        self.register_buffer("cos", cos, persistent=False)\n        self.register_buffer("sin", sin, persistent=False)\n',
+        '        self.register_buffer("freqs_cis", torch.complex(*rope_table(config)), persistent=False)\n\n    cos = property(lambda self: self.freqs_cis.real)\n    sin = property(lambda self: (self.freqs_cis - self.freqs_cis.real + 0j).imag)\n',
+        kills=("state.moves",),
+        where="OnModule",
+    ),
 ]
