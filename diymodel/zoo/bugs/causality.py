@@ -385,7 +385,7 @@ BUGS = [
         "recurrent",
         "padding=WIDTH - 1)",
         'padding="same")',
-        kills=("causality.edit", "causality.gradient"),
+        kills=("causality.gradient",),
         where="Mixer",
     ),
     Bug(
