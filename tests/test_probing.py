@@ -129,3 +129,117 @@ def test_without_a_loss_it_is_said_what_to_write() -> None:
         "forward(targets=…) returned no scalar loss, and left none in an attribute; let it return (logits, loss), or "
         "write Subject(…, loss=lambda logits, labels: …)"
     )
+
+
+# --- modules that go on a cache only ---------------------------------------------------------------------------------
+
+
+class CachesFirst(Tiny):
+    """As in gpt-fast: nothing goes before ``setup_caches``, although the positions have a default."""
+
+    keys: Tensor | None = None
+    max_batch_size = max_seq_length = -1
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+        if self.max_seq_length >= max_seq_length and self.max_batch_size >= max_batch_size:
+            return
+        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+        weight = self.head.weight
+        self.keys = torch.zeros(max_batch_size, max_seq_length, weight.shape[1], dtype=weight.dtype)
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        assert self.keys is not None, "Caches must be initialized first"
+        x = self.embed(idx) + self.positions(input_pos)
+        self.keys[:, input_pos] = x
+        mean = self.keys.cumsum(1) / torch.arange(1, self.keys.shape[1] + 1)[:, None]
+        return self.head(x + torch.tanh(mean[:, input_pos]))
+
+
+def set_up_by_the_factory(config: Any) -> nn.Module:
+    module = CachesFirst(config)
+    module.setup_caches(8, config.max_seq_len)
+    return module
+
+
+@pytest.mark.parametrize("factory", [CachesFirst, set_up_by_the_factory])
+def test_a_module_that_needs_its_caches_first_gets_them(factory: Any) -> None:
+    subject = Subject(factory)
+    assert subject.convention.always_cached
+    assert subject.convention.describe().endswith("the cache is on the module, and every call is on it")
+    report = check_causal_lm(factory, profile="quick", only=["causality.edit", "decode.c*", "decode.session"])
+    assert report.verdict == "passed", report.to_text()
+    skipped = {result.check.id for result in report.results if result.status == "skipped"}
+    assert skipped == {"decode.caller_object"}
+
+
+class LeaksWithoutCache(CachesFirst):
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        if input_pos is None:
+            return self.run(idx, lambda scores: scores)
+        return super().forward(idx, input_pos)
+
+
+def test_a_cache_hides_no_leak_of_a_module_that_goes_without_it() -> None:
+    assert not Subject(LeaksWithoutCache).convention.always_cached
+    assert check_causal_lm(LeaksWithoutCache, profile="quick", only=["causality.edit"]).verdict == "failed"
+
+
+class NeedsAState(CachesFirst):
+    """Its cache is made by a method, and the caller hands it over each time."""
+
+    def init_state(self, batch_size: int) -> list[Tensor]:
+        return [torch.zeros(batch_size, 0, self.head.in_features, dtype=self.head.weight.dtype)]
+
+    def forward(self, idx: Tensor, state: list[Tensor]) -> Any:  # type: ignore[override]
+        start = state[0].shape[1]
+        x = self.embed(idx) + self.positions(torch.arange(start, start + idx.shape[1]))
+        seen = torch.cat((state[0], x), 1)
+        mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1)[:, None]
+        return self.head(x + torch.tanh(mean[:, start:])), [seen]
+
+
+def test_a_state_without_a_default_is_made_by_the_module() -> None:
+    subject = Subject(NeedsAState)
+    assert subject.missing("gradient") == "every call is on the cache that its caller makes: it is for inference only"
+    report = check_causal_lm(NeedsAState, profile="quick", only=["causality.edit", "decode.c*"])
+    assert report.verdict == "passed", report.to_text()
+
+
+class ResetsLater(Tiny):
+    """As in torchtune: the first reset is refused, and calls on the cache need a mask of their own."""
+
+    ready = False
+
+    def setup_caches(self, batch_size: int) -> None:
+        self.ready = True
+
+    def reset_caches(self) -> None:
+        if not self.ready:
+            raise RuntimeError("Key value caches are not setup. Call model.setup_caches first.")
+
+    def forward(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+        if self.ready and mask is None:
+            raise ValueError("causal masks must be provided")
+        return self.run(tokens, causal)
+
+
+def test_caches_are_not_reset_before_the_first_and_what_is_lacking_is_said() -> None:
+    assert Subject(ResetsLater).missing("cache") == (
+        "a cached call failed: ValueError: causal masks must be provided; it was given tokens, input_pos: name a "
+        "module instead, whose forward(tokens, start_pos) adds what it needs"
+    )
+
+
+# --- what further arguments may hide ----------------------------------------------------------------------------------
+
+
+class TakesMore(Tiny):
+    def forward(self, tokens: Tensor, **settings: Any) -> Tensor:
+        return self.run(tokens, causal)
+
+
+def test_what_further_keywords_may_hide_is_not_denied() -> None:
+    subject = Subject(TakesMore)
+    assert subject.missing("padding") == "forward names no attention_mask and no seq_lengths"
+    assert subject.missing("loss") == "forward names no labels"
+    assert Subject(Causal).missing("padding") == "forward has no attention_mask and no seq_lengths"

@@ -159,7 +159,11 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, Any], m
         ("import sys\nsys.exit(0)", "LM", "ends the program while it is imported: .*__main__"),
         ("LM = 3 +", "LM", "does not import: SyntaxError: invalid syntax"),
         ("class LM: pass", "LM", r"LM\(config\) failed: TypeError: .*; config has vocab_size, .*name a function"),
-        ("def build(config): config.n_embd", "build", "no attribute 'n_embd'; config has vocab_size, num_layers, "),
+        (
+            "def build(config): config.n_embd",
+            "build",
+            r"no attribute 'n_embd' \(.*:1\); config has vocab_size, num_layers, ",
+        ),
         ("def built(config): pass", "build", "has no 'build'; the nearest is 'built'"),
         (
             "from torch import nn\nclass LM(nn.Module):\n    def __init__(self, config): super().__init__()",

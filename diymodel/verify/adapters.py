@@ -116,7 +116,7 @@ class Convention:
             notes.append(f"the loss is left in {self.loss_attribute}")
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
-            notes.append(f"the cache is {kind}")
+            notes.append(f"the cache is {kind}{', and every call is on it' if self.always_cached else ''}")
         return "; ".join([call, *notes])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention, NewCache
 from diymodel.verify.failure import NotApplicable, refusal, said
+from diymodel.verify.signature import has_no
 
 _MAKERS = (
     "setup_caches",
@@ -55,12 +56,20 @@ def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, An
     return {}
 
 
+def always_cached_ways(module: nn.Module, convention: Convention) -> list[Convention]:
+    """The ways to call a module that makes its caches by a method, where no call goes without one."""
+    always = replace(convention, causal=None, always_cached=True)
+    if convention.always_cached or convention.new_cache is not None:
+        return [] if convention.always_cached else [always]
+    return [replace(always, new_cache=maker) for maker in _methods(module)] if convention.past else []
+
+
 def find_cache(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
 ) -> tuple[Convention, dict[str, str]]:
     """How a cache is begun and continued; what is missing, with the reason."""
     if not convention.past and not convention.cache_on_module:
-        return convention, dict.fromkeys(("cache", "chunks"), "forward has no past_key_values")
+        return convention, dict.fromkeys(("cache", "chunks"), has_no(module, "past_key_values"))
     convention, why = _find_new_cache(module, config, convention, ids)
     if why is not None:
         return convention, dict.fromkeys(("cache", "chunks"), why)
@@ -94,11 +103,19 @@ def _find_new_cache(
                 "Subject(…, new_cache=lambda module, config, rows: …)"
             )
         except Exception as error:  # a stranger's forward may raise anything
-            reasons.append(f"a cached call failed: {said(error)}")
+            reasons.append(f"a cached call failed: {said(error)}{_needs_more(way)}")
         else:
             changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
             return replace(way, cache_is_value=not changed and _is_value(past.cache)), None
     return convention, reasons[0] if len(ways) == 1 else reasons[ways.index(convention)]
+
+
+def _needs_more(way: Convention) -> str:
+    """What to write where a cache on the module asks for more than its caller is known to give, as torchtune's does."""
+    if not way.cache_on_module:
+        return ""
+    given = ", ".join(name for name in (way.ids, way.positions, way.start, way.use_cache) if name)
+    return f"; it was given {given}: name a module instead, whose forward(tokens, start_pos) adds what it needs"
 
 
 def _mask_covers_cache(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
@@ -140,7 +157,7 @@ def _set_up(maker: str, reset: str | None) -> NewCache:
 
     def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
         if reset is not None:
-            getattr(module, reset)()
+            refusal(getattr(module, reset))  # torchtune refuses before the first set-up, when nothing is there to reset
         else:
             for name in _SIZES:
                 if isinstance(getattr(module, name, None), int):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+_LIBRARIES = "site-packages/"
+_TOOLS = ("diymodel/verify/", "site-packages/torch/")
 
 
 @dataclass
@@ -42,7 +47,34 @@ def said(error: Exception) -> str:
     first, *more = [line.strip() for line in str(error).splitlines()] or [""]
     if first.endswith(":") and more:
         first = f"{first} {more[0]}"
+    if not first and (frame := _own_frame(error)):
+        first = frame.line or ""  # of a bare assert it is all there is
     return f"{type(error).__name__}: {first}"
+
+
+def said_where(error: Exception) -> str:
+    """:func:`said`, and the line of a stranger's own file that it comes from."""
+    frame = None if isinstance(error, SubjectError) else _own_frame(error)
+    if frame is None:
+        return said(error)
+    return f"{said(error)} ({frame.filename.removeprefix(f'{Path.cwd()}/')}:{frame.lineno})"
+
+
+def began(error: Exception) -> bool:
+    """Whether an error came out of a stranger's function, rather than of the attempt to call it."""
+    return isinstance(error, SubjectError) or _own_frame(error) is not None
+
+
+def _own_frame(error: Exception) -> traceback.FrameSummary | None:
+    """The deepest that is neither the harness's nor torch's nor Python's; of a library's only where no other is."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in _TOOLS)
+        and ("/lib/python" not in frame.filename or _LIBRARIES in frame.filename)
+    ]
+    own = [frame for frame in frames if _LIBRARIES not in frame.filename]
+    return next(reversed(own or frames), None)
 
 
 def refusal(call: Callable[..., object], *arguments: Any) -> str | None:

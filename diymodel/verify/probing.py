@@ -5,46 +5,29 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import IGNORED, LM, ROLES, Convention
-from diymodel.verify.cache_probing import cache_on_module, find_cache, is_narrower
+from diymodel.verify.adapters import LM, ROLES, Convention
+from diymodel.verify.cache_probing import always_cached_ways, cache_on_module, find_cache, is_narrower
 from diymodel.verify.casting import cast
-from diymodel.verify.failure import SubjectError, refusal, said
+from diymodel.verify.failure import SubjectError, refusal
+from diymodel.verify.loss_probing import LABELS_SHIFTED, find_loss
 from diymodel.verify.masks import CAUSAL_MASKS
+from diymodel.verify.signature import NAMES, has_no, parameter_names, parameters, required_parameters
 from diymodel.verify.trial import draw_weights
+from diymodel.verify.uncallable import LENGTH, ROWS, Tried, sample_ids, uncallable, wrong_logits
 
-_NAMES = {
-    "ids": ("input_ids", "idx", "tokens", "token_ids", "in_idx", "x", "inputs", "input", "src", "ids"),
-    "mask": ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask", "mask"),
-    "lengths": ("seq_lengths", "lengths", "seq_lens"),
-    "left": ("seq_start_pos",),
-    "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
-    "positions": ("position_ids", "input_pos", "positions", "pos_ids"),
-    "start": ("start_pos", "start_position"),
-    "past": (
-        *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
-        *("cache_params", "state", "states", "hidden", "hidden_state"),
-    ),
-    "use_cache": ("use_cache", "return_intermediates"),
-    "labels": ("labels", "targets", "target"),
-    "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
-}
-_PERHAPS_CAUSAL = ("mask", *_NAMES["causal"])  # names of masks (T, S) as well
+_PERHAPS_CAUSAL = ("mask", *NAMES["causal"])  # names of masks (T, S) as well
 _AFTER = ("input_not_include_cache",)  # x-transformers: True where a call on a cache gets the new tokens only
 _NEW_TOKENS = "cache_age"  # x-transformers, which hands it on by **kwargs
-_LABELS_SHIFTED = ("targets", "target")  # nanoGPT's name for labels that its caller shifts
 _MARKS_REAL = ("attention_mask",)  # the one name that everybody gives the same meaning
 _MASK_KINDS = ((torch.int64, False), (torch.bool, False), (torch.bool, True))  # dtype, True at padding
-_ROWS, _LENGTH = 3, 4  # apart, and neither the number of heads: a mask of another shape must not pass for one of these
 
 
 def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared: Mapping[str, Any]) -> Convention:
@@ -57,7 +40,7 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
     Raises:
         SubjectError: it cannot be called with token ids, or returns no logits.
     """
-    ids = torch.arange(_ROWS * _LENGTH).view(_ROWS, _LENGTH) % config.vocab_size
+    ids = sample_ids(config)
     module = build().eval()
 
     def rest(dtype: torch.dtype) -> Convention:
@@ -90,50 +73,23 @@ def _padded_is_finite(build: Callable[[], nn.Module], config: DIYConfig, convent
     return refusal(lm.logits, ids, real) is not None or bool(lm.logits(ids, real).isfinite().all())
 
 
-def parameter_names(module: nn.Module) -> dict[str, str]:
-    """The names that ``forward`` gives to what :class:`Convention` knows.
-
-    Raises:
-        SubjectError: it takes no token ids.
-    """
-    parameters = _parameters(module)
-    found = {role: name for role, names in _NAMES.items() if (name := next((n for n in names if n in parameters), ""))}
-    if not parameters:
-        raise SubjectError("forward takes no arguments: expected forward(input_ids, …)")
-    found.setdefault("ids", next(iter(parameters)))
-    return found
-
-
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-
-
-def _required(module: nn.Module) -> set[str]:
-    """The parameters without a default."""
-    return {name for name, parameter in _parameters(module).items() if parameter.default is parameter.empty}
-
-
 def _find_call(module: nn.Module, declared: Mapping[str, Any]) -> Convention:
     """What the names of parameters and methods tell."""
     names: dict[str, Any] = {**parameter_names(module)}
-    if names.get("labels") in _LABELS_SHIFTED:
+    if names.get("labels") in LABELS_SHIFTED:
         names |= {"labels_come_shifted": True, "ignore_index": -1}
     if names.get("use_cache") == "return_intermediates":
-        names |= {"cached_extra": {name: True for name in _AFTER if name in _parameters(module)}}
+        names |= {"cached_extra": {name: True for name in _AFTER if name in parameters(module)}}
         names |= {"new_tokens": _NEW_TOKENS}
     if "past" not in names and "new_cache" not in declared:
         names |= cache_on_module(module, names)
-    required = _required(module)
+    required = required_parameters(module)
     if names.get("cache_on_module") and names.get("positions") in required:
         names["always_cached"] = True
     names["positions_always"] = names.get("positions") in required and not names.get("cache_on_module")
     convention = Convention(**{**names, **declared})
     known = {getattr(convention, role) for role in ROLES}
-    if unknown := [name for name in _parameters(module) if name in required - known]:
+    if unknown := [name for name in parameters(module) if name in required - known]:
         raise SubjectError(
             f"forward needs {', '.join(unknown)}, which is none of the arguments that the harness knows: name a "
             "function config -> module instead, whose module gives it"
@@ -149,24 +105,36 @@ def _find_logits(
     Where none is so, the first in which the last position sees the first; else the first.
     """
     draw_weights(module, seed=0, sharpness=2)
-    ways = [convention] if "causal" in declared else _ways(convention, _required(module))
-    accepted, reasons = [], []
+    ways = [convention] if "causal" in declared else _ways(convention, required_parameters(module))
+    found, tried = _first_of(module, config, ways, ids)
+    if found is None and "always_cached" not in declared:  # gpt-fast: nothing goes without setup_caches
+        found, further = _first_of(module, config, always_cached_ways(module, convention), ids)
+        tried += further
+    if found is None:
+        raise uncallable(module, config, tried)
+    return found
+
+
+def _first_of(
+    module: nn.Module, config: DIYConfig, ways: Sequence[Convention], ids: Tensor
+) -> tuple[Convention | None, list[Tried]]:
+    """The best of several ways, None if all fail; and those that failed, in order."""
+    accepted: list[tuple[bool, Convention]] = []
+    tried: list[Tried] = []
     for way in ways:
         for need_labels in (False, True) if way.labels else (False,):
             trial = replace(way, logits_need_labels=need_labels)
-            if (why := _wrong_logits(LM(module, config, trial), ids)) is None:
+            if (error := wrong_logits(LM(module, config, trial), ids)) is None:
                 break
-            reasons.append(why)
+            tried.append(Tried(trial, error))
         else:
             continue
         lm = LM(module, config, trial)
         reaches = _reaches(lm, ids)
         if reaches and _is_causal(lm, ids):
-            return trial
+            return trial, tried
         accepted.append((not reaches, trial))
-    if not accepted:
-        raise SubjectError(reasons[0])
-    return min(accepted, key=lambda way: way[0])[1]
+    return min(accepted, key=lambda way: way[0])[1] if accepted else None, tried
 
 
 def _ways(convention: Convention, required: set[str]) -> list[Convention]:
@@ -186,20 +154,6 @@ def _ways(convention: Convention, required: set[str]) -> list[Convention]:
     if convention.positions_always:
         ways = [replace(way, positions_are_shared=shared) for way in ways for shared in (False, True)]
     return [replace(way, sequence_first=first) for first in (False, True) for way in ways]
-
-
-def _wrong_logits(lm: LM, ids: Tensor) -> str | None:
-    """What is wrong with the logits of all positions; None: nothing."""
-    name, expected = lm.convention.ids, (*ids.shape, lm.config.vocab_size)
-    try:
-        logits = lm.logits(ids)
-    except SubjectError as error:
-        return str(error)
-    except Exception as error:  # a stranger's forward may raise anything
-        return f"forward failed on token ids: {said(error)}"
-    if tuple(logits.shape) == expected:
-        return None
-    return f"forward({name}) of shape {expected[:2]} gave logits of shape {tuple(logits.shape)}: expected {expected}"
 
 
 def _close(seen: Tensor, expected: Tensor) -> bool:
@@ -243,19 +197,20 @@ def _find_rest(
     """How short inputs, padding, labels and cache are handled; what is missing."""
     convention = replace(convention, shortest=_find_shortest(module, config, convention, ids))
     convention, no_padding = _find_padding(module, config, convention, ids, declared)
-    convention, no_loss = _find_loss(module, config, convention, ids, declared)
+    convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache(module, config, convention, ids)
     missing = no_padding | no_loss | no_cache | _missing_packing(module, config, convention, ids)
     if convention.mask and not (convention.lengths or convention.mask_covers_cache):
         missing.setdefault("ragged_cache", f"forward({convention.mask}=…) covers the new tokens only")
     if convention.always_cached:
-        missing["gradient"] = "every call is on the cache that the module keeps: it is for inference only"
+        whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
+        missing["gradient"] = f"every call is on the cache {whose}: it is for inference only"
     return replace(convention, missing=missing)
 
 
 def _find_shortest(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> int:
     lm = LM(module, config, convention)
-    return next((T for T in range(1, _LENGTH) if refusal(lm.logits, ids[:, :T]) is None), _LENGTH)
+    return next((T for T in range(1, LENGTH) if refusal(lm.logits, ids[:, :T]) is None), LENGTH)
 
 
 def _find_padding(
@@ -264,12 +219,12 @@ def _find_padding(
     """How padding on the right is told: by lengths, or by a mask of numbers or booleans, of what is real or is not."""
     name = convention.lengths or convention.mask
     if name is None:
-        why = "forward has no attention_mask and no seq_lengths"
+        why = has_no(module, "attention_mask and no seq_lengths")
         return convention, dict.fromkeys(("padding", "ragged_cache"), why)
     ways = [convention]
     if not (convention.lengths or {"mask_dtype", "mask_marks_padding"} & declared.keys()):
         ways = _mask_kinds(convention)
-    real = torch.arange(_LENGTH) < torch.tensor([[_LENGTH]] + [[2]] * (_ROWS - 1))
+    real = torch.arange(LENGTH) < torch.tensor([[LENGTH]] + [[2]] * (ROWS - 1))
     expected = LM(module, config, convention).logits(ids)[real]
     accepted: list[Convention] = []
     reasons = []
@@ -293,80 +248,7 @@ def _find_padding(
 
 def _missing_packing(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> dict[str, str]:
     if convention.documents is None:
-        return {"packing": "forward has no document_ids"}
-    documents = (torch.arange(_LENGTH) // 2 + 1).expand_as(ids)
+        return {"packing": has_no(module, "document_ids")}
+    documents = (torch.arange(LENGTH) // 2 + 1).expand_as(ids)
     why = refusal(LM(module, config, convention).packed, ids, documents)
     return {} if why is None else {"packing": f"forward({convention.documents}=…) takes no (batch, seq): {why}"}
-
-
-def _find_loss(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
-) -> tuple[Convention, dict[str, str]]:
-    """Whether there is a loss, where it is left and, where the name leaves it open, how it wants its labels."""
-    if convention.loss is not None:
-        return convention, {}
-    if not convention.labels:
-        return convention, {"loss": "forward has no labels"}
-    styles = [convention]
-    if convention.labels in _LABELS_SHIFTED and not {"labels_come_shifted", "ignore_index"} & declared.keys():
-        pairs = ((True, -1), (True, IGNORED), (False, IGNORED), (False, -1))
-        styles = [replace(convention, labels_come_shifted=s, ignore_index=i) for s, i in pairs]
-    candidates = [way for style in styles for way in _losses(LM(module, config, style), ids)]
-    accepted: list[Convention] = []
-    reasons: list[str] = []
-    for candidate in candidates:
-        lm = LM(module, config, candidate)
-        try:
-            lm.loss(ids, _half_ignored(ids))
-        except SubjectError as error:
-            reasons.insert(0, f"{error}, and left none in an attribute")  # it came further than one that raised
-        except Exception as error:  # a stranger's forward may raise anything
-            reasons.append(f"forward({convention.labels}=…) gave no loss: {said(error)}")
-        else:
-            if len(candidates) == 1 or _is_cross_entropy(lm, ids):
-                return candidate, {}
-            accepted.append(candidate)
-    if accepted:  # there is a loss, of no known kind: the checks will say how it is wrong
-        return accepted[0], {}
-    advice = "let it return (logits, loss), or write Subject(…, loss=lambda logits, labels: …)"
-    return convention, {"loss": f"{reasons[0]}; {advice}"}
-
-
-def _losses(lm: LM, ids: Tensor) -> list[Convention]:
-    """How the loss may be had: as forward returns it, or from attributes where it leaves it.
-
-    Such an attribute holds a scalar with a graph, and another one for other labels; an auxiliary loss does not.
-    """
-    if lm.convention.loss_attribute is not None or refusal(lm.loss, ids, _half_ignored(ids)) is None:
-        return [lm.convention]
-    left = []
-    for labels in (ids, ids.roll(1, 1)):
-        with torch.enable_grad():
-            refusal(lm.loss, ids, labels)
-        left.append(_scalars(lm.module))
-    first, second = left
-    paths = [path for path in first.keys() & second.keys() if not torch.equal(first[path], second[path])]
-    return [replace(lm.convention, loss_attribute=path) for path in sorted(paths)] or [lm.convention]
-
-
-def _scalars(module: nn.Module) -> dict[str, Tensor]:
-    """The attributes that hold a scalar with a graph, by their path."""
-    return {
-        f"{name}.{attribute}" if name else attribute: value.detach()
-        for name, part in module.named_modules()
-        for attribute, value in vars(part).items()
-        if isinstance(value, Tensor) and value.dim() == 0 and value.grad_fn is not None
-    }
-
-
-def _half_ignored(ids: Tensor) -> Tensor:
-    labels = ids.clone()
-    labels[:, ::2] = IGNORED
-    return labels
-
-
-def _is_cross_entropy(lm: LM, ids: Tensor) -> bool:
-    labels = _half_ignored(ids)
-    logits = lm.logits(ids)[:, :-1].flatten(0, 1).double()
-    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
-    return bool(torch.isclose(lm.loss(ids, labels).double(), expected, rtol=1e-4))

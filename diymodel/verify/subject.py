@@ -16,7 +16,7 @@ from torch import nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import Checkpoint, Convention, Load, Reference, Save, Shifted, own_model
-from diymodel.verify.failure import SubjectError, said
+from diymodel.verify.failure import SubjectError, said_where
 from diymodel.verify.generate_probing import with_generating
 from diymodel.verify.generating import CAPABILITIES as GENERATING
 from diymodel.verify.importing import import_named
@@ -210,7 +210,7 @@ class Subject:
             except SubjectError:
                 raise
             except Exception as error:  # a stranger's constructor may raise anything
-                raise SubjectError(f"{self.name}(config) failed: {said(error)}{_advice(error)}") from error
+                raise SubjectError(f"{self.name}(config) failed: {said_where(error)}{_advice(error)}") from error
             if not isinstance(module, nn.Module):
                 raise SubjectError(
                     f"{self.name}(config) returned {type(module).__name__}: expected an nn.Module; SUBJECT names a "

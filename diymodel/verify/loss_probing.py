@@ -1,0 +1,91 @@
+"""Finds a module's own loss, by trying: where it is left, and how it wants its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import IGNORED, LM, Convention
+from diymodel.verify.failure import SubjectError, refusal, said
+from diymodel.verify.signature import has_no
+
+LABELS_SHIFTED = ("targets", "target")  # nanoGPT's name for labels that its caller shifts
+
+
+def find_loss(
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
+) -> tuple[Convention, dict[str, str]]:
+    """Whether there is a loss, where it is left and, where the name leaves it open, how it wants its labels."""
+    if convention.loss is not None:
+        return convention, {}
+    if not convention.labels:
+        return convention, {"loss": has_no(module, "labels")}
+    styles = [convention]
+    if convention.labels in LABELS_SHIFTED and not {"labels_come_shifted", "ignore_index"} & declared.keys():
+        pairs = ((True, -1), (True, IGNORED), (False, IGNORED), (False, -1))
+        styles = [replace(convention, labels_come_shifted=s, ignore_index=i) for s, i in pairs]
+    candidates = [way for style in styles for way in _losses(LM(module, config, style), ids)]
+    accepted: list[Convention] = []
+    reasons: list[str] = []
+    for candidate in candidates:
+        lm = LM(module, config, candidate)
+        try:
+            lm.loss(ids, _half_ignored(ids))
+        except SubjectError as error:
+            reasons.insert(0, f"{error}, and left none in an attribute")  # it came further than one that raised
+        except Exception as error:  # a stranger's forward may raise anything
+            reasons.append(f"forward({convention.labels}=…) gave no loss: {said(error)}")
+        else:
+            if len(candidates) == 1 or _is_cross_entropy(lm, ids):
+                return candidate, {}
+            accepted.append(candidate)
+    if accepted:  # there is a loss, of no known kind: the checks will say how it is wrong
+        return accepted[0], {}
+    advice = "let it return (logits, loss), or write Subject(…, loss=lambda logits, labels: …)"
+    return convention, {"loss": f"{reasons[0]}; {advice}"}
+
+
+def _losses(lm: LM, ids: Tensor) -> list[Convention]:
+    """How the loss may be had: as forward returns it, or from attributes where it leaves it.
+
+    Such an attribute holds a scalar with a graph, and another one for other labels; an auxiliary loss does not.
+    """
+    if lm.convention.loss_attribute is not None or refusal(lm.loss, ids, _half_ignored(ids)) is None:
+        return [lm.convention]
+    left = []
+    for labels in (ids, ids.roll(1, 1)):
+        with torch.enable_grad():
+            refusal(lm.loss, ids, labels)
+        left.append(_scalars(lm.module))
+    first, second = left
+    paths = [path for path in first.keys() & second.keys() if not torch.equal(first[path], second[path])]
+    return [replace(lm.convention, loss_attribute=path) for path in sorted(paths)] or [lm.convention]
+
+
+def _scalars(module: nn.Module) -> dict[str, Tensor]:
+    """The attributes that hold a scalar with a graph, by their path."""
+    return {
+        f"{name}.{attribute}" if name else attribute: value.detach()
+        for name, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if isinstance(value, Tensor) and value.dim() == 0 and value.grad_fn is not None
+    }
+
+
+def _half_ignored(ids: Tensor) -> Tensor:
+    labels = ids.clone()
+    labels[:, ::2] = IGNORED
+    return labels
+
+
+def _is_cross_entropy(lm: LM, ids: Tensor) -> bool:
+    labels = _half_ignored(ids)
+    logits = lm.logits(ids)[:, :-1].flatten(0, 1).double()
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return bool(torch.isclose(lm.loss(ids, labels).double(), expected, rtol=1e-4))

@@ -1,0 +1,60 @@
+"""What the signature of a stranger's ``forward`` tells: which of its parameters mean what the harness knows."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from diymodel.verify.failure import SubjectError
+
+NAMES = {
+    "ids": ("input_ids", "idx", "tokens", "token_ids", "in_idx", "x", "inputs", "input", "src", "ids"),
+    "mask": ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask", "mask"),
+    "lengths": ("seq_lengths", "lengths", "seq_lens"),
+    "left": ("seq_start_pos",),
+    "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
+    "positions": ("position_ids", "input_pos", "positions", "pos_ids"),
+    "start": ("start_pos", "start_position"),
+    "past": (
+        *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
+        *("cache_params", "state", "states", "hidden", "hidden_state"),
+    ),
+    "use_cache": ("use_cache", "return_intermediates"),
+    "labels": ("labels", "targets", "target"),
+    "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
+}
+
+
+def parameter_names(module: nn.Module) -> dict[str, str]:
+    """The names that ``forward`` gives to what :class:`Convention` knows.
+
+    Raises:
+        SubjectError: it takes no token ids.
+    """
+    known = parameters(module)
+    found = {role: name for role, names in NAMES.items() if (name := next((n for n in names if n in known), ""))}
+    if not known:
+        raise SubjectError("forward takes no arguments: expected forward(input_ids, …)")
+    found.setdefault("ids", next(iter(known)))
+    return found
+
+
+def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Those of ``forward`` that can be given by name."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def required_parameters(module: nn.Module) -> set[str]:
+    """The parameters without a default."""
+    return {name for name, parameter in parameters(module).items() if parameter.default is parameter.empty}
+
+
+def has_no(module: nn.Module, what: str) -> str:
+    """That ``forward`` lacks a parameter; one with ``**kwargs`` may take it all the same, and does not name it."""
+    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+    return f"forward {'names' if inspect.Parameter.VAR_KEYWORD in kinds else 'has'} no {what}"

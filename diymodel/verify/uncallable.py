@@ -1,0 +1,77 @@
+"""What is said of a module that no way of calling it suits: what was tried, where it failed, what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.failure import SubjectError, began, said, said_where
+
+ROWS, LENGTH = 3, 4  # apart, and neither the number of heads: a mask of another shape must not pass for one of these
+
+
+class Tried(NamedTuple):
+    """A way to call a module, and what came of it."""
+
+    way: Convention
+    error: Exception
+
+
+def sample_ids(config: DIYConfig, length: int = LENGTH) -> Tensor:
+    """Token ids (ROWS, length) that a module is tried with."""
+    return torch.arange(ROWS * length).view(ROWS, length) % config.vocab_size
+
+
+def wrong_logits(lm: LM, ids: Tensor) -> Exception | None:
+    """What is wrong with the logits of all positions; None: nothing."""
+    name, expected = lm.convention.ids, (*ids.shape, lm.config.vocab_size)
+    try:
+        logits = lm.logits(ids)
+    except Exception as error:  # a stranger's forward may raise anything
+        return error
+    if tuple(logits.shape) == expected:
+        return None
+    return SubjectError(
+        f"forward({name}) of shape {expected[:2]} gave logits of shape {tuple(logits.shape)}: expected {expected}"
+    )
+
+
+def uncallable(module: nn.Module, config: DIYConfig, tried: Sequence[Tried]) -> SubjectError:
+    """The error of a module that failed in every way that was ``tried``, the plainest first."""
+    plain, *others = tried
+    labels = next((other for other in others if other.way == replace(plain.way, logits_need_labels=True)), None)
+    cached = next((other for other in others if other.way.always_cached and not plain.way.always_cached), None)
+    shown = labels if labels is not None and not began(plain.error) else plain
+    given = f"token ids and {plain.way.labels}" if shown is labels else "token ids"
+    text = said_where(shown.error)
+    if not isinstance(shown.error, SubjectError):
+        shapes = f"it was given {ROWS} rows of {LENGTH} tokens, and max_seq_len is {config.max_seq_len}"
+        text = f"forward failed on {given}: {text}; {shapes}"
+    if shown is plain and labels is not None and said(labels.error) != said(plain.error):
+        text += f"; with {plain.way.labels}: {said_where(labels.error)}"
+    if cached is not None:
+        text += f"; on a cache made first: {said_where(cached.error)}"
+    return SubjectError(f"{text}; {_advice(module, config, shown, cached)}")
+
+
+def _advice(module: nn.Module, config: DIYConfig, shown: Tried, cached: Tried | None) -> str:
+    """What to write instead."""
+    way, whole = shown.way, config.max_seq_len
+    instead = "name a function config -> module instead, whose forward"
+    if wrong_logits(LM(module, config, way), sample_ids(config, whole)) is None:
+        return f"all {whole} tokens are taken: {instead} pads to max_seq_len and cuts the logits"
+    if wrong_logits(LM(module, config, way), sample_ids(config, 1)) is None:
+        return f"one token at a time is taken: {instead} feeds them singly"
+    fields = []
+    if way.causal or way.mask:
+        fields.append(f"causal={way.causal or way.mask!r}")
+    if way.past or cached is not None:
+        fields += ["always_cached=True", "new_cache=lambda module, config, rows: …"]
+    or_say = f", or say how it is called: Subject(factory, {', '.join(fields)})" if fields else ""
+    return f"{instead}({way.ids}) returns logits (batch, seq, vocab){or_say}"

@@ -1,0 +1,99 @@
+"""What is said of a module that cannot be called: how it was tried, where it failed, and what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from diymodel.verify import Subject, SubjectError
+from diymodel.verify.subject import resolve
+from tests.test_adapters import Tiny, causal
+from tests.test_probing import CachesFirst
+
+
+class WholeLengthOnly(Tiny):
+    """Without targets it does not even begin."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if tokens.shape[1] < self.positions.num_embeddings:
+            raise ValueError("too short")
+        return self.run(tokens, causal)
+
+
+class OneTokenOnly(Tiny):
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        if tokens.shape[1] != 1:
+            raise ValueError("only one token at a time")
+        return self.run(tokens, causal)
+
+
+class NoWay(Tiny):
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, past: Any = None, targets: Any = None) -> Tensor:
+        if targets is None:
+            raise ValueError("not this way")
+        return self.missing
+
+
+class NeverReady(CachesFirst):
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        raise RuntimeError("ready" if self.keys is not None else "not ready")
+
+
+HERE = r"\(.*test_uncallable.py:\d+\)"
+GIVEN = "it was given 3 rows of 4 tokens, and max_seq_len is 16; "
+FUNCTION = "name a function config -> module instead, whose forward"
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            WholeLengthOnly,
+            f"forward failed on token ids and targets: ValueError: too short {HERE}; {GIVEN}"
+            f"all 16 tokens are taken: {FUNCTION} pads to max_seq_len and cuts the logits",
+        ),
+        (
+            OneTokenOnly,
+            f"forward failed on token ids: ValueError: only one token at a time {HERE}; {GIVEN}"
+            f"one token at a time is taken: {FUNCTION} feeds them singly",
+        ),
+        (
+            NoWay,
+            f"forward failed on token ids: ValueError: not this way {HERE}; {GIVEN}"
+            rf"with targets: AttributeError: .* 'missing' {HERE}; "
+            rf"{FUNCTION}\(tokens\) returns logits \(batch, seq, vocab\), or say how it is called: "
+            r"Subject\(factory, causal='mask', always_cached=True, new_cache=lambda module, config, rows: …\)$",
+        ),
+        (
+            NeverReady,
+            f"token ids: RuntimeError: not ready {HERE}; {GIVEN}on a cache made first: RuntimeError: ready {HERE}; ",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_called_is_told_how_it_was_tried_and_what_to_write(
+    module: type[nn.Module], message: str
+) -> None:
+    with pytest.raises(SubjectError, match=message):
+        _ = Subject(module).convention
+
+
+def test_a_constructor_that_fails_is_told_where() -> None:
+    def build(config: Any) -> nn.Module:
+        raise KeyError("rope")
+
+    with pytest.raises(SubjectError, match=rf"build\(config\) failed: KeyError: 'rope' {HERE}"):
+        _ = Subject(build).convention
+
+
+def test_a_bare_assert_is_shown_itself(tmp_path: Path) -> None:
+    path = tmp_path / "whole.py"
+    path.write_text(
+        "from torch import nn\n\nclass LM(nn.Module):\n    def __init__(self, config):\n        super().__init__()\n"
+        "        self.embed = nn.Embedding(16, 16)\n\n    def forward(self, x):\n        assert x.shape[1] == 5\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(SubjectError, match=r"token ids: AssertionError: assert x.shape\[1\] == 5 \(.*whole.py:9\); "):
+        _ = resolve(f"{path}:LM").convention
