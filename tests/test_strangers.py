@@ -259,3 +259,38 @@ def test_a_gradient_below_the_rounding_of_the_largest_is_none() -> None:
     large, tiny = torch.ones(2, 2), torch.full((2, 2), 1e-17)
     found = {"large": large, "router": tiny, "bias": tiny[0], "cut": None, "unused": torch.zeros(2), "empty": large[:0]}
     assert _reached(found) == {"large", "bias"}
+
+
+class Crashing(DIYForCausalLM):
+    """A step on the cache, and generation, end in a mistake."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        if past_key_values is not None:
+            torch.zeros(2) + torch.zeros(3)
+        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:  # type: ignore[override]
+        return input_ids["a", max_new_tokens]  # type: ignore[index]
+
+
+class Refusing(Crashing):
+    """They are refused."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        if past_key_values is not None:
+            raise ValueError("not on a cache")
+        return super().forward(input_ids, past_key_values, use_cache)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError("some day")
+
+
+@pytest.mark.parametrize(("module", "status"), [(Crashing, "failed"), (Refusing, "skipped")])
+@pytest.mark.parametrize("check", ["decode.cached_equals_full", "generation.greedy_is_argmax"])
+def test_what_crashes_is_a_failure_and_what_is_refused_a_lack(module: type[nn.Module], status: str, check: str) -> None:
+    report = check_causal_lm(module, profile="quick", only=[check])
+    (result,) = report.results
+    assert result.status == status, result
+    if result.failure is not None:
+        assert "the subject raised" in result.failure.message
+        assert str(result.failure.traceback).count("test_strangers.py")

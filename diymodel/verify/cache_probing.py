@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention, NewCache
-from diymodel.verify.failure import NotApplicable, refusal, said
+from diymodel.verify.adapters import LM, Convention, NewCache, Past
+from diymodel.verify.failure import NotApplicable, crashed, refusal, said
 from diymodel.verify.signature import has_no
 
 _MAKERS = (
@@ -84,7 +84,10 @@ def find_cache(
 def _find_new_cache(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
 ) -> tuple[Convention, str | None]:
-    """The first way to a cache that a token can be added to; else why there is none."""
+    """The first way to a cache that a token can be added to; else why there is none.
+
+    Where a cache is begun and the next token crashes, that is no lack but a bug: the checks will show it.
+    """
     ways = [convention]
     if convention.past and convention.new_cache is None:
         ways = [replace(convention, new_cache=maker) for maker in _methods(module)]
@@ -92,8 +95,10 @@ def _find_new_cache(
     if convention.new_tokens:  # older versions know no such argument
         ways += [replace(way, new_tokens=None) for way in ways]
     reasons = []
+    crashing: Convention | None = None
     for way in ways:
         lm = LM(module, config, way)
+        begun: Past | None = None
         try:
             _, begun = lm.extend(ids)
             _, past = lm.extend(ids[:, :1], begun)
@@ -104,9 +109,13 @@ def _find_new_cache(
             )
         except Exception as error:  # a stranger's forward may raise anything
             reasons.append(f"a cached call failed: {said(error)}{_needs_more(way)}")
+            if begun is not None and crashed(error):
+                crashing = crashing or replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache))
         else:
             changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
             return replace(way, cache_is_value=not changed and _is_value(past.cache)), None
+    if crashing is not None:
+        return crashing, None
     return convention, reasons[0] if len(ways) == 1 else reasons[ways.index(convention)]
 
 

@@ -65,6 +65,11 @@ def began(error: Exception) -> bool:
     return isinstance(error, SubjectError) or _own_frame(error) is not None
 
 
+def crashed(error: Exception) -> bool:
+    """Whether an error is a mistake in a stranger's function, rather than its refusal of what it was given."""
+    return began(error) and not isinstance(error, (NotImplementedError, ValueError, AssertionError))
+
+
 def _own_frame(error: Exception) -> traceback.FrameSummary | None:
     """The deepest that is neither the harness's nor torch's nor Python's; of a library's only where no other is."""
     frames = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention
 from diymodel.verify.casting import cast
-from diymodel.verify.failure import refusal, said
+from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.generating import CAPABILITIES, MANY, Generating
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import draw_weights
@@ -49,6 +49,7 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
     "seed": 0,
     "use_cache": False,
 }
+_TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _SECONDS = 30  # for all of a module's answers
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
@@ -99,11 +100,22 @@ def find_generating(module: nn.Module, config: DIYConfig, convention: Convention
     if (why := _refused(lm, ids, {})) is not None:
         missing["generate_batch"] = f"generate does not take two rows: {why}"
         ids = ids[1:]
+    if names["ids"] in _TOKENS and (why := _crash(lm, ids)) is not None:  # the checks that need no more will show it
+        return replace(generating, missing={c: why for c in CAPABILITIES if c not in ("generate", "greedy")})
     found = replace(_find_counting(lm, ids), one_row=len(ids) == 1)
     for find in (_find_greedy, _find_sampling, _find_settings, _find_padding):
         found, without = find(LM(module, config, replace(convention, generating=found)), ids)
         missing |= without
     return replace(found, missing={**missing, **found.missing})
+
+
+def _crash(lm: LM, ids: Tensor) -> str | None:
+    """The mistake that a plain call of generate runs into; None: none, or a refusal."""
+    try:
+        lm.generate(ids, 2)
+    except Exception as error:
+        return f"generate failed on token ids: {said(error)}" if crashed(error) else None
+    return None
 
 
 def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:

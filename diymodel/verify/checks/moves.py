@@ -56,6 +56,7 @@ def moves(trial: Trial) -> None:
             raise CheckFailure(f"{what}, saw {seen}")
         if seen.dtype != expected.dtype:
             raise CheckFailure(f"{what}, of {expected.dtype}, saw {seen.dtype}")
+        seen, expected = seen.detach(), expected.detach()
         worst, tolerance = float((seen - expected).abs().max()), _ROUNDED[dtype] * float(expected.abs().max())
         if not worst <= tolerance:
             raise CheckFailure(f"{what}, saw a difference of {worst:.3g}", worst, tolerance)
