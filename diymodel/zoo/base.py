@@ -104,13 +104,7 @@ BASES = {
         ),
         Base("parallel", "ParallelLM", _NO_PADDING | {"loss"}),
         Base("postnorm", "PostNorm", _NO_CACHE | _NO_PADDING),
-        Base(
-            "switch",
-            "SwitchForCausalLM",
-            frozenset(),
-            (*STRICT, "left_padding", "ragged_cache"),
-            {"no_gradient": lambda file: ("*.experts.*",)},  # an expert that no token goes to
-        ),
+        Base("switch", "SwitchForCausalLM", frozenset(), (*STRICT, "left_padding", "ragged_cache")),
         Base(
             "rolling",
             "Rolling",
