@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+HARNESS = "diymodel/verify"
 _LIBRARIES = "site-packages/"
-_TOOLS = ("diymodel/verify/", "site-packages/torch/")
+_TOOLS = (HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
 
 
 @dataclass
@@ -70,14 +71,15 @@ def crashed(error: Exception) -> bool:
     return began(error) and not isinstance(error, (NotImplementedError, ValueError, AssertionError))
 
 
+def is_a_tools(frame: traceback.FrameSummary) -> bool:
+    """Whether a line of a traceback lies in the harness, in torch, in Hypothesis or in Python itself."""
+    standard_library = "/lib/python" in frame.filename and _LIBRARIES not in frame.filename
+    return standard_library or any(part in frame.filename for part in _TOOLS)
+
+
 def _own_frame(error: Exception) -> traceback.FrameSummary | None:
-    """The deepest that is neither the harness's nor torch's nor Python's; of a library's only where no other is."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename for part in _TOOLS)
-        and ("/lib/python" not in frame.filename or _LIBRARIES in frame.filename)
-    ]
+    """The deepest that is no tool's; of a library's only where no other is."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_a_tools(frame)]
     own = [frame for frame in frames if _LIBRARIES not in frame.filename]
     return next(reversed(own or frames), None)
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
-from diymodel.verify.failure import CheckFailure, Inconclusive, NotApplicable, SubjectError
+from diymodel.verify.failure import HARNESS, CheckFailure, Inconclusive, NotApplicable, SubjectError, is_a_tools
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
@@ -34,8 +34,6 @@ _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so m
 DIAGNOSES = 5  # classes of bugs that a report names
 _CONVINCING = 10  # times the tolerance: a smaller difference might be rounding that was measured too small
 _SHRINKS = 400  # trials spent on making a failure smaller
-_HARNESS = "diymodel/verify"
-_TOOLS = (_HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
 _INTO_SUBJECT = ("_call", "build")  # functions of the harness that run the subject's code
 
 
@@ -384,7 +382,7 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
         return Failure(
             error.message, check.causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance
         )
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_a_tools(frame)]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_a_tools(frame)]
     message = f"the subject raised {type(error).__name__}: {error}"
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
@@ -394,15 +392,7 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
 def _is_the_subjects(error: Exception) -> bool:
     """Whether an error came out of the subject, and not of the harness around it."""
     frames = traceback.extract_tb(error.__traceback__)
-    return any(
-        not _is_a_tools(frame) or (frame.name in _INTO_SUBJECT and _HARNESS in frame.filename) for frame in frames
-    )
-
-
-def _is_a_tools(frame: traceback.FrameSummary) -> bool:
-    """Whether a line of a traceback lies in the harness, in torch, in Hypothesis or in Python itself."""
-    standard_library = "/lib/python" in frame.filename and "site-packages" not in frame.filename
-    return standard_library or any(part in frame.filename for part in _TOOLS)
+    return any(not is_a_tools(frame) or (frame.name in _INTO_SUBJECT and HARNESS in frame.filename) for frame in frames)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -27,6 +27,7 @@ ON = {  # what our model is not made for
     "packing.documents_do_not_meet": "packed",
     "padding.left_changes_nothing": "hub",
     "padding.left_with_cache": "hub",
+    "padding.mask_is_used": "hub",
     "state.resized_vocabulary": "kept",
     "window.width": "windowed",
 }

@@ -98,7 +98,7 @@ def rows_draw_independently(trial: Trial) -> None:
     "generation.temperature_zero",
     title="temperature 0 takes the likeliest token",
     step="3.1",
-    needs=("sampling", "temperature_zero"),
+    needs=("temperature_zero",),
     causes=("temperature-zero",),
 )
 def temperature_zero(trial: Trial) -> None:
@@ -108,7 +108,8 @@ def temperature_zero(trial: Trial) -> None:
     beside = trial.draw("beside", st.sampled_from(["", *(name for name in off if not trial.subject.missing(name))]))
     settings = {beside: off[beside]} if beside else {}
     what = "temperature=0" + "".join(f" with {name}={value}" for name, value in settings.items())
-    rows, seed = ids.repeat(MANY, 1), _seed(trial)
+    rows = ids if trial.subject.missing("sampling") else ids.repeat(MANY, 1)  # some take one row only
+    seed = _seed(trial)
     found = _accepted(lambda: lm.sample(rows, 2, seed, temperature=0.0, **settings), what)
     must_be_likeliest(trial, lm, rows, found[:, ids.shape[1] :], f"{what} must take the likeliest token")
 
