@@ -55,7 +55,7 @@ def measure(name: str) -> Sample:
 
 def ranks(samples: Iterable[Sample]) -> dict[str, list[str]]:
     """The three classes that each bug looks most like, the likeliest first."""
-    return {sample.bug: [found.bug for found in signatures().rank(sample)[:3]] for sample in samples}
+    return {sample.bug: [found.bug for found in signatures().diagnose(sample)[:3]] for sample in samples}
 
 
 def main() -> int:

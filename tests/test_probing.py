@@ -205,6 +205,52 @@ def test_a_state_without_a_default_is_made_by_the_module() -> None:
     assert report.verdict == "passed", report.to_text()
 
 
+class CountsItself(CachesFirst):
+    """As LLMs-from-scratch's pkg: the caller holds the cache, the module where it stands in it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.reset_kv_cache()
+
+    def reset_kv_cache(self) -> None:
+        self.current_pos = 0
+
+    def make_cache(self) -> dict[str, Tensor]:
+        return {}
+
+    def forward(self, in_idx: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        start = self.current_pos if cache is not None else 0
+        end = start + in_idx.shape[1]
+        x = self.embed(in_idx) + self.positions(torch.arange(start, end))
+        seen = x
+        if cache is not None:
+            self.current_pos = end
+            seen = cache["seen"] = torch.cat((cache["seen"], x), 1) if cache else x
+        mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1)[:, None]
+        return self.head(x + torch.tanh(mean[:, -in_idx.shape[1] :]))  # type: ignore[no-any-return]
+
+
+def test_a_module_that_counts_the_positions_of_its_callers_cache_is_reset_before_each_sequence() -> None:
+    subject = Subject(CountsItself)
+    assert subject.convention.describe().endswith("the cache is a mutable object, the position in it on the module")
+    report = check_causal_lm(subject, profile="quick", only=["causality.through_cache", "decode.*"])
+    assert report.verdict == "passed", report.to_text()
+    ran = {result.check.id for result in report.results if result.status == "passed"}
+    assert {"decode.cached_equals_full", "decode.session", "decode.reset", "decode.unrelated_call"} <= ran
+
+
+class ForgetsToCount(CountsItself):
+    """Its reset is there, and does nothing."""
+
+    def reset_kv_cache(self) -> None:
+        self.current_pos = getattr(self, "current_pos", 0)
+
+
+def test_a_reset_that_does_not_reset_is_seen() -> None:
+    report = check_causal_lm(ForgetsToCount, profile="quick", only=["decode.reset"])
+    assert report.verdict == "failed", report.to_text()
+
+
 class ResetsLater(Tiny):
     """As in torchtune: the first reset is refused, and calls on the cache need a mask of their own."""
 

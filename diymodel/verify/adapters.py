@@ -92,7 +92,8 @@ class Convention:
     loss: Loss | None = None  # where the module leaves it to its caller
     loss_attribute: str | None = None  # llama2.c's last_loss: where the module leaves the loss, a path from it
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
-    cache_on_module: bool = False  # litgpt, gpt-fast: one timeline, nothing is handed back
+    cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
+    position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of calls on a cache
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
@@ -100,6 +101,11 @@ class Convention:
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
     generating: Generating | None = None  # how the module's own generate is called; None: not yet found
     missing: Mapping[str, str] = field(default_factory=dict)  # capability -> why the module does not have it
+
+    @property
+    def one_timeline(self) -> bool:
+        """Whether the module goes on with one sequence only, the last that was begun."""
+        return self.cache_on_module or self.position_on_module
 
     def describe(self) -> str:
         """How the module is called, in a line for its author."""
@@ -116,7 +122,8 @@ class Convention:
             notes.append(f"the loss is left in {self.loss_attribute}")
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
-            notes.append(f"the cache is {kind}{', and every call is on it' if self.always_cached else ''}")
+            more = ", the position in it on the module" if self.position_on_module else ""
+            notes.append(f"the cache is {kind}{more}{', and every call is on it' if self.always_cached else ''}")
         return "; ".join([call, *notes])
 
 

@@ -47,7 +47,7 @@ def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, An
     if names.get("start"):
         return {"cache_on_module": True, "always_cached": True}
     maker = next((name for name in _MAKERS if hasattr(module, name)), None)
-    reset = next((name for name in _RESETS if hasattr(module, name)), None)
+    reset = _reset_of(module)
     if maker is not None and names.get("positions"):
         found = {"cache_on_module": True, "new_cache": _set_up(maker, reset), "positions_are_shared": True}
         return found | {"always_cached": bool(names.get("block_mask"))}
@@ -97,6 +97,7 @@ def _find_new_cache(
     reasons = []
     crashing: Convention | None = None
     for way in ways:
+        way = _begun_anew(module, config, way, ids)
         lm = LM(module, config, way)
         begun: Past | None = None
         try:
@@ -117,6 +118,26 @@ def _find_new_cache(
     if crashing is not None:
         return crashing, None
     return convention, reasons[0] if len(ways) == 1 else reasons[ways.index(convention)]
+
+
+def _begun_anew(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> Convention:
+    """The way, and before each new sequence the module's method to reset, where a new cache alone begins none."""
+    reset = _reset_of(module)
+    if reset is None or way.cache_on_module:
+        return way
+    lm = LM(module, config, way)
+
+    def begun() -> Tensor | None:
+        try:
+            return lm.extend(ids)[0]
+        except Exception:  # it may raise anything, one that counts on where it has come to the end
+            return None
+
+    refusal(getattr(module, reset))
+    first, second = begun(), begun()
+    if first is None or (second is not None and torch.allclose(first, second)):
+        return way
+    return replace(way, new_cache=_after(reset, way.new_cache), position_on_module=True)
 
 
 def _needs_more(way: Convention) -> str:
@@ -181,6 +202,18 @@ def _method(name: str) -> NewCache:
         return _call(getattr(module, name), module, config, rows, config.kv_heads)
 
     return new_cache
+
+
+def _after(reset: str, maker: NewCache | None) -> NewCache:
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+        getattr(module, reset)()
+        return None if maker is None else maker(module, config, rows)
+
+    return new_cache
+
+
+def _reset_of(module: nn.Module) -> str | None:
+    return next((name for name in _RESETS if hasattr(module, name)), None)
 
 
 def _methods(module: nn.Module) -> Iterator[NewCache]:

@@ -15,7 +15,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Diagnosis
@@ -29,8 +29,12 @@ _PRIOR = 0.7  # known bugs whose measurement weighs as much as what is taken to 
 _OTHERS = 0.1  # what the mean of a class weighs in the signature of one of its bugs
 _SYMPTOM = 2.0  # what a symptom weighs, which is asked to tell classes apart, against a verdict
 _MISSED = 0.75  # what it weighs that no symptom of a class showed
+_NOT_AMONG_CAUSES = -3.0  # what it says against a class that no failed check names
 _UNEXPLAINED = -1.0  # the least that a failure says against a class: it may be another bug's
 _NEXT = 0.5  # what the next failed check of an area weighs against the one before
+_DOING = 0.4  # how often a fact holds that is taken for the doing of a bug
+_BESIDE = 0.9  # share of what the bugs found so far leave unexplained, from which on another one is named beside them
+_AT_ONCE = 3  # bugs that are told apart
 _FITS = 1.0  # log-likelihood ratio below which nothing is said
 _UNKNOWN = 3.0  # log-likelihood ratio of a bug of no class; so little is right of a class in two cases of three
 _CERTAIN = 0.99
@@ -44,6 +48,10 @@ def facts_of(sample: Sample) -> dict[str, bool]:
     return {**verdicts, **sample.symptoms}
 
 
+def _failed(sample: Sample) -> list[str]:
+    return [id for id, status in sample.verdicts.items() if status == "failed"]
+
+
 class Signatures:
     """How each class of bugs looks.
 
@@ -53,7 +61,7 @@ class Signatures:
     """
 
     def __init__(self, samples: Iterable[Sample], causes: Mapping[str, Sequence[str]]) -> None:
-        samples = list(samples)
+        samples, self._causes = list(samples), causes
         known: dict[str, list[Mapping[str, bool]]] = {slug: [] for named in causes.values() for slug in named}
         for sample in samples:
             known.setdefault(sample.slug, []).append(facts_of(sample))
@@ -61,13 +69,44 @@ class Signatures:
         unnamed = {fact: _unnamed(fact, known.values()) for fact in causes}
         means = {slug: _mean(bugs, _named(slug, causes, unnamed)) for slug, bugs in known.items()}
         rates = {fact: _sure(sum(mean[fact] for mean in means.values()) / len(known)) for fact in causes}
-        self._weights = {
-            slug: [
-                {fact: _weights(fact, signature[fact], rates[fact]) for fact in causes}
-                for signature in (_named(slug, causes, unnamed), means[slug], *_of_each(bugs, means[slug]))
-            ]
+        looks = {
+            slug: (_named(slug, causes, unnamed), means[slug], *_of_each(bugs, means[slug]))
             for slug, bugs in known.items()
         }
+        self._weights = {
+            slug: [{fact: _weights(fact, look[fact], rates[fact]) for fact in causes} for look in looks[slug]]
+            for slug in looks
+        }
+        self._doing = {
+            slug: {fact for fact in causes if slug in causes[fact] or any(look[fact] >= _DOING for look in looks[slug])}
+            for slug in looks
+        }
+
+    def diagnose(self, sample: Sample) -> list[Diagnosis]:
+        """As :meth:`rank`, with bugs that are there at once told apart.
+
+        After the likeliest class stand those that explain what it leaves unexplained, each with its share of the belief
+        about that; and its own share is no longer lessened by what they explain.
+        """
+        ranked = self.rank(sample)
+        found, rest = ranked[:1], sample
+        while found and len(found) < _AT_ONCE:
+            rest = self._without(rest, found[-1:])
+            others = [further for further in self.rank(rest) if all(further.bug != one.bug for one in found)]
+            if not others or others[0].score < _BESIDE:
+                break
+            found.append(replace(others[0], beside=True))
+        if len(found) > 1:
+            alone = self.rank(self._without(sample, found[1:]))
+            share = max(one.score for one in (*ranked[:1], *alone) if one.bug == found[0].bug)
+            found[0] = replace(found[0], score=share)
+        return [*found, *(other for other in ranked if all(other.bug != one.bug for one in found))]
+
+    def _without(self, sample: Sample, found: Iterable[Diagnosis]) -> Sample:
+        """The run without what may be the doing of some bugs."""
+        doing = {fact for one in found for fact in self._doing[one.bug] if facts_of(sample).get(fact)}
+        verdicts = {**sample.verdicts, **dict.fromkeys(doing & sample.verdicts.keys(), "skipped")}
+        return replace(sample, verdicts=verdicts, symptoms={k: v for k, v in sample.symptoms.items() if k not in doing})
 
     def rank(self, sample: Sample) -> list[Diagnosis]:
         """Every class, the one that the run looks most like first; none where nothing failed or nothing fits.
@@ -78,10 +117,12 @@ class Signatures:
         if not any(seen.values()):
             return []
         silent, ruled_out = _silent_on(sample), _ruled_out(sample)
+        named = {slug for id in _failed(sample) for slug in self._causes.get(id, ())}
         fits = {}
         for slug, all_weights in self._weights.items():
             score, evidence = max(_fit(weights, seen, ruled_out.get(slug, frozenset())) for weights in all_weights)
-            fits[slug] = (score + self._silent[slug] * silent.get(slug, False), evidence)
+            score += self._silent[slug] * silent.get(slug, False) + _NOT_AMONG_CAUSES * (slug not in named)
+            fits[slug] = (score, evidence)
         best = max(score for score, _ in fits.values())
         if best < _FITS:
             return []
@@ -177,9 +218,8 @@ def _looked_for(check: str) -> frozenset[str]:
 
 def _silent_on(sample: Sample) -> dict[str, bool]:
     """Of the classes whose symptoms were looked for: whether none of them showed."""
-    failed = (id for id, status in sample.verdicts.items() if status == "failed")
     silent: dict[str, bool] = {}
-    for id in frozenset().union(*map(_looked_for, failed)):
+    for id in frozenset().union(*map(_looked_for, _failed(sample))):
         for slug in list_symptoms()[id].causes:
             silent[slug] = silent.get(slug, True) and not sample.symptoms.get(id, False)
     return silent
@@ -244,7 +284,7 @@ def leave_one_base_out(samples: Iterable[Sample]) -> Accuracy:
     for base in sorted({sample.base for sample in samples}):
         known = Signatures([sample for sample in samples if sample.base != base], causes)
         for sample in (sample for sample in samples if sample.base == base and sample.killers):
-            named = [found.bug for found in known.rank(sample)[:3]]
+            named = [found.bug for found in known.diagnose(sample)[:3]]
             bugs += 1
             first += named[:1] == [sample.slug]
             among_three += sample.slug in named

@@ -125,7 +125,9 @@ def _diagnosis(report: Report, lang: Lang) -> str:
     lines = [f"<h2>{words['diagnosis']}</h2>"]
     if not report.likely:
         lines.append(f'<p class="card">{words["raises" if report.only_raises else "unknown"]}</p>')
-    for found in report.likely:
+    for lead, found in report.led:
+        if lead:
+            lines.append(f"<p>{words[lead]}:</p>")
         look = bug_class(found.bug).text(lang).look_for
         lines += [
             '<section class="card failure">',

@@ -11,6 +11,7 @@ from diymodel.verify.registry import Check
 
 Lang = Literal["en", "zh"]
 Status = Literal["passed", "failed", "skipped", "inconclusive", "expected_failure", "error"]
+Lead = Literal["beside", "instead", ""]  # how a diagnosis follows on the ones before
 
 _LEAST_SCORE = 0.02  # of a diagnosis that is shown beside a likelier one
 
@@ -54,6 +55,7 @@ class Diagnosis:
     bug: str  # slug
     score: float  # share of the belief among all classes; the facts are not independent, so it ranks, and is no odds
     evidence: tuple[str, ...]  # ids of failed checks and of symptoms that speak for it, the strongest first
+    beside: bool = False  # another bug than those before it; the score is its share of what they leave unexplained
 
 
 @dataclass
@@ -116,6 +118,18 @@ class Report:
         """What is worth showing of the diagnosis: the likeliest, and what comes near it."""
         return tuple(found for place, found in enumerate(self.diagnosis) if not place or found.score >= _LEAST_SCORE)
 
+    @property
+    def led(self) -> list[tuple[Lead, Diagnosis]]:
+        """:attr:`likely`, with how each follows on the ones before: as a further bug, or instead of one of several."""
+        at_once = 1 + sum(found.beside for found in self.likely)
+
+        def lead(place: int, found: Diagnosis) -> Lead:
+            if found.beside:
+                return "beside"
+            return "instead" if place == at_once > 1 else ""
+
+        return [(lead(place, found), found) for place, found in enumerate(self.likely)]
+
     def to_dict(self) -> dict[str, Any]:
         """The document of ``--json``."""
         return {
@@ -155,6 +169,7 @@ def _diagnosis_dict(found: Diagnosis) -> dict[str, Any]:
         "score": round(found.score, 4),
         "explanation": explain_diagnosis(found),
         "evidence": list(found.evidence),
+        "beside": found.beside,
     }
 
 

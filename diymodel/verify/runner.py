@@ -168,7 +168,7 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
         return
     look = observe_isolated if isolate else observe
     report.symptoms = {} if report.interrupted else look(subject, report.results, report.device)
-    ranked = signatures().rank(sample_of(report.results, report.symptoms))
+    ranked = signatures().diagnose(sample_of(report.results, report.symptoms))
     report.diagnosis = tuple(ranked[:DIAGNOSES])
     explained = {fact for found in report.likely for fact in found.evidence}
     report.unexplained = tuple(result.check.id for result in report.failed if result.check.id not in explained)
@@ -177,7 +177,8 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     def ordered(result: Result) -> Result:
         if result.failure is None:
             return result
-        sure = {found.bug for found in ranked[:1] if found.score > 0.5 and result.check.id in found.evidence}
+        named = (found for place, found in enumerate(ranked) if not place or found.beside)
+        sure = {found.bug for found in named if found.score > 0.5 and result.check.id in found.evidence}
         causes = sorted(
             sure.union(result.failure.likely_causes), key=lambda slug: (places.get(slug, len(places)), slug)
         )

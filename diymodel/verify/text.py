@@ -73,7 +73,9 @@ def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> l
     lines = [_paint(words["diagnosis"], "1", color)]
     if not report.likely:
         return [*lines, f"  {words['raises' if report.only_raises else 'unknown']}"]
-    for found in report.likely:
+    for lead, found in report.led:
+        if lead:
+            lines.append(f"  {words[lead]}:")
         look = bug_class(found.bug).text(lang).look_for
         lines.append(f"  {found.score:4.0%}  {_paint(found.bug, '1', color)}: {explain_diagnosis(found, lang)}")
         lines.append(f"        {_paint(words['look'], '90', color)}: {look}")

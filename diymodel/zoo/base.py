@@ -136,5 +136,6 @@ BASES = {
         ),
         Base("recurrent", "Recurrent", _NO_CACHE | _NO_PADDING | {"loss", "strict_context"}, ()),
         Base("timeshift", "TimeShift", _NO_CACHE | _NO_PADDING),
+        Base("statespace", "StateSpace", _NO_PADDING | {"loss", "strict_context"}, ()),
     )
 }

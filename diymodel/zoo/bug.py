@@ -37,9 +37,17 @@ class Bug:
     @property
     def source(self) -> str:
         """The base's file with the change."""
-        source = BASES[self.base].source
+        return self.put_into(BASES[self.base].source)
+
+    def put_into(self, source: str) -> str:
+        """A text of the base's file, which may hold another bug, with the change.
+
+        Raises:
+            ValueError: what is to be changed does not stand there once.
+        """
         part = _part(source, self.where)
-        assert part.count(self.old) == 1, f"{self.id}: {self.old!r} occurs {part.count(self.old)} times"
+        if part.count(self.old) != 1:
+            raise ValueError(f"{self.id}: {self.old!r} occurs {part.count(self.old)} times")
         return source.replace(part, part.replace(self.old, self.new))
 
     def subject(self) -> Subject:

@@ -42,7 +42,7 @@ NOT_APPLICABLE = {
         for name in (
             *("nanogpt", "hub", "startpos", "resettable", "intermediates", "learned"),
             *("parallel", "postnorm", "headwise", "scribe"),
-            *("recurrent", "timeshift"),  # without attention
+            *("recurrent", "timeshift", "statespace"),  # without attention
         )
     ),
     *((name, "decode.caller_object") for name in LACKS if name not in ("supplied", "windowed")),

@@ -50,7 +50,7 @@ def _steps(vocab_size: int, longest: int) -> st.SearchStrategy[list[dict[str, An
 
 def _plan(steps: list[dict[str, Any]], first_rows: int, lm: LM, device: str) -> list[_Call]:
     """What each step calls; a step that would grow a sequence beyond the longest is left out."""
-    one_timeline = lm.convention.cache_on_module
+    one_timeline = lm.convention.one_timeline
     plan: list[_Call] = []
     for step in steps:
         kind = next(name for name in _KINDS if name in step)
@@ -82,6 +82,7 @@ def _plan(steps: list[dict[str, Any]], first_rows: int, lm: LM, device: str) -> 
         "chunk-unmasked",
         "position-restarts-in-decode",
         "cache-rows-shared",
+        "carried-state-lost",
         "cached-path-diverges",
     ),
 )

@@ -124,6 +124,31 @@ def _right_token_by_token(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "decode.wrong_at_the_seam",
+    "the first of several tokens on a cache is wrong, the same whatever follows it, and with all tokens equal as well",
+    "在 cache 上一次送入多个 token，第一个就错；后面跟什么都错得一样，所有 token 相同时也错",
+    ("decode.*",),
+    ("carried-state-lost", "cached-path-diverges"),
+)
+def _wrong_at_the_seam(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if patient.subject.missing("chunks") is not None:
+        return None
+    ids = distinct_tokens(lm)
+
+    @torch.no_grad()
+    def first_of(tokens: Tensor, T: int) -> Tensor:
+        _, past = lm.extend(tokens[:, :_PREFILL])
+        return lm.extend(tokens[:, _PREFILL : _PREFILL + T], past)[0][:, 0]
+
+    def is_wrong(tokens: Tensor) -> bool:
+        return apart(first_of(tokens, 2), lm.logits(tokens[:, : _PREFILL + 1])[:, -1]) > SAME
+
+    follows = apart(first_of(ids, 2), first_of(ids, 3)) > SAME
+    return not follows and is_wrong(ids) and is_wrong(torch.full_like(ids, 3))
+
+
+@symptom(
     "decode.right_at_first",
     "the second token on a cache of one is right, and later ones are not",
     "缓存一个 token 之后的那一步是对的，再往后就错",

@@ -109,7 +109,7 @@ def _earlier_call_matters(patient: Patient) -> bool | None:
 
     if any(_differs(lm, call, partial(after_others, call), ids) for call in calls.values()):
         return True
-    if "cached" not in calls or lm.convention.cache_on_module or lm.convention.always_cached:
+    if "cached" not in calls or lm.convention.one_timeline or lm.convention.always_cached:
         return False
     return _differs(lm, _cached, lambda lm, tokens: _cached(lm, tokens, lambda: all_kinds(lm)), ids)
 

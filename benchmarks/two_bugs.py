@@ -1,0 +1,130 @@
+"""How well the diagnosis tells two bugs apart that one model has at once.
+
+Pairs of bugs of the zoo, drawn at random, both put into the model that they share; the diagnosis has learned from the
+other models alone.
+
+    python -m benchmarks.two_bugs benchmarks/results/two-bugs.json --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from diymodel._files import replace_text
+from diymodel._machine import describe_machine
+from diymodel.verify.diagnose import Signatures, known_causes
+from diymodel.verify.registry import list_checks
+from diymodel.verify.runner import PROFILES, Settings, verify_one
+from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
+from diymodel.verify.subject import Subject
+from diymodel.verify.symptoms import observe
+from diymodel.zoo.base import BASES
+from diymodel.zoo.bug import Bug, list_bugs
+
+PROFILE = "quick"
+A_BASE = 4  # pairs drawn for each model
+_AND = " + "
+
+
+def pairs() -> list[tuple[Bug, Bug]]:
+    """Bugs of different classes whose changes can both be made; the same ones each time."""
+    rng = random.Random(0)
+    return [pair for base in BASES for pair in itertools.islice(_of(base, rng), A_BASE)]
+
+
+def _of(base: str, rng: random.Random) -> Iterator[tuple[Bug, Bug]]:
+    bugs = [bug for bug in list_bugs() if bug.base == base]
+    every = [pair for pair in itertools.combinations(bugs, 2) if pair[0].slug != pair[1].slug]
+    for one, other in rng.sample(every, len(every)):
+        try:
+            subject(one, other)
+        except (ValueError, SyntaxError):  # the one changes what the other changes
+            continue
+        yield one, other
+
+
+def subject(one: Bug, other: Bug) -> Subject:
+    """The model with both.
+
+    Raises:
+        ValueError: the second finds its place no more.
+        SyntaxError: what comes out is no Python.
+    """
+    source = other.put_into(one.source)
+    made = BASES[one.base].subject(source, f"zoo:{one.base}+{one.slug}+{other.slug}", (*one.claims, *other.claims))
+    made.reference = one.subject().reference or other.subject().reference
+    return made
+
+
+def measure(index: int) -> Sample:
+    """What the checks and symptoms say of a pair."""
+    torch.set_num_threads(1)
+    one, other = pairs()[index]
+    found, settings = subject(one, other), Settings(PROFILES[PROFILE], shrink=False, optional=False)
+    results = [verify_one(found, check, settings) for check in list_checks()]
+    slug = f"{one.slug}{_AND}{other.slug}"
+    return sample_of(results, observe(found, results), f"{one.id}{_AND}{other.id}", slug, one.base)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How often both bugs are named."""
+
+    pairs: int
+    one_first: int
+    both_first: int  # they are the first two
+    among_three: int
+    missed: tuple[str, ...]  # pairs of which the first three lack one, and the three
+
+
+def tell_apart(samples: Iterable[Sample]) -> Apart:
+    """The diagnosis of each pair by what was learned from the other models."""
+    known, causes = read_samples(), known_causes()
+    found = Apart(0, 0, 0, 0, ())
+    for base, group in itertools.groupby(sorted(samples, key=lambda sample: sample.base), lambda sample: sample.base):
+        learned = Signatures([sample for sample in known if sample.base != base], causes)
+        for sample in group:
+            named, both = [one.bug for one in learned.diagnose(sample)[:3]], set(sample.slug.split(_AND))
+            missed = () if both <= set(named) else (f"{sample.bug}: {', '.join(named) or 'nothing'}",)
+            found = replace(
+                found,
+                pairs=found.pairs + 1,
+                one_first=found.one_first + (not both.isdisjoint(named[:1])),
+                both_first=found.both_first + (both == set(named[:2])),
+                among_three=found.among_three + (both <= set(named)),
+                missed=found.missed + missed,
+            )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        samples = list(pool.map(measure, range(len(pairs()))))
+    machine = describe_machine(torch.device("cpu"))
+    facts = {"profile": PROFILE, "seed": 0, "torch": torch.__version__, "machine": machine}
+    replace_text(args.file, write_samples(samples, facts))
+    found = tell_apart(samples)
+    print("\n".join(found.missed))
+    print(
+        f"{found.pairs} pairs: one of the two first {found.one_first}, both first {found.both_first}, "
+        f"both among three {found.among_three}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
