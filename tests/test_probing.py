@@ -63,6 +63,28 @@ def test_float32_is_taken_where_it_can_do_more() -> None:
     assert subject.missing("padding") is None
 
 
+class SoftmaxOfFloat32(Tiny):
+    """As Gemma 2: the mask holds the smallest number of the scores' dtype, and the softmax works in float32."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        least = torch.finfo(self.head.weight.dtype).min
+
+        def narrow(scores: Tensor) -> Tensor:
+            hidden = ~torch.ones_like(scores[0], dtype=torch.bool).tril() | (real[:, None, None] == 0)
+            return scores.masked_fill(hidden, least).float().log_softmax(-1).to(scores.dtype)
+
+        return self.run(input_ids, narrow)
+
+
+def test_padding_that_overflows_in_float64_is_judged_in_float32_and_the_rest_is_not() -> None:
+    subject = Subject(SoftmaxOfFloat32)
+    assert (subject.convention.dtype, subject.convention.padded_dtype) == (torch.float64, torch.float32)
+    report = check_causal_lm(subject, profile="quick", only=["causality.*", "padding.*"])
+    assert report.verdict == "passed", report.to_text()
+    assert report.dtype == "float64"
+
+
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 

@@ -249,3 +249,13 @@ def test_a_doubtful_failure_replays() -> None:
     again = replay(own(), differing(lambda x: 2.0), found.failure.values)
     assert again.failure is not None
     assert again.failure.message == found.failure.message
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("float64", "failed"), ("float32", "inconclusive")])
+def test_what_is_never_clearly_beyond_rounding_is_no_failure_in_a_narrow_type(dtype: str, status: str) -> None:
+    result = run_check(own(), differing(lambda x: 2.0), Settings.of(dtype=dtype))
+    assert result.status == status
+    assert (result.reason is None) == (status == "failed")
+    assert result.examples == 40 or status == "failed"
+    clear = run_check(own(), differing(lambda x: 50.0 if x > 60 else 2.0), Settings.of(dtype=dtype))
+    assert clear.status == "failed"

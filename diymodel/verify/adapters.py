@@ -9,7 +9,7 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -39,6 +39,7 @@ Shifted = Callable[
 Around = Callable[[int, int], AbstractContextManager[Any]]  # start, T: what each call of the module happens in
 Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # config, state_dict, ids -> logits, float64
 
+_PADDED = {"padding", "left_padding", "generate_padded"}  # capabilities of a call with padding
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
 _OUTPUTS = ("logits", "loss", "past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")
@@ -99,6 +100,7 @@ class Convention:
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
+    padded_dtype: torch.dtype | None = None  # of calls with padding, where that overflows in dtype
     generating: Generating | None = None  # how the module's own generate is called; None: not yet found
     missing: Mapping[str, str] = field(default_factory=dict)  # capability -> why the module does not have it
 
@@ -106,6 +108,10 @@ class Convention:
     def one_timeline(self) -> bool:
         """Whether the module goes on with one sequence only, the last that was begun."""
         return self.cache_on_module or self.position_on_module
+
+    def dtype_for(self, needs: Iterable[str]) -> torch.dtype:
+        """In which a check is judged that needs so much."""
+        return self.dtype if self.padded_dtype is None or _PADDED.isdisjoint(needs) else self.padded_dtype
 
     def describe(self) -> str:
         """How the module is called, in a line for its author."""

@@ -57,7 +57,9 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
         better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
         overflows = _padded_is_finite(build, config, coarse, ids) and not _padded_is_finite(build, config, exact, ids)
         narrower = "cache" not in exact.missing and is_narrower(build().eval().double(), config, exact, ids)
-        return coarse if better or overflows or narrower else exact
+        if better or narrower:
+            return coarse
+        return replace(exact, padded_dtype=torch.float32) if overflows else exact
 
 
 def _padded_is_finite(build: Callable[[], nn.Module], config: DIYConfig, convention: Convention, ids: Tensor) -> bool:

@@ -135,6 +135,13 @@ class Trial:
         drawn = self.draw("tokens", st.lists(st.lists(token, min_size=length, max_size=length), min_size=B, max_size=B))
         return torch.tensor(drawn, device=self.device)
 
+    def missing(self, capability: str) -> str | None:
+        """Why this trial goes without a capability: the subject lacks it, or it overflows in the trial's dtype."""
+        convention = self.subject.convention
+        if self.dtype == convention.dtype != (wanted := convention.dtype_for((capability,))):
+            return f"in {self.dtype} padded rows overflow, and not in {wanted}"
+        return self.subject.missing(capability)
+
     def right_padding(self, ids: Tensor, shortest: int = 1) -> Tensor:
         """Which tokens of each row are real, (B, T) bool; padding stands on the right."""
         B, T = ids.shape

@@ -32,6 +32,9 @@ _SQUARES = {
     "dot",
 }
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "multiply"}  # of a tensor with itself: a square
+_ZEROS = {"zeros", "zeros_like", "new_zeros", "pad", "constant_pad_nd"}
+_CONVOLUTIONS = {"conv1d", "conv2d"}
+_PADDING = 4  # which argument of a convolution it is
 _SCORES = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 
 
@@ -47,6 +50,26 @@ class Watcher(TorchFunctionMode):
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """One operation, and what it gave."""
+
+
+class ZeroRows(Watcher):
+    """Zeros that are made, or padded with, for each row: on a cache, in place of what the row carried over.
+
+    Args:
+        seen: where they are put.
+        rows: of the batch.
+    """
+
+    def __init__(self, seen: list[Tensor], rows: int, start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.rows = rows
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = getattr(function, "__name__", "")
+        made = name in _ZEROS or (name in _CONVOLUTIONS and _pads(args, kwargs))
+        if made and isinstance(result, Tensor) and result.dim() > 1 and len(result) == self.rows:
+            self.seen.append(result)
 
 
 class AttentionWeights(Watcher):
@@ -95,6 +118,12 @@ class NaNsGiven(Watcher):
         given = _given_to_attention(function, args, kwargs, self.length)
         if given is not None:
             self.seen.append(_has_nan(given))
+
+
+def _pads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a convolution puts zeros around its input."""
+    padding = args[_PADDING] if len(args) > _PADDING else kwargs.get("padding", 0)
+    return padding not in (0, (0,), (0, 0), "valid")
 
 
 def _given_to_attention(

@@ -85,7 +85,7 @@ def _reached(found: dict[str, Tensor | None]) -> set[str]:
 def finite(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    if trial.subject.missing("padding") is None:
+    if trial.missing("padding") is None:
         real = trial.right_padding(ids)
         logits = lm.logits(ids, real)[real]
     else:

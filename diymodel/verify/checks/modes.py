@@ -83,7 +83,7 @@ def agree_without_dropout(trial: Trial) -> None:
     if (held := _dropout_of(lm.module)) is not None:
         raise NotApplicable(f"the module keeps its dropout where config.dropout is 0: {held}")
     runs: dict[str, Callable[[], Tensor]] = {"": lambda: lm.logits(ids)}
-    if trial.subject.missing("left_padding") is None:  # which nothing but a mask hides
+    if trial.missing("left_padding") is None:  # which nothing but a mask hides
         real = trial.right_padding(ids, lm.convention.shortest).flip(1)
         runs[f" padded on the left (real: {real.int().tolist()})"] = lambda: lm.logits(ids, real)[real]
     for padded, run in runs.items():

@@ -132,7 +132,7 @@ def _parts(value: Any) -> Iterable[Any]:
     "state.deepcopy",
     title="a deep copy gives the same logits and has weights of its own",
     step="4.2",
-    causes=("state-outside-checkpoint", "parameters-unregistered"),
+    causes=("copy-uses-original", "state-outside-checkpoint", "parameters-unregistered"),
 )
 def deepcopy(trial: Trial) -> None:
     lm = trial.model()

@@ -60,8 +60,10 @@ class Patient:
 
     def lm(self, sharpness: int = 2, seed: int = 1, **fixed: Any) -> LM:
         """A module with one layer and sharp weights; of a failing configuration where the subject refuses others."""
-        first = next(result.failure.config for result in self.failed.values() if result.failure is not None)
-        trial = Trial(self.subject, None, device=self.device)
+        failed = [result for result in self.failed.values() if result.failure is not None]
+        first = failed[0].failure.config  # type: ignore[union-attr]
+        needs = frozenset.intersection(*(frozenset(result.check.needs) for result in failed))
+        trial = Trial(self.subject, None, dtype=self.subject.convention.dtype_for(needs), device=self.device)
         wide = {**_WIDE, "num_layers": 1}
         ungrouped = {**wide, "num_kv_heads": _WIDE["num_heads"]}  # few know fewer heads of keys than of queries
         for config in (wide, ungrouped, {**first, "dropout": 0.0}):

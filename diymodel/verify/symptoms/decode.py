@@ -6,16 +6,19 @@ Shapes: B batch, T query length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
+from diymodel.verify.watchers import ZeroRows
 
 DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
 _PREFILL = LENGTH - 3
 _LONGER = 8
+_ROWS = 5  # as many as nothing else is
 _COMPARED = ("decode.cached_equals_full", "decode.chunks")  # with the whole sequence
 
 
@@ -124,28 +127,29 @@ def _right_token_by_token(patient: Patient) -> bool | None:
 
 
 @symptom(
-    "decode.wrong_at_the_seam",
-    "the first of several tokens on a cache is wrong, the same whatever follows it, and with all tokens equal as well",
-    "在 cache 上一次送入多个 token，第一个就错；后面跟什么都错得一样，所有 token 相同时也错",
+    "decode.begins_with_zeros",
+    "several tokens on a cache begin with zeros, where one goes on with what is cached",
+    "在 cache 上一次送入多个 token 时从零开始，送入一个时却接着缓存的状态",
     ("decode.*",),
-    ("carried-state-lost", "cached-path-diverges"),
+    ("carried-state-lost",),
 )
-def _wrong_at_the_seam(patient: Patient) -> bool | None:
+def _begins_with_zeros(patient: Patient) -> bool | None:
     lm = patient.lm()
     if patient.subject.missing("chunks") is not None:
         return None
-    ids = distinct_tokens(lm)
+    ids = distinct_tokens(lm, rows=_ROWS)
 
-    @torch.no_grad()
-    def first_of(tokens: Tensor, T: int) -> Tensor:
-        _, past = lm.extend(tokens[:, :_PREFILL])
-        return lm.extend(tokens[:, _PREFILL : _PREFILL + T], past)[0][:, 0]
+    def zeros(T: int) -> int:
+        _, past = lm.extend(ids[:, :_PREFILL])
+        seen: list[Tensor] = []
+        lm.around = partial(ZeroRows, seen, _ROWS)
+        try:
+            lm.extend(ids[:, _PREFILL : _PREFILL + T], past)
+        finally:
+            lm.around = None
+        return len(seen)
 
-    def is_wrong(tokens: Tensor) -> bool:
-        return apart(first_of(tokens, 2), lm.logits(tokens[:, : _PREFILL + 1])[:, -1]) > SAME
-
-    follows = apart(first_of(ids, 2), first_of(ids, 3)) > SAME
-    return not follows and is_wrong(ids) and is_wrong(torch.full_like(ids, 3))
+    return zeros(2) > zeros(1)
 
 
 @symptom(

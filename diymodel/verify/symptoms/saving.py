@@ -93,7 +93,7 @@ def _hidden_parameters(patient: Patient) -> bool | None:
     "a deep copy still computes with weights of the original",
     "深拷贝出来的模块仍在用原模块的权重计算",
     ("state.*", "gradients.accumulate"),
-    ("state-outside-checkpoint",),
+    ("copy-uses-original",),
 )
 def _copy_uses_the_original(patient: Patient) -> bool | None:
     lm = patient.lm()

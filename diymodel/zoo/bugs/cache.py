@@ -307,7 +307,7 @@ BUGS = [
         "carried-state-lost",
         "statespace",
         "window, ssm = state",
-        "window, ssm = state[0] * (T == 1), state[1]",
+        "window, ssm = torch.zeros_like(state[0]) if T > 1 else state[0], state[1]",
         kills=("decode.chunks",),
         where="Mixer",
     ),
