@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import multiprocessing
 import random
@@ -36,10 +37,11 @@ A_BASE = 4  # pairs drawn for each model
 _AND = " + "
 
 
-def pairs() -> list[tuple[Bug, Bug]]:
+@functools.cache
+def pairs() -> tuple[tuple[Bug, Bug], ...]:
     """Bugs of different classes whose changes can both be made; the same ones each time."""
     rng = random.Random(0)
-    return [pair for base in BASES for pair in itertools.islice(_of(base, rng), A_BASE)]
+    return tuple(pair for base in BASES for pair in itertools.islice(_of(base, rng), A_BASE))
 
 
 def _of(base: str, rng: random.Random) -> Iterator[tuple[Bug, Bug]]:

