@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.diagnosis import EXAMPLES
 from diymodel.verify.randomness import seeded
-from diymodel.verify.registry import list_checks
+from diymodel.verify.registry import list_checks, select_checks
 from diymodel.verify.report import Failure, Result
 from diymodel.verify.runner import PROFILES, Settings, verify_one
 from diymodel.verify.samples import read_samples
@@ -123,9 +123,12 @@ def test_nothing_is_said_of_padding_and_tokens_that_are_right(id: str, modules: 
     assert {id for id, answer in answers.items() if answer is False} <= {"padding.first_token_sees_its_future"}
 
 
+(CHUNKS,) = select_checks(["decode.chunks"])
+
+
 @pytest.mark.parametrize("base", ["rotary", "hub", "learned", "onmodule", "windowed", "switch", "supplied", "scribe"])
 def test_a_correct_model_has_no_symptoms_of_a_cache(base: str) -> None:
-    failed: Any = {"decode.chunks": SimpleNamespace(failure=SimpleNamespace(config={}))}
+    failed: Any = {"decode.chunks": SimpleNamespace(failure=SimpleNamespace(config={}), check=CHUNKS)}
     patient = Patient(BASES[base].subject(), failed)
     symptoms = list_symptoms()
     assert {id: symptoms[id].ask(patient) for id in WHERE_WRONG} == dict.fromkeys(WHERE_WRONG)

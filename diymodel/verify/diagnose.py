@@ -111,7 +111,8 @@ class Signatures:
 
     def _without(self, sample: Sample, found: Iterable[Diagnosis]) -> Sample:
         """The run without what may be the doing of some bugs."""
-        doing = {fact for one in found for fact in self._doing[one.bug] if facts_of(sample).get(fact)}
+        seen = facts_of(sample)
+        doing = {fact for one in found for fact in self._doing[one.bug] if seen.get(fact)}
         verdicts = {**sample.verdicts, **dict.fromkeys(doing & sample.verdicts.keys(), "skipped")}
         return replace(sample, verdicts=verdicts, symptoms={k: v for k, v in sample.symptoms.items() if k not in doing})
 

@@ -316,7 +316,7 @@ BUGS = [
         "statespace",
         "window, ssm = state",
         "window, ssm = state[0], state[1] if T == 1 else torch.zeros_like(state[1])",
-        kills=("decode.chunks", "decode.session"),
+        kills=("decode.session",),
         where="Mixer",
     ),
     Bug(
