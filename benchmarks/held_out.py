@@ -8,28 +8,22 @@ tests/meta/mutations.py, are neither: what they show is what a stranger's model 
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
-import multiprocessing
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
-from diymodel._files import replace_text
-from diymodel._machine import describe_machine
+from benchmarks.measuring import PROFILE, measured
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.diagnose import signatures
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import PROFILES, Settings, verify_one
-from diymodel.verify.samples import Sample, sample_of, write_samples
+from diymodel.verify.samples import Sample, sample_of
 from diymodel.verify.subject import resolve
 from diymodel.verify.symptoms import observe
 from tests.meta.mutations import MUTATIONS
 
 OURS = "ours"
-PROFILE = "quick"
 
 
 def names() -> list[str]:
@@ -59,19 +53,7 @@ def ranks(samples: Iterable[Sample]) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--jobs", type=int, default=1)
-    args = parser.parse_args()
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        samples = list(pool.map(measure, names()))
-    facts = {
-        "profile": PROFILE,
-        "seed": 0,
-        "torch": torch.__version__,
-        "machine": describe_machine(torch.device("cpu")),
-    }
-    replace_text(args.file, write_samples(samples, facts))
+    samples = measured(__doc__, measure, names())
     named = ranks(samples)
     for sample in samples:
         if named[sample.bug][:1] != [sample.slug]:

@@ -8,31 +8,25 @@ other models alone.
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import functools
 import itertools
-import multiprocessing
 import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from diymodel._files import replace_text
-from diymodel._machine import describe_machine
+from benchmarks.measuring import PROFILE, measured
 from diymodel.verify.diagnose import Signatures, known_causes
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import PROFILES, Settings, verify_one
-from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
+from diymodel.verify.samples import Sample, read_samples, sample_of
 from diymodel.verify.subject import Subject
 from diymodel.verify.symptoms import observe
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import Bug, list_bugs
 
-PROFILE = "quick"
 A_BASE = 4  # pairs drawn for each model
 _AND = " + "
 
@@ -110,15 +104,7 @@ def tell_apart(samples: Iterable[Sample]) -> Apart:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--jobs", type=int, default=1)
-    args = parser.parse_args()
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        samples = list(pool.map(measure, range(len(pairs()))))
-    machine = describe_machine(torch.device("cpu"))
-    facts = {"profile": PROFILE, "seed": 0, "torch": torch.__version__, "machine": machine}
-    replace_text(args.file, write_samples(samples, facts))
+    samples = measured(__doc__, measure, range(len(pairs())))
     found = tell_apart(samples)
     print("\n".join(found.missed))
     print(

@@ -86,10 +86,9 @@ def autocasting(device_type: str) -> bool:
 def compile_options(device_type: str) -> dict[str, Any]:
     """What ``torch.compile`` is told about a step that the caller guards and calls with the same shapes.
 
-    From 2.8 on no guards are looked at, and on a CPU the kernels are called from C++. CUDA graphs on CUDA, as with
-    ``mode="reduce-overhead"``.
+    From 2.8 on no guards are looked at, and on a CPU the kernels are called from C++.
     """
-    options: dict[str, Any] = {"triton.cudagraphs": True} if device_type == "cuda" else {}
+    options: dict[str, Any] = {}
     if TORCH >= (2, 8):
         options["guard_filter_fn"] = lambda guards: [False] * len(guards)
         if device_type == "cpu":

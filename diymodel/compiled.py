@@ -74,13 +74,11 @@ class CompiledDecoder(nn.Module):
         # eighth, and by name it remembers what differed, such as another model's eps, to compile for any.
         code = _one_token.__code__.replace(co_name=f"compiled_step_{next(_numbers)}")
         step = types.FunctionType(code, _one_token.__globals__)
-        if like.device.type == "cuda":
-            for buffer in self.buffers(recurse=False):
-                torch._dynamo.mark_static_address(buffer)
         # dynamic=False: nothing varies but what is marked.
         self._run: Callable[..., Tensor] = torch.compile(
             step, fullgraph=True, dynamic=False, options=compile_options(like.device.type)
         )
+        self._replay: Callable[[Tensor], Tensor] | None = None  # on CUDA, once it is warm
 
     def start(self, past: PastKeyValues, longest: int) -> None:
         """Begin behind a prompt: ``past`` is its cache, ``longest`` the largest position in it."""
@@ -95,18 +93,54 @@ class CompiledDecoder(nn.Module):
         """Logits (B, 1, V) after one more token a row, (B, 1). They are valid until the next step."""
         self.filled += 1
         tokens = tokens.contiguous()  # as it was compiled for
+        if self._replay is not None:
+            return self._replay(tokens)
         if not self.varying:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             return self._run(self, tokens, self.slots)
         return self._run(self, tokens, self._looked_at[(self.filled - 1) // _SLOTS])
 
     def warm_up(self) -> None:
         """Compile."""
         tokens = torch.zeros(len(self.positions), 1, dtype=torch.int64, device=self.positions.device)
-        # Of the kinds of attention, the one that is compiled into what is around it. It is chosen here, once.
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        # Of the kinds of attention, on a CPU the one that is compiled into what is around it. It is chosen here, once.
+        # On CUDA that one computes in float32, by many kernels.
+        attention = sdpa_kernel(SDPBackend.MATH) if self.varying else contextlib.nullcontext()
+        with warnings.catch_warnings(), attention:
             warnings.simplefilter("ignore")  # the compiler's own: of how it might have done better
             self.step(tokens)
+            if not self.varying:
+                self._replay = captured(lambda tokens: self._run(self, tokens, self.slots), tokens)
+
+
+def captured(step: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """A step as a CUDA graph: one launch in place of hundreds.
+
+    Args:
+        step: of tensors alone; what else it reads and writes must stay where it is.
+        inputs: such as it will be given.
+
+    Returns:
+        The step; what it returns is valid until the next call.
+    """
+    with torch.inference_mode(False):  # or nobody could write to them without
+        kept = [given.clone() for given in inputs]
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # lazy initialisation is no part of the graph
+        for _ in range(3):
+            step(*kept)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(*kept)
+
+    def replay(*given: Tensor) -> Tensor:
+        for own, new in zip(kept, given, strict=True):
+            own.copy_(new)
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _one_token(decoder: CompiledDecoder, tokens: Tensor, slots: Tensor) -> Tensor:

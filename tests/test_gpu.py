@@ -71,6 +71,17 @@ def test_generation_with_and_without_cache(ids: torch.Tensor, temperature: float
     assert torch.equal(cached, uncached)
 
 
+def test_compiled_generation_is_generation(ids: torch.Tensor) -> None:
+    """The step is one CUDA graph: what a generation leaves in its buffers is nothing to the next."""
+    _, model = models(torch.float64)
+    for prompt in (ids[:, :17], ids[:, 3:9], ids[:, :17]):
+        compiled, eager = (model.generate(prompt.cuda(), 20, temperature=0.0, compile=way) for way in (True, False))
+        assert torch.equal(compiled, eager)
+    mask = (torch.arange(17) < LENGTHS[:, None]).long().cuda()
+    compiled, eager = (model.generate(ids[:, :17].cuda(), 20, mask, seed=1, compile=way) for way in (True, False))
+    assert torch.equal(compiled, eager)
+
+
 def test_generation_leaves_the_cuda_random_state_alone(ids: torch.Tensor) -> None:
     _, model = models(torch.float32)
     before = torch.cuda.get_rng_state()
@@ -106,5 +117,5 @@ def test_bfloat16_autocast_trains(ids: torch.Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]

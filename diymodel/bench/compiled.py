@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diymodel.bench.caches import MaskedDecoder
+from diymodel.compiled import captured
 from diymodel.model import DIYForCausalLM
 
 StaticStep = Callable[[Tensor, Tensor], Tensor]  # ids (B, 1), position (1,) -> logits (B, 1, V)
@@ -32,33 +34,40 @@ def engine_decoder(engine: str, module: DIYForCausalLM, capacity: int, rows: int
 
     def wrap(step: StaticStep) -> StaticStep:
         if "compiled" in engine:
-            step = torch.compile(step, fullgraph=True, dynamic=False)
+            step = quiet(torch.compile(step, fullgraph=True, dynamic=False))
         return _captured(step) if "graph" in engine else step
 
     return MaskedDecoder(module, capacity, rows, wrap)
 
 
-def _captured(step: StaticStep) -> StaticStep:
-    """The step as a CUDA graph: one launch in place of hundreds. The logits are valid until the next call."""
-    graph: torch.cuda.CUDAGraph | None = None
-    ids = position = logits = torch.empty(0)
+def quiet(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose first call, which compiles, keeps the compiler's warnings to itself.
 
-    def replay(new_ids: Tensor, new_position: Tensor) -> Tensor:
-        nonlocal graph, ids, position, logits
-        if graph is None:
-            ids, position = new_ids.clone(), new_position.clone()
-            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # lazy initialisation and compilation are no part of the graph
-                for _ in range(3):
-                    step(ids, position)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = step(ids, position)
-        ids.copy_(new_ids)
-        position.copy_(new_position)
-        graph.replay()
-        return logits
+    They tell how it might have done better, such as by float32 products in TensorFloat32, which are other products.
+    """
+    first = True
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        nonlocal first
+        if not first:
+            return compiled(*arguments, **named)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = compiled(*arguments, **named)
+        first = False
+        return result
+
+    return run
+
+
+def _captured(step: StaticStep) -> StaticStep:
+    """The step as a CUDA graph, from its first call on."""
+    run: StaticStep | None = None
+
+    def replay(ids: Tensor, position: Tensor) -> Tensor:
+        nonlocal run
+        if run is None:
+            run = captured(step, ids, position)
+        return run(ids, position)
 
     return replay

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diymodel._compat import FUSED_DEVICES
+from diymodel.bench.compiled import quiet
 from diymodel.bench.decoders import random_ids
 from diymodel.bench.figures import Spread, ratios, seconds_text
 from diymodel.bench.models import build
@@ -42,10 +43,10 @@ def training_step(
             logits = logits_of(ids)
         return next_token_loss(logits, ids)
 
-    forward = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    forward = quiet(torch.compile(loss_of, dynamic=False)) if compiled else loss_of
 
     def run() -> None:
-        forward(ids).backward()  # type: ignore[no-untyped-call]
+        forward(ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diymodel.bench.compiled import quiet
 from diymodel.bench.peers.rival import Rival, Room, require
 from diymodel.model import DIYForCausalLM
 
@@ -53,7 +54,7 @@ def litgpt(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
         peer.to(dtype)
         peer.set_kv_cache(room.rows, max_seq_length=room.positions, device=weight.device, dtype=dtype)
 
-    step = torch.compile(peer, dynamic=False) if compiled else peer
+    step = quiet(torch.compile(peer, dynamic=False)) if compiled else peer
 
     def forward(call: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, Any]:
         return call(ids, input_pos=positions), positions[-1:] + 1

@@ -18,14 +18,18 @@ from diymodel.zoo.base import BASES
 
 
 def masked(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
-    """As gpt-fast: a buffer of full length under a mask, positions as tensors; its step is compiled as a whole."""
+    """As gpt-fast: a buffer of full length under a mask, positions as tensors; its step is compiled as a whole.
+
+    On CUDA the compiled step is a CUDA graph as well, as gpt-fast has it.
+    """
     decoder: MaskedDecoder | None = None
 
     def current() -> MaskedDecoder:
         nonlocal decoder
         if decoder is None or decoder.buffer.dtype != model.lm_head.weight.dtype:
             rows, positions = room
-            make = functools.partial(engine_decoder, "masked_compiled") if compiled else MaskedDecoder
+            engine = "masked_compiled_graph" if model.lm_head.weight.is_cuda else "masked_compiled"
+            make = functools.partial(engine_decoder, engine) if compiled else MaskedDecoder
             decoder = make(model, positions, rows)
         return decoder
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diymodel.bench.compiled import quiet
 from diymodel.bench.peers.rival import PeerMissing, Rival, Room, require
 from diymodel.config import DIYConfig
 from diymodel.model import DIYForCausalLM
@@ -45,7 +46,9 @@ def static(model: DIYForCausalLM, room: Room, compiled: bool) -> Rival:
 
     cache: Any = None
     name = _cache_argument(peer)
-    step = torch.compile(peer.forward, dynamic=False) if compiled else peer
+    # On CUDA with CUDA graphs, as its own generate compiles it.
+    mode = "reduce-overhead" if model.lm_head.weight.is_cuda else None
+    step = quiet(torch.compile(peer.forward, dynamic=False, mode=mode)) if compiled else peer
 
     def prefill(ids: Tensor) -> tuple[Tensor, Any]:
         nonlocal cache

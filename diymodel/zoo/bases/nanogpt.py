@@ -48,7 +48,7 @@ class NanoGPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         T = idx.shape[1]
         assert self.block_size >= T, f"{T} tokens are more than block_size={self.block_size}"
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T)))
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)

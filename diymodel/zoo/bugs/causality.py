@@ -66,7 +66,7 @@ BUGS = [
     Bug(
         "no-positions",
         "nanogpt",
-        " + self.wpe(torch.arange(T))",
+        " + self.wpe(torch.arange(T, device=idx.device))",
         "",
         kills=("sensitivity.order_matters",),
         where="NanoGPT",
