@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diymodel._compat import int8_linear
-from diymodel.model import DIYForCausalLM, Linear
+from diymodel.linear import Linear
+from diymodel.model import DIYForCausalLM
 
 _LARGEST = 127
 _BLOCK = 32  # columns that the kernel reads at a time, beyond the end of a row as well

@@ -37,8 +37,10 @@ def next_token_loss(
     """
     _check(logits, labels, ignore_index, reduction)
     wide = torch.promote_types(logits.dtype, torch.float32)
+    # The labels are shifted, not the logits: those are V times as many, and would be copied.
+    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).to(wide), labels[:, 1:].flatten(), ignore_index=ignore_index, reduction="sum"
+        logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=ignore_index, reduction="sum"
     )
     return total if reduction == "sum" else total / num_scored(labels, ignore_index).clamp(min=1)
 

@@ -23,35 +23,10 @@ from diymodel.cache import FixedSlots, LayerCache, LayerPast, PastKeyValues, Spa
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
 from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
+from diymodel.linear import HALF_TYPES, Linear
 from diymodel.weights import check_state_dict, check_tied, with_tied_head
 
 INIT_STD = 0.02  # GPT-2's: small enough that the first loss is near ln(V)
-HALF_TYPES = (torch.float16, torch.bfloat16)
-
-
-@direct(parameters=("weight", "bias"))
-class Linear(nn.Linear):
-    """``x @ weight.T``, with a weight (out, in) drawn from N(0, std²).
-
-    In eval mode on a CPU, a large weight lies in memory column by column, its shape being the same: decoding multiplies
-    it with one vector, which takes MKL about half the time in that order. The fused optimizer wants it row by row.
-    """
-
-    def __init__(self, in_features: int, out_features: int, std: float) -> None:
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=std))
-
-    def reset_parameters(self) -> None:
-        """Nothing: torch would draw the weight a first time here."""
-
-    def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module``'s, and lays the weight and its gradient out for what comes."""
-        by_column = not mode and self.weight.device.type == "cpu" and self.weight.numel() >= 2**18
-        for tensor in (self.weight, self.weight.grad):
-            if tensor is not None and tensor.t().is_contiguous() != by_column:
-                with torch.inference_mode(False):  # or the weight could not be trained afterwards
-                    tensor.data = tensor.data.t().contiguous().t() if by_column else tensor.data.contiguous()
-        return super().train(mode)
 
 
 @direct(parameters=("weight",))
@@ -154,16 +129,18 @@ class Attention(nn.Module):
         present = None
         if step.cached is not None:
             k, v, present = append(past, k, v, step.cached, self.max_seq_len)
-        attended = attention(
-            q,
-            k,
-            v,
-            attn_mask=step.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=step.mask is None and T > 1,
-            enable_gqa=H != K,
-        )
+        attended = self._attend(q, k, v, step.mask)
         return self.o_proj(attended.transpose(1, 2).reshape(B, T, H * D)), present
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        T = q.shape[2]
+        if self.training and q.dtype in HALF_TYPES and q.device.type == "cpu" and T <= 256:
+            # Torch's backward takes up to seven times as long in half types here; autocast would narrow them again.
+            with torch.autocast("cpu", enabled=False):
+                return self._attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        dropout, causal = (self.dropout if self.training else 0.0), mask is None and T > 1
+        grouped = self.num_heads != self.num_kv_heads
+        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
 
 
 @direct(modules=("gate_up_proj", "down_proj"))

@@ -24,7 +24,7 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_autocast("bfloat16", 16, cpu) is torch.bfloat16
     assert choose_autocast("auto", 16, cuda) is torch.bfloat16
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert choose_autocast("auto", 512, cpu) is torch.bfloat16
-    assert choose_autocast("auto", 32, cpu) is None
+    assert choose_autocast("auto", 64, cpu) is torch.bfloat16
+    assert choose_autocast("auto", 63, cpu) is None
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     assert choose_autocast("auto", 512, cpu) is None

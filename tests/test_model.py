@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM, DIYModel, next_token_loss
 from diymodel.cache import Span
-from diymodel.model import Linear, RMSNorm, RotaryEmbedding
+from diymodel.linear import Linear
+from diymodel.model import Attention, RMSNorm, RotaryEmbedding
 from tests.strategies import SEEDS, Case, assert_near, cases, lengths
 
 CONFIG = DIYConfig(vocab_size=11, num_layers=2, hidden_size=8, num_heads=2, max_seq_len=6, dropout=0.0)
@@ -205,6 +206,14 @@ def test_a_mode_set_in_inference_mode_leaves_weights_that_train() -> None:
         assert model.lm_head.weight.grad.stride() == model.lm_head.weight.stride()
 
 
+def test_half_types_lie_row_by_row_whenever_they_come() -> None:
+    model = DIYForCausalLM(DIYConfig(num_layers=1, hidden_size=512)).eval()
+    assert model.bfloat16().lm_head.weight.is_contiguous()
+    assert model.eval().half().lm_head.weight.is_contiguous()
+    assert model.float().lm_head.weight.stride() == (1, 6400)
+    assert model.train().double().lm_head.weight.is_contiguous()
+
+
 def test_generating_in_training_leaves_the_layout_to_the_optimizer() -> None:
     model = DIYForCausalLM(DIYConfig(num_layers=1, hidden_size=512))
     model.generate(torch.tensor([[1]]), 1)
@@ -262,6 +271,20 @@ def test_autocast_trains_and_generates_in_bfloat16() -> None:
     assert logits.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert generated.shape == (2, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_training_attention_in_half_types_is_float32s_on_a_cpu(dtype: torch.dtype) -> None:
+    """And so is its gradient; from 257 positions on torch's own kernel is the faster one."""
+    part = Attention(replace(CONFIG, max_seq_len=257)).train()
+    wide: list[torch.dtype] = []
+    with mock.patch("diymodel.model.attention", lambda q, k, v, **_: wide.append(q.dtype) or v):
+        for T in (256, 257):
+            q, k, v = torch.randn(3, 1, 2, T, 4, dtype=dtype)
+            with torch.autocast("cpu", dtype):
+                assert part._attend(q, k, v, None).dtype == dtype
+        part.eval()._attend(*torch.randn(3, 1, 2, 3, 4, dtype=dtype), None)
+    assert wide == [torch.float32, dtype, dtype]
 
 
 def test_dropout_acts_on_the_embedding_and_on_both_updates_of_every_block() -> None:

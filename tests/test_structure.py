@@ -19,7 +19,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.sta
 LAYERS = [
     {"config", "_files", "_compat", "_machine"},
     {"_attributes", "_run", "devices"},
-    {"cost", "inputs", "weights", "loss", "cache", "data", "plot", "hf_form"},
+    {"cost", "inputs", "weights", "loss", "cache", "linear", "data", "plot", "hf_form"},
     {"compiled"},
     {"generate"},
     {"model"},
