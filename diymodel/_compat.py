@@ -29,6 +29,7 @@ __all__ = [
     "cpu_has_bfloat16",
     "int8_linear",
     "is_compiling",
+    "nan_where_undefined",
     "scores_fit",
     "sdpa_kernel",
     "unsafe_globals",
@@ -63,6 +64,20 @@ else:  # pragma: no cover - 2.2 has the same under other names
             enable_mem_efficient=backends == SDPBackend.EFFICIENT_ATTENTION,
         ):
             yield
+
+
+@contextlib.contextmanager
+def nan_where_undefined() -> Iterator[None]:
+    """``torch.empty`` gives NaN and not whatever lies in memory, as under ``torch.use_deterministic_algorithms``.
+
+    That function imports the compiler as well, which takes seconds.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def cpu_has_bfloat16() -> bool:

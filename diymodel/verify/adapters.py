@@ -9,6 +9,7 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # confi
 _PADDED = {"padding", "left_padding", "generate_padded"}  # capabilities of a call with padding
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
-_OUTPUTS = ("logits", "loss", "past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")
+_CACHES = ("past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")  # in an output
+_CACHE = re.compile(r"cache|key_values|past|present")  # in the name of one, where it has none of these names
 
 
 ROLES = (  # of forward's parameters: fields of Convention that name one
@@ -398,8 +400,14 @@ def read_output(output: Any, vocab_size: int) -> Output:
     if isinstance(output, Mapping) and "logits" not in output:
         output = tuple(output.values())
     if isinstance(output, Mapping) or hasattr(output, "logits"):
-        found = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in _OUTPUTS}
-        past = next((found[name] for name in _OUTPUTS[2:] if found.get(name) is not None), None)
+        own = (*getattr(output, "_fields", ()), *getattr(output, "__dict__", ()))  # of a named tuple, of an object
+        found = (
+            output
+            if isinstance(output, Mapping)
+            else {name: getattr(output, name, None) for name in ("logits", "loss", *_CACHES, *own)}
+        )
+        names = (*_CACHES, *filter(_CACHE.search, found))
+        past = next((found[name] for name in names if found.get(name) is not None), None)
         return Output(found["logits"], found.get("loss"), past)
     if not isinstance(output, (Tensor, tuple, list)):
         raise SubjectError(

@@ -37,7 +37,10 @@ _SIZES = ("max_seq_length", "max_batch_size")  # what gpt-fast remembers of its 
 _ROWS = ("batch_size", "max_batch_size", "bsz", "bs", "batch", "rows", "B", "b")
 _POSITIONS = ("max_seq_length", "max_seq_len", "seq_len", "max_length", "max_len", "length", "context_length", "max_t")
 _LAYERS = ("num_layers", "n_layers", "n_layer", "num_hidden_layers", "layers", "depth")
-_HEADS = ("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "num_heads", "n_heads", "n_head", "heads")
+_HEADS = (
+    *("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "num_kv_groups", "n_kv_groups"),
+    *("num_heads", "n_heads", "n_head", "heads"),
+)
 _HEAD_SIZE = ("head_dim", "head_size", "dim_head", "d_head")
 _CONFIG = ("config", "cfg", "args", "params")
 
@@ -53,6 +56,8 @@ def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, An
         return found | {"always_cached": bool(names.get("block_mask"))}
     if reset is not None and names.get("use_cache"):
         return {"cache_on_module": True, "new_cache": _method(reset)}
+    if reset is not None and names.get("positions"):  # lit-llama, which makes its cache in the first call on it
+        return {"cache_on_module": True, "new_cache": _emptied(reset), "positions_are_shared": True}
     return {}
 
 
@@ -204,6 +209,13 @@ def _method(name: str) -> NewCache:
     return new_cache
 
 
+def _emptied(reset: str) -> NewCache:
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
+        refusal(getattr(module, reset))  # before the first call there may be nothing to reset
+
+    return new_cache
+
+
 def _after(reset: str, maker: NewCache | None) -> NewCache:
     def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
         getattr(module, reset)()
@@ -260,8 +272,10 @@ def _call(maker: Callable[..., Any], module: nn.Module, config: DIYConfig, rows:
 
 def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
     """Whether what is kept between calls has less precision than the module: rounding of that size is then no bug."""
+    lm = LM(module, config, convention)
+    lm.logits(ids)  # what it makes in any first call, such as a table of positions, is no cache
     before = [(kept, kept.clone()) for kept in _tensors(_attributes(module))]
-    _, past = LM(module, config, convention).extend(ids)
+    _, past = lm.extend(ids)
     same = {id(kept) for kept, copy in before if torch.equal(kept, copy)}
     kept = [*_tensors(past.cache), *(kept for kept in _tensors(_attributes(module)) if id(kept) not in same)]
     return any(t.is_floating_point() and t.dtype.itemsize < convention.dtype.itemsize for t in kept)

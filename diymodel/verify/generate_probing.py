@@ -54,6 +54,7 @@ _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where 
 _SECONDS = 30  # for all of a module's answers
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
 _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
+_MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
 _NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
 _TRANSFORMERS = {  # its generate hides them behind **kwargs
     role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed")
@@ -182,13 +183,16 @@ def _find_greedy(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     generating = lm.generating
     settings = {"do_sample": False, "temperature": 0.0, "top_k": 1}
     candidates = [{role: value} for role, value in settings.items() if role in generating.names]
+    refusals = []
     for greedy in candidates:
-        if _refused(lm, ids, greedy) is None:
+        if (refused := _refused(lm, ids, greedy)) is None:
             return replace(generating, greedy=greedy), {}
+        ((role, value),) = greedy.items()
+        refusals.append(f"{generating.names[role]}={value}: {refused}")
     if not candidates and not _draws(lm, ids, {}):
         return generating, {}
     why = "generate has no do_sample, no temperature that may be 0 and no top_k to be greedy by"
-    return generating, {"greedy": why}
+    return generating, {"greedy": f"{why}; {'; '.join(refusals)}" if refusals else why}
 
 
 def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
@@ -237,8 +241,8 @@ def _crashes(lm: LM, ids: Tensor, role: str, settings: Mapping[str, Any]) -> boo
         lm.generate(ids, 2, **settings)
     except _CRASHES:
         return True
-    except Exception:  # a refusal
-        return False
+    except Exception as error:  # a refusal, unless tensors did not fit
+        return isinstance(error, RuntimeError) and _MISFIT.search(str(error)) is not None
     return False
 
 

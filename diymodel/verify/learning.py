@@ -74,3 +74,15 @@ def same_gradients(trial: Trial, seen: dict[str, Tensor], what: str, lm: LM, obj
             lambda: torch.cat([g.flatten() for g in gradients_again()]),
             scale,
         )
+
+
+def dropout_of(module: nn.Module) -> str | None:
+    """The first part of a module that holds a dropout probability above 0; None: none does."""
+    for name, part in module.named_modules():
+        held = {f"{key}": value for key, value in vars(part).items() if "drop" in key.lower()}
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            held["p"] = part.p
+        for key, value in held.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+                return f"{name}.{key}={value}".lstrip(".")
+    return None

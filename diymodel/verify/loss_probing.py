@@ -27,8 +27,14 @@ def find_loss(
     if not convention.labels:
         return convention, {"loss": has_no(module, "labels")}
     styles = [convention]
-    if convention.labels in LABELS_SHIFTED and not {"labels_come_shifted", "ignore_index"} & declared.keys():
+    pairs: tuple[tuple[bool, int], ...] = ()
+    if {"labels_come_shifted", "ignore_index"} & declared.keys():
+        pass
+    elif convention.labels in LABELS_SHIFTED:
         pairs = ((True, -1), (True, IGNORED), (False, IGNORED), (False, -1))
+    elif _is_out_of_bounds(LM(module, config, convention), ids):
+        pairs = ((False, -1), (True, -1))
+    if pairs:
         styles = [replace(convention, labels_come_shifted=s, ignore_index=i) for s, i in pairs]
     candidates = [way for style in styles for way in _losses(LM(module, config, style), ids)]
     accepted: list[Convention] = []
@@ -49,6 +55,17 @@ def find_loss(
         return accepted[0], {}
     advice = "let it return (logits, loss), or write Subject(…, loss=lambda logits, labels: …)"
     return convention, {"loss": f"{reasons[0]}; {advice}"}
+
+
+def _is_out_of_bounds(lm: LM, ids: Tensor) -> bool:
+    """Whether the label of what is to be ignored is taken for that of a token."""
+    try:
+        lm.loss(ids, _half_ignored(ids))
+    except IndexError:
+        return True
+    except Exception:  # a stranger's forward may raise anything; what it says is told by who tries it next
+        return False
+    return False
 
 
 def _losses(lm: LM, ids: Tensor) -> list[Convention]:

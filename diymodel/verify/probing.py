@@ -16,7 +16,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, ROLES, Convention
 from diymodel.verify.cache_probing import always_cached_ways, cache_on_module, find_cache, is_narrower
 from diymodel.verify.casting import cast
-from diymodel.verify.failure import SubjectError, refusal
+from diymodel.verify.failure import SubjectError, refusal, said_where
 from diymodel.verify.loss_probing import LABELS_SHIFTED, find_loss
 from diymodel.verify.masks import CAUSAL_MASKS
 from diymodel.verify.signature import NAMES, has_no, parameter_names, parameters, required_parameters
@@ -41,12 +41,22 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
         SubjectError: it cannot be called with token ids, or returns no logits.
     """
     ids = sample_ids(config)
-    module = build().eval()
+
+    def drawn(dtype: torch.dtype | None = None) -> nn.Module:
+        """A new module; its constructor may have left the weights undefined, or a head at zero, which says nothing."""
+        module = build()
+        try:
+            module.eval()
+        except Exception as error:  # a stranger's module may raise anything
+            raise SubjectError(f"eval() failed: {said_where(error)}") from error
+        draw_weights(module, seed=0, sharpness=2)
+        return module if dtype is None else cast(module, dtype)
 
     def rest(dtype: torch.dtype) -> Convention:
-        found = _find_rest(cast(build().eval(), dtype), config, replace(convention, dtype=dtype), ids, declared)
+        found = _find_rest(drawn(dtype), config, replace(convention, dtype=dtype), ids, declared)
         return replace(found, **declared)
 
+    module = drawn()
     with torch.no_grad():
         convention = _find_logits(module, config, _find_call(module, declared), ids, declared)
         if "dtype" in declared:
@@ -55,21 +65,21 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
             return rest(torch.float32)
         exact, coarse = rest(torch.float64), rest(torch.float32)
         better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
-        overflows = _padded_is_finite(build, config, coarse, ids) and not _padded_is_finite(build, config, exact, ids)
-        narrower = "cache" not in exact.missing and is_narrower(build().eval().double(), config, exact, ids)
+        finite = [_padded_is_finite(drawn(way.dtype), config, way, ids) for way in (coarse, exact)]
+        narrower = "cache" not in exact.missing and is_narrower(drawn().double(), config, exact, ids)
         if better or narrower:
             return coarse
-        return replace(exact, padded_dtype=torch.float32) if overflows else exact
+        return replace(exact, padded_dtype=torch.float32) if finite == [True, False] else exact
 
 
-def _padded_is_finite(build: Callable[[], nn.Module], config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+def _padded_is_finite(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
     """Whether a row padded on the left has finite logits; True where no such row is taken.
 
     Where a mask holds float64's smallest number and the softmax works in float32, that number is -inf.
     """
     if not convention.mask or "padding" in convention.missing:
         return True
-    lm = LM(cast(build().eval(), convention.dtype), config, convention)
+    lm = LM(module, config, convention)
     real = torch.ones_like(ids, dtype=torch.bool)
     real[0, 0] = False
     return refusal(lm.logits, ids, real) is not None or bool(lm.logits(ids, real).isfinite().all())
@@ -106,11 +116,10 @@ def _find_logits(
 
     Where none is so, the first in which the last position sees the first; else the first.
     """
-    draw_weights(module, seed=0, sharpness=2)
     ways = [convention] if "causal" in declared else _ways(convention, required_parameters(module))
     found, tried = _first_of(module, config, ways, ids)
     if found is None and "always_cached" not in declared:  # gpt-fast: nothing goes without setup_caches
-        found, further = _first_of(module, config, always_cached_ways(module, convention), ids)
+        found, further = _first_of(module, config, _placed(always_cached_ways(module, convention)), ids)
         tried += further
     if found is None:
         raise uncallable(module, config, tried)
@@ -153,9 +162,16 @@ def _ways(convention: Convention, required: set[str]) -> list[Convention]:
         if name in required and convention.cache_on_module:
             ways.insert(0, replace(without, block_mask=name, always_cached=True))
         ways += [replace(without, causal=name, causal_mask=kind) for kind in CAUSAL_MASKS]
-    if convention.positions_always:
-        ways = [replace(way, positions_are_shared=shared) for way in ways for shared in (False, True)]
-    return [replace(way, sequence_first=first) for first in (False, True) for way in ways]
+    return [replace(way, sequence_first=first) for first in (False, True) for way in _placed(ways)]
+
+
+def _placed(ways: Sequence[Convention]) -> list[Convention]:
+    """The ways, with positions (B, T) and then (T,) where they must be given."""
+    return [
+        replace(way, positions_are_shared=shared)
+        for way in ways
+        for shared in ((False, True) if way.positions_always else (way.positions_are_shared,))
+    ]
 
 
 def _close(seen: Tensor, expected: Tensor) -> bool:

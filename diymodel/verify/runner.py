@@ -171,7 +171,12 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     ranked = signatures().diagnose(sample_of(report.results, report.symptoms))
     report.diagnosis = tuple(ranked[:DIAGNOSES])
     explained = {fact for found in report.likely for fact in found.evidence}
-    report.unexplained = tuple(result.check.id for result in report.failed if result.check.id not in explained)
+    likely = {found.bug for found in report.likely}
+    report.unexplained = tuple(
+        result.check.id
+        for result in report.failed
+        if result.check.id not in explained and likely.isdisjoint(result.check.causes)
+    )
     places = {found.bug: place for place, found in enumerate(ranked)}
 
     def ordered(result: Result) -> Result:

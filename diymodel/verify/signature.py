@@ -21,7 +21,7 @@ NAMES = {
         *("cache_params", "state", "states", "hidden", "hidden_state"),
     ),
     "use_cache": ("use_cache", "return_intermediates"),
-    "labels": ("labels", "targets", "target"),
+    "labels": ("labels", "targets", "target", "lm_labels"),
     "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
 }
 

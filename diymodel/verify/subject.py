@@ -14,6 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import nn
 
+from diymodel._compat import nan_where_undefined
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import Checkpoint, Convention, Load, Reference, Save, Shifted, own_model
 from diymodel.verify.failure import SubjectError, said_where
@@ -146,6 +147,11 @@ class Subject:
             raise TypeError(f"{type(self).__name__} has no factory: pass one, or override build(config)")
         return self._factory(config)
 
+    def made(self, config: DIYConfig) -> nn.Module:
+        """:meth:`build`, with NaN for what the constructor leaves undefined, so that a report is the same each time."""
+        with nan_where_undefined():
+            return self.build(config)
+
     def configs(self, length: int) -> st.SearchStrategy[dict[str, Any]]:
         """Configurations to try, as dicts of DIYConfig's fields, each holding ``length`` positions."""
         return configs(length)
@@ -161,10 +167,10 @@ class Subject:
             try:
                 with time_limit(_PATIENCE):
                     config = self._first_config()
-                    convention = find_convention(lambda: self.build(config), config, self.declared)
+                    convention = find_convention(lambda: self.made(config), config, self.declared)
             except OutOfTime:
                 raise SubjectError(f"{self.name} did not build and answer a few tiny calls in {_PATIENCE} s") from None
-            return with_generating(lambda: self.build(config), config, convention)
+            return with_generating(lambda: self.made(config), config, convention)
 
     def missing(self, capability: str) -> str | None:
         """Why the subject lacks a capability; None if it has it."""
@@ -203,7 +209,7 @@ class Subject:
                 **sizes,
             )
             try:
-                module = self.build(config)
+                module = self.made(config)
             except NotImplementedError as error:
                 refusal = error
                 continue

@@ -120,7 +120,7 @@ class Trial:
     def _built(self, config: DIYConfig) -> nn.Module | None:
         """A new module, or None for a configuration that the subject refuses."""
         try:
-            return self.subject.build(config)
+            return self.subject.made(config)
         except NotImplementedError as error:
             self.subject.refused.add(str(config))
             self.subject.refusal = str(error)
@@ -171,6 +171,8 @@ class Trial:
         seen, expected = seen.detach(), expected.detach()
         if seen.shape != expected.shape:
             raise CheckFailure(f"{what}, of shape {tuple(expected.shape)}, saw {tuple(seen.shape)}")
+        if expected.is_complex():
+            seen, expected = torch.view_as_real(seen), torch.view_as_real(expected)
         if not expected.numel():
             return
         difference = (seen.double() - expected.double()).abs()
@@ -248,16 +250,18 @@ def _nearest(drawn: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[dict[st
 def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
     """Weights sharp enough that a bug shows: matrices from N(0, (sharpness/√d)²), vectors a little off their start.
 
-    The usual 0.02 makes every distribution near-uniform; N(0, 1) saturates attention, which hides masks.
+    The usual 0.02 makes every distribution near-uniform; N(0, 1) saturates attention, which hides masks. A vector that
+    is frozen is a constant, such as rotary frequencies, and others may have been computed from it.
     """
     generator = torch.Generator()
     for index, parameter in enumerate(module.parameters()):
         generator.manual_seed(1000 * seed + index)
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-        if parameter.dim() < 2:
-            parameter.add_(noise / 4)
-        else:
+        kind = torch.complex64 if parameter.is_complex() else torch.float32
+        noise = torch.randn(parameter.shape, generator=generator, dtype=kind).to(parameter)
+        if parameter.dim() >= 2:
             parameter.copy_(noise * sharpness / parameter.shape[-1] ** 0.5)
+        elif parameter.requires_grad:
+            parameter.copy_(parameter.where(~parameter.isnan(), 0) + noise / 4)
 
 
 def _first_wrong(wrong: Tensor, seen: Tensor, expected: Tensor) -> str:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, refusal, said
 from diymodel.verify.learning import (
     accumulated,
     distinct_tokens,
@@ -20,6 +20,7 @@ from diymodel.verify.learning import (
 )
 from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check
+from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import Trial
 
 # A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
@@ -51,8 +52,11 @@ def reach_every_parameter(trial: Trial) -> None:
         if not unreached:
             break
         generator = torch.Generator().manual_seed(seed)
-        if seed == _DRAWS:  # an expert may be nobody's choice among a few tokens
-            ids = torch.randint(lm.config.vocab_size, (_MANY_ROWS, ids.shape[1]), generator=generator).to(ids)
+        if seed == _DRAWS:  # a few tokens may choose an expert never, and never reach the next segment of a sequence
+            size = _MANY_ROWS, lm.config.max_seq_len
+            many = torch.randint(lm.config.vocab_size, size, generator=generator).to(ids)
+            longest = next(T for T in range(size[1], 0, -1) if refusal(lm.logits, many[:1, :T]) is None)
+            ids = many[:, :longest]
         lm = trial.build(lm.config, trial.values["weights"] + seed, 1)
         logits = lm.logits(ids)
         weights = torch.randn(logits.shape, generator=generator).to(logits)
@@ -110,9 +114,13 @@ def absent_tokens_zero(trial: Trial) -> None:
     absent = [token for token in range(_VOCABULARY) if token not in set(present.tolist())]
     logits = lm.logits(ids)[..., present]  # a tied row has a right to its own logit
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+    weights -= weights.mean(-1, keepdim=True)  # what log_softmax takes off all logits alike is a right of its as well
     (gradient,) = torch.autograd.grad((logits * weights).sum(), table.weight, allow_unused=True)
-    if gradient is not None and bool(gradient[absent].any()):
-        token = absent[int(gradient[absent].any(1).nonzero()[0])]
+    if gradient is None:
+        return
+    reached = (gradient[absent].abs() > rounding(trial.dtype) * gradient.abs().max()).any(1)
+    if bool(reached.any()):
+        token = absent[int(reached.nonzero()[0])]
         raise CheckFailure(
             f"token {token} does not occur in {ids.tolist()}: its embedding must get gradient 0 from the logits of "
             f"those that do, saw {float(gradient[token].abs().max()):.3g}"

@@ -6,26 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
+from diymodel.verify.learning import dropout_of
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
 _CALLS = 24  # a tiny module may well drop the same few elements twice, but not in all these calls
-
-
-def _dropout_of(module: nn.Module) -> str | None:
-    """The first part of a module that holds a dropout probability above 0; None: none does."""
-    for name, part in module.named_modules():
-        held = {f"{key}": value for key, value in vars(part).items() if "drop" in key.lower()}
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            held["p"] = part.p
-        for key, value in held.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
-                return f"{name}.{key}={value}".lstrip(".")
-    return None
 
 
 def _training_differs(lm: LM, ids: Tensor) -> bool:
@@ -46,7 +35,7 @@ def dropout_active_in_training(trial: Trial) -> None:
     lm.module.train()
     if _training_differs(lm, ids):
         return
-    held = _dropout_of(lm.module)
+    held = dropout_of(lm.module)
     if held is None:
         raise NotApplicable("the module has no dropout: training changes no logit and no part holds a probability")
     raise CheckFailure(f"with {held}, calls in training mode must differ, saw {_CALLS + 1} equal ones")
@@ -80,7 +69,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
 def agree_without_dropout(trial: Trial) -> None:
     lm = trial.model(dropout=0.0)
     ids = trial.tokens(lm)
-    if (held := _dropout_of(lm.module)) is not None:
+    if (held := dropout_of(lm.module)) is not None:
         raise NotApplicable(f"the module keeps its dropout where config.dropout is 0: {held}")
     runs: dict[str, Callable[[], Tensor]] = {"": lambda: lm.logits(ids)}
     if trial.missing("left_padding") is None:  # which nothing but a mask hides
@@ -132,6 +121,9 @@ def call_leaves_mode(trial: Trial) -> None:
     calls: dict[str, Callable[[], object]] = {"a call": lambda: lm.logits(ids)}
     if trial.subject.missing("loss") is None:
         calls["a call with labels"] = lambda: lm.loss(ids, ids)
+    if trial.missing("padding") is None:
+        real = trial.right_padding(ids, lm.convention.shortest)
+        calls["a call on padded rows"] = lambda: lm.logits(ids, real)
     in_eval = dict(calls)
     if trial.subject.missing("cache") is None:  # which many modules refuse in training mode
         in_eval["a cached call"] = lambda: lm.extend(ids[:, -1:], lm.extend(ids[:, :-1])[1])

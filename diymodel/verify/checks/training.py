@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from diymodel.verify.failure import CheckFailure
-from diymodel.verify.learning import distinct_tokens, gradients_of, next_token_loss, trainable
+from diymodel.verify.learning import distinct_tokens, dropout_of, gradients_of, next_token_loss, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -54,7 +54,7 @@ def small_step_lowers_loss(trial: Trial) -> None:
     loss = next_token_loss(lm, ids)
     parameters = trainable(lm)
     gradients = {name: g for name, g in gradients_of(loss, parameters).items() if g is not None}
-    slope = sum(float(g.pow(2).sum()) for g in gradients.values())
+    slope = sum(float(g.abs().square().sum()) for g in gradients.values())
     if slope == 0:
         raise CheckFailure(f"at a loss of {loss.item():.3g} the gradient must not be 0 everywhere")
     originals = {name: parameters[name].detach().clone() for name in gradients}
@@ -84,10 +84,11 @@ def overfits_a_tiny_batch(trial: Trial) -> None:
     size = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 16}
     lm = trial.model(max_sharpness=1, dropout=0.0, vocab_size=_VOCABULARY, **size)
     ids = distinct_tokens(trial, lm, 5)
-    lm.module.train()
+    if dropout_of(lm.module) is None:  # else it has a dropout of its own, which only eval mode is without
+        lm.module.train()
     parameters = trainable(lm)
     mean = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    square = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    square = {name: torch.zeros_like(parameter.real) for name, parameter in parameters.items()}
     first = next_token_loss(lm, ids).item()
     for step in range(1, _OVERFIT_STEPS + 1):
         found = gradients_of(next_token_loss(lm, ids), parameters)
@@ -95,7 +96,7 @@ def overfits_a_tiny_batch(trial: Trial) -> None:
             for name, gradient in found.items():
                 if gradient is not None:
                     mean[name].lerp_(gradient, 0.1)
-                    square[name].lerp_(gradient.square(), 0.05)
+                    square[name].lerp_(gradient.abs().square(), 0.05)
                     deviation = (square[name] / (1 - 0.95**step)).sqrt() + 1e-8
                     parameters[name].sub_(_OVERFIT_RATE * mean[name] / (1 - 0.9**step) / deviation)
             last = next_token_loss(lm, ids).item()

@@ -38,12 +38,15 @@ def _reached(patient: Patient) -> _Reached:
     called: set[str] = set()
     picked: list[bool] = []
     stills, unuseds = [], []
-    for seed in range(_DRAWS):  # an expert that no token chooses in one draw is chosen in another
+    for seed in range(_DRAWS + 1):  # an expert that no token chooses in one draw is chosen in another
         lm = patient.lm(num_layers=2, sharpness=1, seed=seed, max_seq_len=_PLACES)
+        ids = distinct_tokens(lm, rows=_ROWS)
+        if seed == _DRAWS:  # as long as can be, for what acts from one segment of a sequence on the next
+            ids = torch.arange(_PLACES).expand(_ROWS, -1).to(ids) % lm.config.vocab_size
         for name, module in lm.module.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         lm.around = partial(Choices, picked)
-        lm.logits(distinct_tokens(lm, rows=_ROWS)).square().sum().backward()  # type: ignore[no-untyped-call]
+        lm.logits(ids).square().sum().backward()  # type: ignore[no-untyped-call]
         found = {name: p.grad for name, p in lm.module.named_parameters() if p.requires_grad}
         sizes = {name: 0.0 if gradient is None else float(gradient.abs().max()) for name, gradient in found.items()}
         least = _ROUNDED * torch.finfo(lm.convention.dtype).eps * max(sizes.values())

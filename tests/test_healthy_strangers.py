@@ -1,0 +1,255 @@
+"""Healthy modules of kinds that public repositories have, each of which a check once took for broken."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diymodel import DIYConfig, DIYForCausalLM
+from diymodel._compat import nan_where_undefined
+from diymodel.verify import SubjectError, check_causal_lm
+from diymodel.verify.text import to_text
+from diymodel.verify.trial import draw_weights
+from tests.test_adapters import Tiny, causal
+
+
+def passes(module: Any, *only: str, seeds: int = 3) -> None:
+    """Every one of these checks has something to say of the module, and it is good."""
+    for seed in range(seeds):
+        report = check_causal_lm(module, profile="quick", only=only, seed=seed)
+        assert [result.status for result in report.results] == ["passed"] * len(report.results), to_text(report)
+
+
+class Undefined(Tiny):
+    """Made to be loaded, as Meta's llama, gemma_pytorch and gpt-oss: nothing has a value until then."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        for part in self.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                setattr(part, name, nn.Parameter(torch.empty(parameter.shape)))
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        ids = input_ids if past_key_values is None else torch.cat((past_key_values, input_ids), 1)
+        logits = self.run(ids, causal)
+        torch.multinomial(logits[:, -1].softmax(-1), 1)  # raises where anything is NaN
+        return (logits[:, -input_ids.shape[1] :], ids) if use_cache else logits
+
+
+def test_what_a_constructor_leaves_undefined_is_drawn_before_it_is_used() -> None:
+    passes(Undefined, "shape.*", "state.round_trip", "decode.cached_equals_full", "batch.row_alone")
+
+
+def test_undefined_memory_is_nan_while_a_subject_is_built_and_only_then() -> None:
+    with nan_where_undefined():
+        assert torch.empty(8).isnan().all()
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    module = nn.Module()
+    module.vector = nn.Parameter(torch.tensor([torch.nan, 1.0]))
+    module.constant = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
+    draw_weights(module, seed=0, sharpness=1)
+    assert module.vector.isfinite().all()
+    assert module.constant == 2  # others may have been computed from it
+
+
+class InSegments(Tiny):
+    """Each segment of four tokens hands a sum to the next, through a matrix that short inputs never use."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.carry = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        carried = torch.zeros_like(hidden[:, :1])
+        parts = []
+        for part in hidden.split(4, 1):
+            parts.append(part + self.qkv(part).chunk(3, -1)[0].cumsum(1) + self.qkv(part).sum(-1, True) + carried)
+            carried = carried + self.carry(part.sum(1, keepdim=True))
+        return self.head(torch.cat(parts, 1))  # type: ignore[no-any-return]
+
+
+def test_a_parameter_that_only_long_inputs_use_gets_its_gradient_from_them() -> None:
+    passes(InSegments, "gradients.reach_every_parameter")
+
+
+class Clamped(Tiny):
+    """Samples at a temperature of at least 1e-10, which is greedy and draws all the same."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self(input_ids)[:, -1] / max(temperature, 1e-10)
+            input_ids = torch.cat((input_ids, torch.multinomial(logits.softmax(-1), 1)), 1)
+        return input_ids
+
+
+class Reseeding(Clamped):
+    """The same, after a seed of its own."""
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        torch.manual_seed(0)
+        return super().generate(input_ids, max_new_tokens, temperature)
+
+
+def test_a_draw_that_leaves_no_choice_may_use_the_random_state_and_a_seed_may_not_be_set() -> None:
+    only = "generation.random_state_untouched"
+    passes(Clamped, only)
+    assert [result.check.id for result in check_causal_lm(Reseeding, profile="quick", only=[only]).failed] == [only]
+
+
+class KeepsItsDropout(Tiny):
+    """A part was never told the configuration's dropout, as in PyTorch's own example of a language model."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.drop(self.run(input_ids, causal))  # type: ignore[no-any-return]
+
+
+def test_a_module_that_keeps_its_dropout_learns_without_it() -> None:
+    passes(KeepsItsDropout, "training.overfits_a_tiny_batch")
+
+
+class LogProbabilities(Tiny):
+    """The normaliser depends on every row of a tied head."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.log_softmax(self.run(input_ids, causal), -1)
+
+
+def test_log_probabilities_with_tied_weights_have_a_right_to_their_normaliser() -> None:
+    passes(LogProbabilities, "gradients.absent_tokens_zero")
+
+
+class Complex(Tiny):
+    """A matrix of complex numbers takes part."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        d = config.hidden_size
+        self.turn = nn.Parameter(torch.randn(d, d, dtype=torch.complex64) / d)
+        self.phase = nn.Parameter(torch.ones(d, dtype=torch.complex64))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        turned = (self.embed(input_ids).to(self.turn.dtype) @ self.turn * self.phase).cumsum(1)
+        return self.run(input_ids, causal) + self.head(turned.real + turned.imag)  # type: ignore[no-any-return]
+
+
+def test_complex_parameters_are_drawn_and_trained() -> None:
+    passes(Complex, "training.small_step*", "training.overfits*", "gradients.accumulate", "gradients.reach*", seeds=1)
+    module = Complex(DIYConfig(hidden_size=8, num_heads=2))
+    draw_weights(module, seed=0, sharpness=1)
+    assert module.turn.imag.std() > 0.1
+
+
+class Out(NamedTuple):
+    """As OLMo's."""
+
+    logits: Tensor
+    attn_key_values: Any = None
+
+
+class OddlyNamedCache(DIYForCausalLM):
+    """Hands its cache back under a name of its own."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        output = super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        return Out(*output) if use_cache else Out(output)
+
+
+class MadeLazily(DIYForCausalLM):
+    """Its cache comes with the first call on it, and there is nothing to reset before, as in lit-llama."""
+
+    def reset_cache(self) -> None:
+        del self.past
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Any:
+        if input_pos is None:
+            return super().forward(idx)
+        logits, past = super().forward(idx, past_key_values=self.__dict__.get("past"), use_cache=True)
+        self.__dict__["past"] = past
+        return logits
+
+
+@pytest.mark.parametrize("module", [OddlyNamedCache, MadeLazily])
+def test_a_cache_is_found(module: type[nn.Module]) -> None:
+    passes(module, "decode.cached_equals_full", seeds=1)
+
+
+class MinusOne(Tiny):
+    """A loss under the usual name, that takes -1 for what is ignored."""
+
+    def forward(self, input_ids: Tensor, lm_labels: Tensor | None = None) -> Any:
+        logits = self.run(input_ids, causal)
+        if lm_labels is None:
+            return logits
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), lm_labels[:, 1:].flatten(), ignore_index=-1)
+
+
+def test_another_label_is_ignored_where_the_usual_one_is_out_of_bounds() -> None:
+    passes(MinusOne, "loss.value", seeds=1)
+
+
+class Unhashable(Tiny):
+    """``nn.Module`` keeps its parts in sets."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def eval(self) -> Any:
+        return hash(self)
+
+
+def test_a_module_without_eval_mode_is_told_so() -> None:
+    with pytest.raises(SubjectError, match=r"eval\(\) failed: TypeError: unhashable type: 'Unhashable'"):
+        check_causal_lm(Unhashable)
+
+
+class MaskedTwice(Tiny):
+    """Torch refuses a mask beside is_causal, but for the kernel that has no dropout."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None and self.training:
+            raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
+        return self.run(input_ids, causal)
+
+
+def test_a_mask_is_given_in_training_as_well() -> None:
+    report = check_causal_lm(MaskedTwice, profile="quick", only=["modes.call_leaves_mode"])
+    assert [result.check.id for result in report.failed] == ["modes.call_leaves_mode"]
+
+
+class MisshapenTopK(Clamped):
+    """The limit of each row is compared along the vocabulary."""
+
+    def generate(  # type: ignore[override]
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> Tensor:
+        if top_k is not None:
+            logits = self(input_ids)[:, -1]
+            logits = logits.masked_fill(logits < logits.topk(top_k)[0].sum(1).expand(len(input_ids)), -torch.inf)
+        return super().generate(input_ids, max_new_tokens, temperature)
+
+
+def test_tensors_that_do_not_fit_are_a_mistake_and_no_refusal() -> None:
+    report = check_causal_lm(MisshapenTopK, profile="quick", only=["generation.top_k"])
+    assert [result.check.id for result in report.failed] == ["generation.top_k"], to_text(report)
