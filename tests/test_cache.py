@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM
-from diymodel.cache import PastKeyValues, Span, append
+from diymodel.cache import FixedSlots, LayerCache, PastKeyValues, Span, append
 from diymodel.verify.strategies import chunk_sizes, real_lengths
 from tests.strategies import Case, assert_near, batches, cases
 
@@ -46,7 +46,7 @@ def test_shape_of_the_cache(past: PastKeyValues) -> None:
         assert len(cached) == 2
         assert cached["k"].shape == cached["v"].shape == (2, CONFIG.kv_heads, 3, CONFIG.head_size)
         assert cached_pos == 3
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="'q'"):
         past[0][0]["q"]
     assert repr(past[0][0]) == "LayerCache(k, v: (2, 2, 3, 2), capacity=64)"
 
@@ -110,6 +110,44 @@ def test_a_cache_carries_no_graph_where_gradients_are_on(model: DIYForCausalLM) 
     _, past = model(IDS, use_cache=True)
     _, past = model(NEXT, past_key_values=past, use_cache=True)
     assert not any(kv.requires_grad for cached, _ in past for kv in cached.values())
+
+
+def test_positions_beyond_small_integers_go_on_in_place() -> None:
+    """Python keeps one object for each integer up to 256, so that below, equal ones are the same."""
+    keys, values = torch.randn(2, 1, 1, 300, 2)
+    _, _, (cached, cached_pos) = append(None, keys, values, Span.after(0, 0, 300, None), 1000)
+    assert isinstance(cached, LayerCache)
+    assert cached.tip(int(str(cached_pos))) is cached._buffer
+
+
+def test_rows_go_on_in_place_from_their_own_positions_only(model: DIYForCausalLM) -> None:
+    _, past = model(IDS, seq_lengths=torch.tensor([1, 3]), use_cache=True)
+    cached, cached_pos = past[0]
+    assert isinstance(cached, LayerCache)
+    assert isinstance(cached_pos, Tensor)
+    assert cached.tip(cached_pos) is cached._buffer
+    assert cached.tip(cached_pos.clone()) is None
+
+
+def test_causality_needs_a_mask_only_behind_a_cache() -> None:
+    assert Span.after(0, 0, 3, None).mask(torch.device("cpu")) is None
+    assert Span.after(4, 4, 1, None).mask(torch.device("cpu")) is None
+    mask = Span.after(2, 2, 2, None).mask(torch.device("cpu"))
+    assert mask is not None
+    assert mask.tolist() == [[True, True, True, False], [True] * 4]
+
+
+def test_fixed_slots_are_written_in_place_and_seen_up_to_their_number() -> None:
+    buffers = {"k": torch.zeros(2, 3, 6, 4), "v": torch.zeros(2, 3, 6, 4)}
+    new = {name: torch.randn(2, 3, 1, 4) for name in buffers}
+    past = buffers, 0
+    k, v, present = append(past, new["k"], new["v"], FixedSlots(torch.tensor([1, 4]), 5), 6)
+    assert present is past
+    for name, seen in (("k", k), ("v", v)):
+        expected = torch.zeros(2, 3, 6, 4)
+        expected[0, :, 1], expected[1, :, 4] = new[name][0, :, 0], new[name][1, :, 0]
+        assert torch.equal(buffers[name], expected)
+        assert torch.equal(seen, expected[:, :, :5])
 
 
 def test_a_second_continuation_copies_and_the_first_stays(model: DIYForCausalLM, past: PastKeyValues) -> None:
