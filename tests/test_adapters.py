@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -477,6 +478,8 @@ LOGITS, LOSS, HIDDEN, CACHE = torch.zeros(2, 3, 8), torch.tensor(1.0), torch.zer
         ({"logits": LOGITS, "loss": LOSS, "past_key_values": CACHE}, LOSS, CACHE),
         ({"output": LOGITS}, None, None),
         ({"logits": LOGITS, "kv_cache": CACHE}, None, CACHE),
+        ({"logits": LOGITS, "representation": HIDDEN, "attn_key_values": CACHE}, None, CACHE),
+        (SimpleNamespace(logits=LOGITS, loss=LOSS, representation=HIDDEN, new_kv=CACHE), LOSS, CACHE),
     ],
 )
 def test_logits_loss_and_cache_are_told_apart(output: Any, loss: Tensor | None, past: Any) -> None:
