@@ -44,7 +44,7 @@ _PADDED = {"padding", "left_padding", "generate_padded"}  # capabilities of a ca
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
 _CACHES = ("past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")  # in an output
-_CACHE = re.compile(r"cache|key_values|(^|_)(kv|past|presents?)(_|$)")  # in the name of one, where it has none of these names
+_CACHE = re.compile(r"cache|key_values|(^|_)(kv|past|presents?)(_|$)")  # in the name of one that is none of these
 
 
 ROLES = (  # of forward's parameters: fields of Convention that name one
