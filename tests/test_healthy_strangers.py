@@ -1,4 +1,7 @@
-"""Healthy modules of kinds that public repositories have, each of which a check once took for broken."""
+"""Kinds of modules that public repositories have: healthy ones that a check once took for broken, or never ran on.
+
+Beside some stands the broken one that must still be found.
+"""
 
 from __future__ import annotations
 

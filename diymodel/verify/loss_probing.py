@@ -27,14 +27,8 @@ def find_loss(
     if not convention.labels:
         return convention, {"loss": has_no(module, "labels")}
     styles = [convention]
-    pairs: tuple[tuple[bool, int], ...] = ()
-    if {"labels_come_shifted", "ignore_index"} & declared.keys():
-        pass
-    elif convention.labels in LABELS_SHIFTED:
-        pairs = ((True, -1), (True, IGNORED), (False, IGNORED), (False, -1))
-    elif _is_out_of_bounds(LM(module, config, convention), ids):
-        pairs = ((False, -1), (True, -1))
-    if pairs:
+    if not {"labels_come_shifted", "ignore_index"} & declared.keys():
+        pairs = _label_styles(LM(module, config, convention), ids)
         styles = [replace(convention, labels_come_shifted=s, ignore_index=i) for s, i in pairs]
     candidates = [way for style in styles for way in _losses(LM(module, config, style), ids)]
     accepted: list[Convention] = []
@@ -57,15 +51,17 @@ def find_loss(
     return convention, {"loss": f"{reasons[0]}; {advice}"}
 
 
-def _is_out_of_bounds(lm: LM, ids: Tensor) -> bool:
-    """Whether the label of what is to be ignored is taken for that of a token."""
+def _label_styles(lm: LM, ids: Tensor) -> tuple[tuple[bool, int], ...]:
+    """Whether labels may come shifted, and what may be ignored, in the order to try them in."""
+    if lm.convention.labels in LABELS_SHIFTED:
+        return (True, -1), (True, IGNORED), (False, IGNORED), (False, -1)
     try:
         lm.loss(ids, _half_ignored(ids))
-    except IndexError:
-        return True
-    except Exception:  # a stranger's forward may raise anything; what it says is told by who tries it next
-        return False
-    return False
+    except IndexError:  # what is to be ignored was taken for a token
+        return (False, -1), (True, -1)
+    except Exception:  # a stranger's forward may raise anything; who tries it next tells what
+        pass
+    return ((lm.convention.labels_come_shifted, lm.convention.ignore_index),)
 
 
 def _losses(lm: LM, ids: Tensor) -> list[Convention]:

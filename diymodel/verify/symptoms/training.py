@@ -42,7 +42,7 @@ def _reached(patient: Patient) -> _Reached:
         lm = patient.lm(num_layers=2, sharpness=1, seed=seed, max_seq_len=_PLACES)
         ids = distinct_tokens(lm, rows=_ROWS)
         if seed == _DRAWS:  # as long as can be, for what acts from one segment of a sequence on the next
-            ids = torch.arange(_PLACES).expand(_ROWS, -1).to(ids) % lm.config.vocab_size
+            ids = torch.arange(_PLACES)[None].to(ids) % lm.config.vocab_size
         for name, module in lm.module.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         lm.around = partial(Choices, picked)
