@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.verify import Subject, SubjectError, check_causal_lm, timing
@@ -24,6 +26,7 @@ from diymodel.verify.runner import Settings, replay, run_check
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import Trial
 
+SMALL = {"vocab_size": 9, "num_layers": 1, "hidden_size": 4, "num_heads": 1, "num_kv_heads": 1, "max_seq_len": 8}
 ONLY = ["causality.edit", "shape.logits"]
 
 
@@ -94,6 +97,37 @@ def test_shrinking_ends_after_a_while_with_the_smallest_failure_so_far() -> None
     result = run_check(own(), check(fails), Settings())
     assert result.status == "failed"
     assert calls < 500
+
+
+def test_the_smallest_values_are_not_shrunk() -> None:
+    def fails(trial: Trial) -> None:
+        trial.values["calls"] = next(calls)
+        trial.draw("numbers", st.lists(st.integers(0, 9), min_size=40, max_size=40))
+        raise CheckFailure("must be nothing, saw something")
+
+    calls = itertools.count(1)
+    result = run_check(own(), check(fails), Settings())
+    assert result.failure is not None
+    assert result.failure.values == {"calls": 1, "numbers": [0] * 40}
+
+
+def test_a_module_of_a_configuration_that_was_built_before_is_built_at_its_first_use() -> None:
+    def factory(config: DIYConfig) -> nn.Module:
+        built.append(torch.rand(()))
+        return DIYForCausalLM(config)
+
+    built: list[Tensor] = []
+    values = {"config": SMALL, "weights": 0, "sharpness": 1}
+    subject = Subject(factory)
+    subject.convention  # noqa: B018
+    built.clear()
+    Trial.replaying(subject, values).model()
+    later = Trial.replaying(subject, values).model()
+    assert len(built) == 1
+    torch.rand(3)
+    assert later.module is later.module
+    assert len(built) == 2
+    assert built[0] == built[1]  # what a constructor draws does not depend on when it runs
 
 
 def test_time_runs_out_between_trials_without_a_verdict_being_lost() -> None:

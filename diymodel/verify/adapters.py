@@ -9,6 +9,7 @@ Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -166,14 +167,18 @@ class Past(NamedTuple):
 
 
 class LM:
-    """A built module and how to call it; all checks see the same interface."""
+    """A module, or what builds it at its first use, and how to call it; all checks see the same interface."""
 
-    def __init__(self, module: nn.Module, config: DIYConfig, convention: Convention) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module | Callable[[], nn.Module], config: DIYConfig, convention: Convention) -> None:
+        self._module = module
         self.config = config
         self.convention = convention
         self.keep_layout = False  # pass views as they are
         self.around: Around | None = None
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        return self._module if isinstance(self._module, nn.Module) else self._module()
 
     def logits(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences without a cache; ``real`` (B, T) is False at padding."""

@@ -8,21 +8,21 @@ from collections.abc import Iterator
 import torch
 
 
-def reseed() -> None:
-    """Start torch's global generators from 0: what follows, dropout for one, is the same each time.
+def reseed(seed: int = 0) -> None:
+    """Start torch's global generators from ``seed``: what follows, dropout for one, is the same each time.
 
     Not ``torch.manual_seed``, which takes a millisecond to note where it was called for backends that are not there.
     """
-    torch.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(0)
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """Global generators that start from 0; that of the CPU is afterwards as it was before."""
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Global generators that start from ``seed``; that of the CPU is afterwards as it was before."""
     state = torch.get_rng_state()
-    reseed()
+    reseed(seed)
     try:
         yield
     finally:

@@ -271,6 +271,8 @@ class _Run:
         self.failed: tuple[Trial, Exception] | None = None  # the last, which is the smallest
         self.convincing_only = True  # for as long as there may be such a failure, a doubtful one is passed over
         self.doubtful: tuple[Trial, Exception] | None = None  # a failure so near rounding that it may be taken for it
+        self.drawn = 0  # trials that Hypothesis began; the first is of the smallest values that there are
+        self.smallest = False  # whether those failed
         self.shrinks = 0
         self.out_of_time = False
         self.never_applies = False
@@ -279,7 +281,7 @@ class _Run:
         """All of them, and once more, to make it smaller, where the only failure is a doubtful one."""
         self._all_trials()
         if self.doubtful is not None and not self.may_be_rounding:
-            self.convincing_only, self.count = False, 0
+            self.convincing_only, self.count, self.drawn = False, 0, 0
             self._all_trials()
         if self.not_applicable and len(self.not_applicable) == self.count:
             raise NotApplicable(self.not_applicable[0])
@@ -303,10 +305,11 @@ class _Run:
         hypothesis.seed(self.settings.seed)(draw)()
 
     def _draw(self, data: st.DataObject) -> None:
+        self.drawn += 1
         self.shrinks += self.failed is not None
         patience = self.settings.check_seconds * (2 if self.shrinks else 1)  # a failure at the end is shrunk as well
         self.out_of_time = time.perf_counter() - self.started > patience
-        if self.out_of_time or self.shrinks > _SHRINKS:
+        if self.out_of_time or self.shrinks > _SHRINKS or self.smallest:
             raise _Enough
         dtype = self.settings.dtype or self.subject.convention.dtype_for(self.check.needs)
         self.trial(Trial(self.subject, data.draw, dtype=dtype, device=self.settings.device))
@@ -331,6 +334,7 @@ class _Run:
                 self.doubtful = trial, error
                 return
             if isinstance(error, CheckFailure) or _is_the_subjects(error):
+                self.smallest = self.drawn == 1
                 self.failed = trial, error
             raise
         if trial.seen_difference is not None:

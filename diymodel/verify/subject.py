@@ -135,6 +135,7 @@ class Subject:
         self.checkpoint = None if save is None or load is None else Checkpoint(save, load)
         self.directory = directory
         self.declared = declared
+        self.built: set[DIYConfig] = set()  # configurations that the factory has built
         self.refused: set[str] = set()  # configurations that the factory could not build
         self.refusal = ""  # what it said to the last of them
         _check_known("claim", self.claims, CLAIMS)

@@ -22,6 +22,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
+from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, float32_step, noise_factor, rounding
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 8
 MAX_ROWS = 3
+_BUILDING = 1  # the seed of what a constructor draws beside weights; not 0, from which a trial's other draws start
 
 
 class Trial:
@@ -98,7 +100,17 @@ class Trial:
         config = DIYConfig.from_dict(values)
         seed = self.draw("weights", st.integers(0, 2**16))
         sharpness = self.draw("sharpness", st.integers(1, max_sharpness))
-        return self.build(config, seed, sharpness)
+
+        def build() -> nn.Module:
+            with seeded(_BUILDING):
+                return self.build(config, seed, sharpness).module
+
+        # Most trials that shrink a failure run out of draws before they call anything. A new configuration is built at
+        # once all the same, so that a refusal, or a constructor's error, comes where it is drawn.
+        known = config in self.subject.built
+        lm = LM(build if known else build(), config, self.subject.convention)
+        lm.around = self.around
+        return lm
 
     def build(self, config: DIYConfig, seed: int, sharpness: int) -> LM:
         """The subject's module of a configuration with drawn weights, in eval mode."""
@@ -120,7 +132,9 @@ class Trial:
     def _built(self, config: DIYConfig) -> nn.Module | None:
         """A new module, or None for a configuration that the subject refuses."""
         try:
-            return self.subject.made(config)
+            module = self.subject.made(config)
+            self.subject.built.add(config)
+            return module
         except NotImplementedError as error:
             self.subject.refused.add(str(config))
             self.subject.refusal = str(error)

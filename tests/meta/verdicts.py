@@ -10,9 +10,10 @@ from diymodel.zoo.bug import Bug, list_bugs
 EXAMPLES = 20  # trials in which a bug must show
 CHECKS = {check.id: check for check in list_checks()}
 KILLS = [(bug, id) for bug in list_bugs() for id in bug.kills]
+ON_PAPER = {(bug.slug, id): bug for bug, id in reversed(KILLS)}  # of each check and class: a bug whose example shrinks
 KILL_IDS = [f"{id}-{bug.slug}-{bug.base}" for bug, id in KILLS]
 
 
-def verdict(bug: Bug, check_id: str) -> Result:
-    """Of one check on one broken model, shrunk."""
-    return verify_one(bug.subject(), CHECKS[check_id], Settings(EXAMPLES))
+def verdict(bug: Bug, check_id: str, shrink: bool = True) -> Result:
+    """Of one check on one broken model."""
+    return verify_one(bug.subject(), CHECKS[check_id], Settings(EXAMPLES, shrink=shrink))

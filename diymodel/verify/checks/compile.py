@@ -106,7 +106,7 @@ def compiled(lm: LM, backend: Any) -> Iterator[LM]:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            yield LM(torch.compile(lm.module, backend=backend), lm.config, lm.convention)  # type: ignore[arg-type]
+            yield LM(torch.compile(lm.module, backend=backend), lm.config, lm.convention)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise NotApplicable(f"torch.compile cannot compile the module: {said(error)}") from error
     finally:
