@@ -9,8 +9,8 @@ other models alone.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
-import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.measuring import PROFILE, measured
+from diymodel.verify import SubjectError
 from diymodel.verify.diagnose import Signatures, known_causes
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import PROFILES, Settings, verify_one
@@ -33,20 +34,23 @@ _AND = " + "
 
 @functools.cache
 def pairs() -> tuple[tuple[Bug, Bug], ...]:
-    """Bugs of different classes whose changes can both be made; the same ones each time."""
-    rng = random.Random(0)
-    return tuple(pair for base in BASES for pair in itertools.islice(_of(base, rng), A_BASE))
+    """Bugs of different classes whose changes can both be made: the same each time, and mostly so in a larger zoo."""
+    return tuple(pair for base in BASES for pair in itertools.islice(_of(base), A_BASE))
 
 
-def _of(base: str, rng: random.Random) -> Iterator[tuple[Bug, Bug]]:
+def _of(base: str) -> Iterator[tuple[Bug, Bug]]:
     bugs = [bug for bug in list_bugs() if bug.base == base]
     every = [pair for pair in itertools.combinations(bugs, 2) if pair[0].slug != pair[1].slug]
-    for one, other in rng.sample(every, len(every)):
+    for one, other in sorted(every, key=_by_chance):
         try:
             subject(one, other)
         except (ValueError, SyntaxError):  # the one changes what the other changes
             continue
         yield one, other
+
+
+def _by_chance(pair: tuple[Bug, Bug]) -> bytes:
+    return hashlib.sha256(_AND.join(bug.id for bug in pair).encode()).digest()
 
 
 def subject(one: Bug, other: Bug) -> Subject:
@@ -63,20 +67,24 @@ def subject(one: Bug, other: Bug) -> Subject:
 
 
 def measure(index: int) -> Sample:
-    """What the checks and symptoms say of a pair."""
+    """What the checks and symptoms say of a pair; nothing, where what comes out cannot be called at all."""
     torch.set_num_threads(1)
     one, other = pairs()[index]
     found, settings = subject(one, other), Settings(PROFILES[PROFILE], shrink=False, optional=False)
+    names = f"{one.id}{_AND}{other.id}", f"{one.slug}{_AND}{other.slug}", one.base
+    try:
+        found.convention  # noqa: B018
+    except SubjectError:
+        return Sample(*names, {check.id: "skipped" for check in list_checks()}, {})
     results = [verify_one(found, check, settings) for check in list_checks()]
-    slug = f"{one.slug}{_AND}{other.slug}"
-    return sample_of(results, observe(found, results), f"{one.id}{_AND}{other.id}", slug, one.base)
+    return sample_of(results, observe(found, results), *names)
 
 
 @dataclass(frozen=True)
 class Apart:
     """How often both bugs are named."""
 
-    pairs: int
+    pairs: int  # that some check fails on
     one_first: int
     both_first: int  # they are the first two
     among_three: int
@@ -86,6 +94,7 @@ class Apart:
 def tell_apart(samples: Iterable[Sample]) -> Apart:
     """The diagnosis of each pair by what was learned from the other models."""
     known, causes = read_samples(), known_causes()
+    samples = [sample for sample in samples if sample.killers]
     found = Apart(0, 0, 0, 0, ())
     for base, group in itertools.groupby(sorted(samples, key=lambda sample: sample.base), lambda sample: sample.base):
         learned = Signatures([sample for sample in known if sample.base != base], causes)

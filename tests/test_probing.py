@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diymodel import DIYConfig
 from diymodel.verify import Subject, SubjectError, check_causal_lm
 from tests.test_adapters import Tiny, causal
 
@@ -194,6 +195,46 @@ def test_a_module_that_needs_its_caches_first_gets_them(factory: Any) -> None:
     assert skipped == {"decode.caller_object"}
 
 
+class WrittenByPlace(CachesFirst):
+    """The caller makes the cache, a tensor that is written to where the tokens stand; None comes back."""
+
+    def forward(self, idx: Tensor, past: Tensor | None = None, start_pos: int = 0) -> Any:  # type: ignore[override]
+        places = torch.arange(start_pos, start_pos + idx.shape[1])
+        x = self.embed(idx) + self.positions(places)
+        keys = self.kept(past, len(idx), x)
+        keys[:, places] = x
+        mean = keys.cumsum(1) / torch.arange(1, keys.shape[1] + 1)[:, None]
+        return self.head(x + torch.tanh(mean[:, places])), self.handed_back(keys)
+
+    def kept(self, past: Tensor | None, rows: int, like: Tensor) -> Tensor:
+        return like.new_zeros(rows, 32, like.shape[2]) if past is None else past
+
+    def handed_back(self, keys: Tensor) -> Tensor | None:
+        return None
+
+
+class WritesToACopy(WrittenByPlace):
+    def kept(self, past: Tensor | None, rows: int, like: Tensor) -> Tensor:
+        return super().kept(past, rows, like).clone()
+
+    def handed_back(self, keys: Tensor) -> Tensor:
+        return keys
+
+
+@pytest.mark.parametrize(("module", "status"), [(WrittenByPlace, "passed"), (WritesToACopy, "skipped")])
+def test_a_cache_that_is_written_by_place_is_told_from_one_that_is_copied(module: type[nn.Module], status: str) -> None:
+    def empty(module: nn.Module, config: DIYConfig, rows: int) -> Tensor:
+        return torch.zeros(rows, 32, config.hidden_size, dtype=next(module.parameters()).dtype)
+
+    subject = Subject(module, new_cache=empty, cache_is_value=False)
+    report = check_causal_lm(subject, profile="quick", only=["decode.cached_equals_full", "decode.caller_object"])
+    assert report.verdict == "passed", report.to_text()
+    assert {result.check.id: result.status for result in report.results} == {
+        "decode.cached_equals_full": "passed",
+        "decode.caller_object": status,
+    }
+
+
 class LeaksWithoutCache(CachesFirst):
     def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
         if input_pos is None:
@@ -311,3 +352,96 @@ def test_what_further_keywords_may_hide_is_not_denied() -> None:
     assert subject.missing("padding") == "forward names no attention_mask and no seq_lengths"
     assert subject.missing("loss") == "forward names no labels"
     assert Subject(Causal).missing("padding") == "forward has no attention_mask and no seq_lengths"
+
+
+# --- a padding mask under the name of a causal one --------------------------------------------------------------------
+
+
+class PaddedByAttnMask(Tiny):
+    """(B, T) of what is real; with a mask or without, no token sees the future."""
+
+    def forward(self, input_ids: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return self.run(input_ids, causal if attn_mask is None else lambda s: causal(self.hide(s, attn_mask)))
+
+    def hide(self, scores: Tensor, mask: Tensor) -> Tensor:
+        return scores.masked_fill(~mask.bool()[:, None, None], -1e9)
+
+
+class PaddedByTheOpposite(PaddedByAttnMask):
+    """True at padding."""
+
+    def hide(self, scores: Tensor, mask: Tensor) -> Tensor:
+        return scores.masked_fill(mask.bool()[:, None, None], -1e9)
+
+
+class AddedAttnMask(PaddedByAttnMask):
+    """Floats that are added to the scores: no mask of ones and zeros."""
+
+    def hide(self, scores: Tensor, mask: Tensor) -> Tensor:
+        return scores + mask.to(scores)[:, None, None]
+
+
+class UnusedAttnMask(PaddedByAttnMask):
+    def hide(self, scores: Tensor, mask: Tensor) -> Tensor:
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (PaddedByAttnMask, ("attn_mask", False)),
+        (PaddedByTheOpposite, ("attn_mask", True)),
+        (AddedAttnMask, (None, False)),
+        (UnusedAttnMask, (None, False)),
+    ],
+)
+def test_attn_mask_is_taken_for_a_padding_mask_where_it_hides_padding(
+    module: type[nn.Module], found: tuple[str | None, bool]
+) -> None:
+    convention = Subject(module).convention
+    assert (convention.mask, convention.mask_marks_padding) == found
+    report = check_causal_lm(module, profile="quick", only=["padding.*", "causality.edit"])
+    assert report.verdict == "passed", report.to_text()
+    passed = {result.check.id for result in report.results if result.status == "passed"}
+    assert ("padding.content_irrelevant" in passed) == bool(found[0])
+
+
+# --- nothing that could learn -----------------------------------------------------------------------------------------
+
+
+class WithoutGradients(Causal):
+    """Written for inference, or by mistake."""
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
+        logits = super().forward(tokens)
+        if labels is None:
+            return logits
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_logits_without_a_gradient_are_told_once() -> None:
+    report = check_causal_lm(
+        WithoutGradients, profile="quick", only=["gradients.*", "training.*", "loss.*", "numerics.z*"]
+    )
+    assert [result.check.id for result in report.failed] == ["gradients.reach_every_parameter"], report.to_text()
+    assert report.likely[0].bug == "gradient-detached"
+    skipped = {result.check.id: result.reason for result in report.results if result.status == "skipped"}
+    assert "carry no gradient" in str(skipped["loss.gradient"])
+
+
+class DetachedLoss(Causal):
+    """The number that is printed, and not what is trained by."""
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:  # type: ignore[override]
+        logits = super().forward(tokens)
+        if labels is None:
+            return logits
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).detach()
+
+
+def test_a_loss_without_a_gradient_is_a_failure() -> None:
+    report = check_causal_lm(DetachedLoss, profile="quick", only=["gradients.*", "training.*", "loss.*"])
+    assert [result.check.id for result in report.failed] == ["loss.gradient"], report.to_text()
+    assert report.failed[0].failure is not None
+    assert "the loss must carry a gradient" in report.failed[0].failure.message

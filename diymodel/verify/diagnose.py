@@ -13,9 +13,11 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Diagnosis
@@ -69,15 +71,14 @@ class Signatures:
         self._silent = _silences(samples, known)
         unnamed = {fact: _unnamed(fact, known.values()) for fact in causes}
         means = {slug: _mean(bugs, _named(slug, causes, unnamed)) for slug, bugs in known.items()}
-        rates = {fact: _sure(sum(mean[fact] for mean in means.values()) / len(known)) for fact in causes}
         looks = {
             slug: (_named(slug, causes, unnamed), means[slug], *_of_each(bugs, means[slug]))
             for slug, bugs in known.items()
         }
-        self._weights = {
-            slug: [{fact: _weights(fact, look[fact], rates[fact]) for fact in causes} for look in looks[slug]]
-            for slug in looks
-        }
+        self._facts = {fact: place for place, fact in enumerate(causes)}
+        self._classes = [slug for slug in looks for _ in looks[slug]]  # of each signature
+        rates = _table(means.values(), causes).mean(0)
+        self._weights = _weights(_table((look for group in looks.values() for look in group), causes), rates, causes)
         self._doing = {
             slug: {fact for fact in causes if slug in causes[fact] or any(look[fact] >= _DOING for look in looks[slug])}
             for slug in looks
@@ -127,8 +128,7 @@ class Signatures:
         silent, ruled_out = _silent_on(sample), _ruled_out(sample)
         named = {slug for id in _failed(sample) for slug in self._causes.get(id, ())}
         fits = {}
-        for slug, all_weights in self._weights.items():
-            score, evidence = max(_fit(weights, seen, ruled_out.get(slug, frozenset())) for weights in all_weights)
+        for slug, (score, evidence) in self._best(seen, ruled_out).items():
             score += self._silent[slug] * silent.get(slug, False) + _NOT_AMONG_CAUSES * (slug not in named)
             fits[slug] = (score, evidence)
         best = max(score for score, _ in fits.values())
@@ -137,8 +137,35 @@ class Signatures:
         total = sum(math.exp(score - best) for score in (_UNKNOWN, *(score for score, _ in fits.values())))
         return [
             Diagnosis(slug, math.exp(score - best) / total, evidence)
-            for slug, (score, evidence) in sorted(fits.items(), key=lambda item: (-item[1][0], item[0]))
+            for slug, (score, evidence) in sorted(fits.items(), key=lambda item: (-round(item[1][0], 9), item[0]))
         ]
+
+    def _best(
+        self, seen: Mapping[str, bool], ruled_out: Mapping[str, frozenset[str]]
+    ) -> dict[str, tuple[float, tuple[str, ...]]]:
+        """How well the best signature of each class explains a run, and what of it, the strongest first.
+
+        Checks of one area fail together and are not so many witnesses: each counts half of the one before. Failures
+        that are ``ruled_out`` as the doing of a class speak neither for it nor, being another bug's, against it.
+        """
+        known = [fact for fact in seen if fact in self._facts]
+        holds = torch.tensor([seen[fact] for fact in known])
+        weights = self._weights[holds.long(), :, [self._facts[fact] for fact in known]]  # (fact, signature)
+        for slug, facts in ruled_out.items():
+            here = [place for place, fact in enumerate(known) if fact in facts]
+            there = [place for place, other in enumerate(self._classes) if other == slug]
+            weights[torch.tensor(here, dtype=torch.long)[:, None], there] = 0.0
+        speaking = weights.clamp(min=0) * holds[:, None]
+        scores = (weights - speaking).sum(0)
+        for witnesses in _witnesses(known):
+            strongest_first = speaking[witnesses].sort(0, descending=True).values
+            scores += _NEXT ** torch.arange(len(witnesses), dtype=torch.float64) @ strongest_first
+        best: dict[str, tuple[float, int]] = {}
+        for place, (slug, score) in enumerate(zip(self._classes, scores.tolist(), strict=True)):
+            best[slug] = max(best.get(slug, (-math.inf, place)), (score, place))
+        places = [place for _, place in best.values()]
+        evidence = [_strongest(known, row) for row in speaking[:, places].T.tolist()]
+        return {slug: (score, facts) for (slug, (score, _)), facts in zip(best.items(), evidence, strict=True)}
 
 
 def _unnamed(fact: str, known: Iterable[Sequence[Mapping[str, bool]]]) -> float:
@@ -180,38 +207,39 @@ def _of_each(bugs: Iterable[Mapping[str, bool]], mean: Signature) -> list[Signat
     ]
 
 
-def _sure(probability: float) -> float:
-    """As far from certainty as a measurement of few bugs is."""
-    return min(max(probability, 1 - _CERTAIN), _CERTAIN)
+def _table(signatures: Iterable[Signature], facts: Iterable[str]) -> Tensor:
+    """Probabilities (signature, fact)."""
+    return torch.tensor([[look[fact] for fact in facts] for look in signatures], dtype=torch.float64)
 
 
-def _weights(fact: str, probability: float, rate: float) -> tuple[float, float]:
-    """What it says for the class that a fact does not hold, and that it does, as log-likelihood ratios."""
-    weight = _SYMPTOM if fact in list_symptoms() else 1.0
-    probability = _sure(probability)
-    return weight * math.log((1 - probability) / (1 - rate)), weight * max(math.log(probability / rate), _UNEXPLAINED)
+def _weights(table: Tensor, rates: Tensor, facts: Iterable[str]) -> Tensor:
+    """What it says for each signature that a fact does not hold, and that it does, as log-likelihood ratios.
 
+    Args:
+        table: probabilities (signature, fact).
+        rates: how often a fact holds on bugs of any class, (fact).
 
-def _fit(
-    weights: Mapping[str, tuple[float, float]], seen: Mapping[str, bool], ruled_out: frozenset[str]
-) -> tuple[float, tuple[str, ...]]:
-    """How well a signature explains a run, and what of it, the strongest first.
-
-    Checks of one area fail together and are not so many witnesses: each counts half of the one before. Failures that
-    are ``ruled_out`` as the doing of the class speak neither for it nor, being another bug's, against it.
+    Returns:
+        (holds, signature, fact).
     """
-    known = [fact for fact in seen if fact in weights and fact not in ruled_out]
-    speaking = [fact for fact in known if seen[fact] and weights[fact][True] > 0]
-    speaking.sort(key=lambda fact: -weights[fact][True])
-    score = sum(weights[fact][seen[fact]] for fact in known if fact not in speaking)
-    witnesses: Counter[str] = Counter()
-    for fact in speaking:
-        if fact in list_symptoms():
-            score += weights[fact][True]
-        else:
-            score += weights[fact][True] * _NEXT ** witnesses[_area(fact)]
-            witnesses[_area(fact)] += 1
-    return score, tuple(speaking)
+    table, rates = (x.clamp(1 - _CERTAIN, _CERTAIN) for x in (table, rates))  # few bugs were measured
+    weight = torch.tensor([_SYMPTOM if fact in list_symptoms() else 1.0 for fact in facts], dtype=torch.float64)
+    holds_not, holds = ((1 - table) / (1 - rates)).log(), (table / rates).log().clamp(min=_UNEXPLAINED)
+    return weight * torch.stack((holds_not, holds))
+
+
+def _witnesses(facts: Sequence[str]) -> Iterable[list[int]]:
+    """The places of the checks of each area together, and of each symptom by itself."""
+    groups: dict[str, list[int]] = {}
+    for place, fact in enumerate(facts):
+        groups.setdefault(fact if fact in list_symptoms() else fact.partition(".")[0], []).append(place)
+    return groups.values()
+
+
+def _strongest(facts: Sequence[str], weights: Sequence[float]) -> tuple[str, ...]:
+    """Those that speak for a class, the strongest first."""
+    speaking = [(weight, fact) for weight, fact in zip(weights, facts, strict=True) if weight > 0]
+    return tuple(fact for _, fact in sorted(speaking, key=lambda pair: -pair[0]))
 
 
 # --- symptoms that are missed ----------------------------------------------------------------------------------------
@@ -241,7 +269,8 @@ def _silences(samples: Sequence[Sample], slugs: Iterable[str]) -> dict[str, floa
         of_it = [silent[slug] for known, silent in seen if known == slug and slug in silent]
         of_others = [silent[slug] for known, silent in seen if known != slug and slug in silent]
         rates = [(sum(found) + _PRIOR) / (len(found) + _PRIOR) for found in (of_it, of_others)]
-        return _MISSED * math.log(_sure(rates[0]) / _sure(rates[1]))
+        sure, of_any = (min(max(rate, 1 - _CERTAIN), _CERTAIN) for rate in rates)
+        return _MISSED * math.log(sure / of_any)
 
     return {slug: min(ratio(slug), 0.0) for slug in slugs}
 
@@ -254,10 +283,6 @@ def _ruled_out(sample: Sample) -> dict[str, frozenset[str]]:
             for slug in symptom.causes if symptom.rules_out else ():
                 found[slug] = found.get(slug, frozenset()).union(symptom.rules_out)
     return found
-
-
-def _area(fact: str) -> str:
-    return fact.partition(".")[0]
 
 
 def known_causes() -> dict[str, tuple[str, ...]]:

@@ -214,6 +214,7 @@ def _find_rest(
 ) -> Convention:
     """How short inputs, padding, labels and cache are handled; what is missing."""
     convention = replace(convention, shortest=_find_shortest(module, config, convention, ids))
+    learns = _carries_gradient(module, config, convention, ids)
     convention, no_padding = _find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache(module, config, convention, ids)
@@ -222,8 +223,15 @@ def _find_rest(
         missing.setdefault("ragged_cache", f"forward({convention.mask}=…) covers the new tokens only")
     if convention.always_cached:
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
-        missing["gradient"] = f"every call is on the cache {whose}: it is for inference only"
+        missing["gradient"] = missing["graph"] = f"every call is on the cache {whose}: it is for inference only"
+    elif not learns:
+        missing["graph"] = "its logits carry no gradient: see gradients.reach_every_parameter"
     return replace(convention, missing=missing)
+
+
+def _carries_gradient(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    with torch.enable_grad():
+        return LM(module, config, convention).logits(ids).requires_grad
 
 
 def _find_shortest(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> int:
@@ -235,6 +243,8 @@ def _find_padding(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
 ) -> tuple[Convention, dict[str, str]]:
     """How padding on the right is told: by lengths, or by a mask of numbers or booleans, of what is real or is not."""
+    if not (convention.lengths or convention.mask):
+        convention = _with_padding_mask(module, config, convention, ids)
     name = convention.lengths or convention.mask
     if name is None:
         why = has_no(module, "attention_mask and no seq_lengths")
@@ -262,6 +272,28 @@ def _find_padding(
     if not (convention.lengths or convention.positions):
         missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
     return accepted[0], missing
+
+
+def _with_padding_mask(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:
+    """With attn_mask, or another name of causal masks (T, S), where given as (B, T) it hides what it marks."""
+    name = None if convention.causal or convention.block_mask else parameter_names(module).get("causal")
+    if name is None:
+        return convention
+    ways = _mask_kinds(replace(convention, mask=name))
+    return next((way for way in ways if _hides(LM(module, config, way), ids)), convention)
+
+
+def _hides(lm: LM, ids: Tensor) -> bool:
+    """Whether a mask keeps the first token of the first row from the others, and changes nothing in other rows."""
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[0, 0] = False
+    other = ids.clone()
+    other[0, 0] = ids[0, 1]
+    if refusal(lm.logits, ids, real) is not None:
+        return False
+    hidden, seen = lm.logits(ids, real), lm.logits(ids)
+    changed = not _close(hidden[0, 1:], seen[0, 1:])
+    return changed and _close(lm.logits(other, real)[0, 1:], hidden[0, 1:]) and _close(hidden[1:], seen[1:])
 
 
 def _missing_packing(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> dict[str, str]:

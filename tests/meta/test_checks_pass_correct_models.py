@@ -1,21 +1,19 @@
-"""No check fails on a correct model, whatever its convention; what a model lacks is skipped with a reason."""
+"""No check fails on a correct model of the zoo, whatever its convention; what it lacks is skipped with a reason.
+
+On our own model: ``tests/properties/test_our_model.py``.
+"""
 
 from __future__ import annotations
-
-import functools
 
 import pytest
 
 from diymodel.verify.registry import Check, list_checks
 from diymodel.verify.runner import Settings, run_check
-from diymodel.verify.subject import OWN, Subject, resolve
 from diymodel.zoo.base import BASES
+from tests.meta.verdicts import subject
 
 EXAMPLES = 3
-LACKS = {
-    OWN: frozenset({"left_padding", "window"}),
-    **{name: base.lacks | base.generation for name, base in BASES.items()},
-}
+LACKS = {name: base.lacks | base.generation for name, base in BASES.items()}
 GIVEN = {  # what most bases do without
     "reference",
     "shifted",
@@ -51,20 +49,15 @@ NOT_APPLICABLE = {
         (name, "decode.rows_reordered") for name in ("supplied", "intermediates", "pretrained")
     ),  # an object without a method for it
     *((name, "decode.unrelated_call") for name in ("fastlike", "startpos")),  # every call is on the one cache
-    *((name, "padding.mask_is_used") for name in (OWN, "ragged", "experts")),  # takes lengths
+    *((name, "padding.mask_is_used") for name in ("ragged", "experts")),  # takes lengths
 }
 
 APPLIES = {  # checks that need what few bases have, and which these are
     "gradients.checkpointing": {"pretrained", "kept"},
     "state.resized_vocabulary": {"pretrained", "kept"},
 }
-SLOW_ON = {OWN, "rotary", "supplied"}  # where optional checks are tried
+SLOW_ON = {"rotary", "supplied"}  # where optional checks are tried
 CASES = [(name, check) for name in LACKS for check in list_checks() if not check.optional or name in SLOW_ON]
-
-
-@functools.cache
-def subject(name: str) -> Subject:
-    return resolve(None) if name == OWN else BASES[name].subject()
 
 
 @pytest.mark.parametrize(("name", "check"), CASES, ids=[f"{name}-{check.id}" for name, check in CASES])

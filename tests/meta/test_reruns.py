@@ -18,8 +18,7 @@ from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, run_check
 from diymodel.verify.subject import OWN
 from diymodel.verify.trial import Trial
-from tests.meta.test_checks_pass_correct_models import subject
-from tests.meta.verdicts import CHECKS
+from tests.meta.verdicts import CHECKS, subject
 
 ON = {  # what our model is not made for
     "decode.caller_object": "supplied",

@@ -1,10 +1,14 @@
-"""What the checks say of the zoo's bugs."""
+"""What the checks say of the zoo's bugs, and the correct models beside them."""
 
 from __future__ import annotations
+
+import functools
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Result
 from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.subject import OWN, Subject, resolve
+from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import Bug, list_bugs
 
 EXAMPLES = 20  # trials in which a bug must show
@@ -12,6 +16,12 @@ CHECKS = {check.id: check for check in list_checks()}
 KILLS = [(bug, id) for bug in list_bugs() for id in bug.kills]
 ON_PAPER = {(bug.slug, id): bug for bug, id in reversed(KILLS)}  # of each check and class: a bug whose example shrinks
 KILL_IDS = [f"{id}-{bug.slug}-{bug.base}" for bug, id in KILLS]
+
+
+@functools.cache
+def subject(name: str) -> Subject:
+    """A correct model: a base of the zoo, or ours."""
+    return resolve(OWN) if name == OWN else BASES[name].subject()
 
 
 def verdict(bug: Bug, check_id: str, shrink: bool = True) -> Result:

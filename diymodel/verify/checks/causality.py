@@ -136,7 +136,7 @@ def through_cache(trial: Trial) -> None:
     "causality.gradient",
     title="the logits before a position have no gradient to the embeddings from that position on",
     step="1.2",
-    needs=("causal", "gradient"),
+    needs=("causal", "graph"),
     causes=(*_LEAKS, "gradient-detached"),
 )
 def gradient(trial: Trial) -> None:

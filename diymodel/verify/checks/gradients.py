@@ -83,7 +83,7 @@ def _reached(found: dict[str, Tensor | None]) -> set[str]:
     "gradients.finite",
     title="every gradient is finite, with sharp weights, equal tokens and padding",
     step="1.2",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("masked-row-nan", "softmax-overflow-half"),
 )
 def finite(trial: Trial) -> None:
@@ -103,7 +103,7 @@ def finite(trial: Trial) -> None:
     "gradients.absent_tokens_zero",
     title="the embedding of a token that does not occur gets no gradient from the other tokens' logits",
     step="1.2",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("statistic-over-vocabulary",),
 )
 def absent_tokens_zero(trial: Trial) -> None:
@@ -133,7 +133,7 @@ def absent_tokens_zero(trial: Trial) -> None:
     "gradients.accumulate",
     title="the gradients of two backward passes add up to that of the sum",
     step="2.2",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("state-survives-calls", "gradient-cleared-in-forward"),
 )
 def accumulate(trial: Trial) -> None:
@@ -159,7 +159,7 @@ def accumulate(trial: Trial) -> None:
     "gradients.checkpointing",
     title="gradient checkpointing changes neither the loss nor any gradient",
     step="2.2",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("checkpointing-with-cache", "recompute-redraws-dropout", "state-survives-calls"),
 )
 def checkpointing(trial: Trial) -> None:

@@ -154,7 +154,7 @@ def labels_unchanged(trial: Trial) -> None:
     "loss.gradient",
     title="the gradient of the loss is that of the mean next-token cross-entropy",
     step="1.2",
-    needs=("loss", "gradient"),
+    needs=("loss", "graph"),
     causes=("gradient-detached", *_CAUSES, "loss-low-precision"),
 )
 def gradient(trial: Trial) -> None:
@@ -173,7 +173,10 @@ def gradient(trial: Trial) -> None:
 
     expected = gradients(_oracle(lm, ids, labels))
     scale = torch.stack([g.abs().max() for g in expected if g.numel()])
-    for name, seen, right in zip(named, gradients(lm.loss(ids, labels)), expected, strict=True):
+    loss = lm.loss(ids, labels)
+    if not loss.requires_grad:
+        raise CheckFailure("the loss must carry a gradient, saw none, and the logits carry one")
+    for name, seen, right in zip(named, gradients(loss), expected, strict=True):
         what = (
             f"the gradient of the loss for labels {labels.tolist()} with respect to {name} must be that of their mean"
         )
@@ -201,7 +204,7 @@ def all_ignored(trial: Trial) -> None:
         if trial.subject.missing("finite_loss"):  # torch's own mean gives NaN here, and much code leaves it at that
             raise NotApplicable(f"{message}; the subject does not claim 'finite_loss'")
         raise CheckFailure(message)
-    if not loss.requires_grad or trial.subject.missing("gradient"):
+    if not loss.requires_grad or trial.subject.missing("graph"):
         return
     parameters = [p for p in lm.module.parameters() if p.requires_grad]
     for grad in torch.autograd.grad(loss, parameters, allow_unused=True):

@@ -45,7 +45,7 @@ def initial_loss(trial: Trial) -> None:
     "training.small_step_lowers_loss",
     title="a small step against the gradient lowers the loss by what the gradient predicts",
     step="2.2",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("gradient-wrong", "gradient-detached"),
 )
 def small_step_lowers_loss(trial: Trial) -> None:
@@ -77,7 +77,7 @@ def small_step_lowers_loss(trial: Trial) -> None:
     "training.overfits_a_tiny_batch",
     title=f"{_OVERFIT_STEPS} Adam steps on one short row bring its loss below a third",
     step="2.3",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("gradient-detached", "statistic-over-sequence", "parameters-unregistered"),
 )
 def overfits_a_tiny_batch(trial: Trial) -> None:

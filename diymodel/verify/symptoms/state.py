@@ -50,7 +50,7 @@ def _calls(patient: Patient) -> dict[str, _Call]:
     """The kinds of calls that the module takes."""
     needs: dict[str, tuple[str, _Call]] = {
         "loss": ("loss", _loss),
-        "gradient": ("gradient", _gradient),
+        "gradient": ("graph", _gradient),
         "cached": ("cache", _cached),
         "generated": ("greedy", _generated),
     }

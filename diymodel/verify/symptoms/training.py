@@ -86,10 +86,12 @@ def _none_at_the_router(patient: Patient) -> bool | None:
 def _path_is_cut(patient: Patient) -> bool | None:
     lm = patient.lm(num_layers=2, sharpness=1)
     ids, unreached = distinct_tokens(lm), _unreached(patient)
+    logits = lm.logits(ids)
+    if not logits.requires_grad:
+        return True
     named = [p for name, p in lm.module.named_parameters() if name in unreached]
     if not named:
         return None
-    logits = lm.logits(ids)
     found = torch.autograd.grad(logits.square().sum(), named, allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(named, found, strict=True):

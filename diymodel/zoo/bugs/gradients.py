@@ -119,6 +119,22 @@ BUGS = [
     ),
     Bug(
         "gradient-detached",
+        "nanogpt",
+        "def forward(self, idx",
+        "@torch.no_grad()\n    def forward(self, idx",
+        kills=("gradients.reach_every_parameter",),
+        where="NanoGPT",
+    ),
+    Bug(
+        "gradient-detached",
+        "parallel",
+        "def forward(self, tokens",
+        "@torch.no_grad()\n    def forward(self, tokens",
+        kills=("gradients.reach_every_parameter",),
+        where="ParallelLM",
+    ),
+    Bug(
+        "gradient-detached",
         "headwise",
         "wei = self.dropout(wei)",
         "wei = self.dropout(wei.data)",

@@ -303,6 +303,14 @@ BUGS = [
         where="GPTLanguageModel",
     ),
     Bug(
+        "gradient-detached",
+        "postnorm",
+        "return LMOutput(loss, logits)",
+        "return LMOutput(loss.detach(), logits)",
+        kills=("loss.gradient",),
+        where="PostNorm",
+    ),
+    Bug(
         "inputs-written-in-place",
         "switch",
         "shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)\n",
