@@ -42,8 +42,14 @@ class NeverReady(CachesFirst):
         raise RuntimeError("ready" if self.keys is not None else "not ready")
 
 
+class Misspelt(Tiny):
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, past: Any = None) -> Tensor:
+        return self.hed(self.embed(tokens))
+
+
 HERE = r"\(.*test_uncallable.py:\d+\)"
-GIVEN = "it was given 3 rows of 4 tokens, and max_seq_len is 16; "
+SIZES = "vocab_size=16, num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1, max_seq_len=16"
+GIVEN = f"it was given 3 rows of 4 tokens, and built with {SIZES}; "
 FUNCTION = "name a function config -> module instead, whose forward"
 
 
@@ -66,6 +72,11 @@ FUNCTION = "name a function config -> module instead, whose forward"
             rf"with targets: AttributeError: .* 'missing' {HERE}; "
             rf"{FUNCTION}\(tokens\) returns logits \(batch, seq, vocab\), or say how it is called: "
             r"Subject\(factory, causal='mask', always_cached=True, new_cache=lambda module, config, rows: …\)$",
+        ),
+        (
+            Misspelt,
+            rf"forward failed on token ids: AttributeError: 'Misspelt' object has no attribute 'hed'.* {HERE}; {GIVEN}"
+            "however it is called, it fails there$",
         ),
         (
             NeverReady,

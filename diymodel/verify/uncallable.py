@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention
-from diymodel.verify.failure import SubjectError, began, said, said_where
+from diymodel.verify.failure import SubjectError, began, crashed, said, said_where
 
 ROWS, LENGTH = 3, 4  # apart, and neither the number of heads: a mask of another shape must not pass for one of these
+
+
+_SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "max_seq_len")
 
 
 class Tried(NamedTuple):
@@ -51,12 +54,14 @@ def uncallable(module: nn.Module, config: DIYConfig, tried: Sequence[Tried]) -> 
     given = f"token ids and {plain.way.labels}" if shown is labels else "token ids"
     text = said_where(shown.error)
     if not isinstance(shown.error, SubjectError):
-        shapes = f"it was given {ROWS} rows of {LENGTH} tokens, and max_seq_len is {config.max_seq_len}"
-        text = f"forward failed on {given}: {text}; {shapes}"
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in _SIZES)
+        text = f"forward failed on {given}: {text}; it was given {ROWS} rows of {LENGTH} tokens, and built with {sizes}"
     if shown is plain and labels is not None and said(labels.error) != said(plain.error):
         text += f"; with {plain.way.labels}: {said_where(labels.error)}"
     if cached is not None:
         text += f"; on a cache made first: {said_where(cached.error)}"
+    if crashed(shown.error) and len({said_where(way.error) for way in tried}) == 1:
+        return SubjectError(f"{text}; however it is called, it fails there")
     return SubjectError(f"{text}; {_advice(module, config, shown, cached)}")
 
 
