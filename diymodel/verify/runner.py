@@ -25,7 +25,7 @@ from diymodel.verify.subject import Factory, Subject, resolve
 from diymodel.verify.symptoms import observe
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
-from diymodel.verify.trial import DTYPES, Trial
+from diymodel.verify.trial import DTYPES, SEED, Trial
 
 PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
 CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
@@ -318,7 +318,7 @@ class _Run:
         """One, with the global random state and gradient mode as they were afterwards."""
         self.count += 1
         try:
-            with seeded(), time_limit(self.settings.check_seconds):
+            with seeded(SEED), time_limit(self.settings.check_seconds):
                 self.check.function(trial)
         except (UnsatisfiedAssumption, StopTest):  # the subject refused the configuration, or Hypothesis the draw
             self.count -= 1

@@ -34,7 +34,9 @@ T = TypeVar("T")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 8
 MAX_ROWS = 3
-_BUILDING = 1  # the seed of what a constructor draws beside weights; not 0, from which a trial's other draws start
+SEED = (
+    1  # of what a trial draws from torch; not that of the constructor, or a second module would be a copy of the first
+)
 
 
 class Trial:
@@ -102,7 +104,7 @@ class Trial:
         sharpness = self.draw("sharpness", st.integers(1, max_sharpness))
 
         def build() -> nn.Module:
-            with seeded(_BUILDING):
+            with seeded():
                 return self.build(config, seed, sharpness).module
 
         # Most trials that shrink a failure run out of draws before they call anything. A new configuration is built at

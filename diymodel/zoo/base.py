@@ -69,9 +69,9 @@ BASES = {
         Base("hub", "Hub", frozenset({"cache_value", "ragged_cache", "left_padding"})),
         Base("plain", "Plain", _NO_CACHE | _NO_PADDING | {"loss"}),
         Base("onmodule", "OnModule", _NO_PADDING | {"cache_value", "loss"}, ("strict_context",)),
-        Base("fastlike", "FastLike", _NO_PADDING | {"cache_value", "loss", "gradient"}, ("strict_context",)),
+        Base("fastlike", "FastLike", _NO_PADDING | {"cache_value", "loss", "gradient", "graph"}, ("strict_context",)),
         Base("supplied", "Supplied", _NO_PADDING | {"cache_value"}),
-        Base("startpos", "StartPos", _NO_PADDING | {"cache_value", "loss", "gradient"}, ("strict_context",)),
+        Base("startpos", "StartPos", _NO_PADDING | {"cache_value", "loss", "gradient", "graph"}, ("strict_context",)),
         Base("resettable", "Resettable", _NO_PADDING | {"cache_value", "loss"}, ("strict_context",)),
         Base(
             "saved", "Saved", _NO_PADDING | {"loss"}, ("strict_context",), {"directory": lambda module: module.example}
