@@ -445,3 +445,25 @@ def test_a_loss_without_a_gradient_is_a_failure() -> None:
     assert [result.check.id for result in report.failed] == ["loss.gradient"], report.to_text()
     assert report.failed[0].failure is not None
     assert "the loss must carry a gradient" in report.failed[0].failure.message
+
+
+# --- logits that must be asked for ------------------------------------------------------------------------------------
+
+
+class LogitsOnRequest(Causal):
+    """As in llm-baselines: the loss is what is wanted, and logits where one asks, of all positions with targets."""
+
+    def forward(  # type: ignore[override]
+        self, idx: Tensor, targets: Tensor | None = None, get_logits: bool = False
+    ) -> dict[str, Tensor | None]:
+        logits = super().forward(idx)
+        if targets is None:
+            return {"logits": logits[:, [-1]] if get_logits else None, "loss": None}
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return {"logits": logits if get_logits else None, "loss": loss}
+
+
+def test_logits_are_asked_for_where_forward_has_an_argument_for_it() -> None:
+    report = check_causal_lm(LogitsOnRequest, profile="quick", only=["causality.edit", "loss.value", "shape.logits"])
+    assert [result.status for result in report.results] == ["passed"] * 3, report.to_text()
+    assert "get_logits=True" in report.called

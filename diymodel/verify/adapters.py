@@ -99,7 +99,8 @@ class Convention:
     cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
-    cached_extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of calls on a cache
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
+    cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
@@ -119,7 +120,7 @@ class Convention:
     def describe(self) -> str:
         """How the module is called, in a line for its author."""
         call = f"forward({', '.join(name for role in ROLES if (name := getattr(self, role)))})"
-        notes = []
+        notes = [f"{name}={value}" for name, value in self.extra.items()]
         if self.sequence_first:
             notes.append("tensors are (seq, batch)")
         if self.causal:
@@ -324,7 +325,7 @@ class LM:
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
         """The arguments of a call without those for the cache; ``start`` tokens came before."""
         convention, (B, T) = self.convention, input_ids.shape
-        inputs: dict[str, Any] = {convention.ids: input_ids}
+        inputs: dict[str, Any] = {convention.ids: input_ids, **convention.extra}
         if convention.start:
             inputs[convention.start] = start
         if convention.causal:

@@ -19,7 +19,14 @@ from diymodel.verify.casting import cast
 from diymodel.verify.failure import SubjectError, refusal, said_where
 from diymodel.verify.loss_probing import LABELS_SHIFTED, find_loss
 from diymodel.verify.masks import CAUSAL_MASKS
-from diymodel.verify.signature import NAMES, has_no, parameter_names, parameters, required_parameters
+from diymodel.verify.signature import (
+    NAMES,
+    has_no,
+    logits_switches,
+    parameter_names,
+    parameters,
+    required_parameters,
+)
 from diymodel.verify.trial import draw_weights
 from diymodel.verify.uncallable import LENGTH, ROWS, Tried, sample_ids, uncallable, wrong_logits
 
@@ -118,6 +125,8 @@ def _find_logits(
     """
     ways = [convention] if "causal" in declared else _ways(convention, required_parameters(module))
     found, tried = _first_of(module, config, ways, ids)
+    if found is None and (asking := logits_switches(module)):
+        found, _ = _first_of(module, config, [replace(way, extra={**asking, **way.extra}) for way in ways], ids)
     if found is None and "always_cached" not in declared:  # gpt-fast: nothing goes without setup_caches
         found, further = _first_of(module, config, _placed(always_cached_ways(module, convention)), ids)
         tried += further

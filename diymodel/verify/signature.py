@@ -54,6 +54,12 @@ def required_parameters(module: nn.Module) -> set[str]:
     return {name for name, parameter in parameters(module).items() if parameter.default is parameter.empty}
 
 
+def logits_switches(module: nn.Module) -> dict[str, bool]:
+    """Optional arguments that ask for logits, such as get_logits or return_all_logits, turned on."""
+    known = parameters(module).items()
+    return {name: True for name, p in known if "logits" in name and (p.default is False or p.default is None)}
+
+
 def has_no(module: nn.Module, what: str) -> str:
     """That ``forward`` lacks a parameter; one with ``**kwargs`` may take it all the same, and does not name it."""
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
