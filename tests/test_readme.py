@@ -14,6 +14,7 @@ from diymodel.verify.diagnose import leave_one_base_out
 from diymodel.verify.samples import read_samples
 from diymodel.verify.tolerance import FALSE_ALARMS, HEALTHY_TRIALS
 from diymodel.zoo.base import BASES
+from diymodel.zoo.bug import list_bugs
 from diymodel.zoo.matrix import figures
 from diymodel.zoo.page import picture
 
@@ -97,6 +98,22 @@ def test_the_figures_of_two_bugs_at_once_are_those_measured() -> None:
     assert f"of {found.pairs} pairs of bugs" in english
     assert f"the first two in {found.both_first} and among three in {found.among_three}" in english
     assert f"{found.pairs} 对里有 {found.both_first} 对两个都排在前两位，{found.among_three} 对都在前三" in chinese
+
+
+def test_the_figures_of_luck_and_of_the_picture_are_those_measured() -> None:
+    luck = json.loads((ROOT / "benchmarks/results/zoo-luck.json").read_text("utf-8"))
+    bugs = {bug.id for bug in list_bugs()}
+    assert all(set(table["escaped"]) == bugs for table in luck.values())
+    assert not any(luck["standard"]["escaped"].values())
+    escaped = [len(seeds) for seeds in luck["quick"]["escaped"].values() if seeds]
+    seeds, found = luck["quick"]["seeds"], figures(read_samples())
+    runs, single = seeds * len(bugs), len(found.single_killer)
+    english, chinese = (re.sub(r"\s+", " ", readme.read_text("utf-8")) for readme in (ENGLISH, CHINESE))
+    assert f"can miss {len(escaped)} of them: {sum(escaped)} of {runs:,} runs over {seeds} seeds did" in english
+    assert f"the likeliest one in {max(escaped)} of {seeds}. " in english
+    assert f"which kills {found.killed}; {single} of them have a single killer" in english
+    assert f"其中 {len(escaped)} 个：{seeds} 个种子共 {runs:,} 次运行漏掉 {sum(escaped)} 次" in chinese
+    assert f"抓住 {found.killed} 个；其中 {single} 个只有一项检查能抓住" in chinese
 
 
 def test_the_picture_of_the_matrix_is_that_of_the_samples() -> None:
