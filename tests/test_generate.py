@@ -213,17 +213,30 @@ def test_which_token_pads(arguments: dict[str, Any], config_pad: int | None, exp
 
 
 def test_a_penalty_pushes_every_seen_token_down() -> None:
-    """With a huge penalty, greedy decoding repeats no token while unseen ones remain."""
-    torch.manual_seed(0)
+    """With a huge penalty, greedy decoding repeats neither the prompt nor itself while unseen ones remain."""
     model = DIYForCausalLM(CONFIG)
-    row = model.generate(IDS[:1], 5, repetition_penalty=1e6)[0].tolist()
-    assert len(set(row)) == len(row)
+    draw_weights(model, 2, 2)
+    plain, penalised = (model.generate(IDS[:1], 5, repetition_penalty=p)[0].tolist() for p in (1.0, 1e6))
+    assert len(set(plain[3:])) < 5
+    assert len(set(penalised)) == len(penalised)
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-30, 1e-300])
 def test_a_vanishing_temperature_is_greedy_not_nan(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert choose(logits, temperature, None, None, torch.Generator().manual_seed(0)).tolist() == [1]
+
+
+def test_a_vanishing_temperature_measures_each_row_by_its_own_largest_logit() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1001.0, 1003.0, 1004.0]])
+    assert choose(logits, 1e-37, None, None, torch.Generator().manual_seed(0)).tolist() == [1, 2]
+
+
+def test_one_candidate_is_the_likeliest(model: DIYForCausalLM) -> None:
+    greedy = model.generate(IDS, 4)
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert torch.equal(model.generate(IDS, 4, temperature=50.0, seed=1, **settings), greedy)
+    assert torch.equal(model.generate(IDS[:1], 4, temperature=50.0, seed=1, top_k=1), greedy[:1])
 
 
 def test_top_k_keeps_exactly_k_among_equals() -> None:
@@ -245,6 +258,8 @@ def test_half_logits_are_drawn_from_in_float32() -> None:
     logits = torch.randn(500, 50, generator=torch.Generator().manual_seed(1)).half()
     drawn = [choose(x, 0.7, 40, 0.95, torch.Generator().manual_seed(0)) for x in (logits, logits.float())]
     assert torch.equal(*drawn)
+    near = torch.tensor([0.0, -(2.0**-12)]).half().expand(500, 2)  # e^-4 apart at the least temperature of float16
+    assert choose(near, 1e-6, None, None, torch.Generator().manual_seed(0)).tolist() == [0] * 500
 
 
 def test_draws_follow_the_probabilities() -> None:
