@@ -149,8 +149,9 @@ class Signatures:
         that are ``ruled_out`` as the doing of a class speak neither for it nor, being another bug's, against it.
         """
         known = [fact for fact in seen if fact in self._facts]
-        holds = torch.tensor([seen[fact] for fact in known])
-        weights = self._weights[holds.long(), :, [self._facts[fact] for fact in known]]  # (fact, signature)
+        holds = torch.tensor([seen[fact] for fact in known], dtype=torch.long)
+        columns = torch.tensor([self._facts[fact] for fact in known], dtype=torch.long)
+        weights = self._weights[holds, :, columns]  # (fact, signature)
         for slug, facts in ruled_out.items():
             here = [place for place, fact in enumerate(known) if fact in facts]
             there = [place for place, other in enumerate(self._classes) if other == slug]
