@@ -430,6 +430,12 @@ def test_logits_without_a_gradient_are_told_once() -> None:
     assert "carry no gradient" in str(skipped["loss.gradient"])
 
 
+def test_what_lacks_gradients_lacks_all_that_needs_them() -> None:
+    subject = Subject(WithoutGradients, lacks={"gradient": "for inference only"})
+    report = check_causal_lm(subject, profile="quick", only=["gradients.*", "loss.gradient"])
+    assert {(result.status, result.reason) for result in report.results} == {("skipped", "for inference only")}
+
+
 class DetachedLoss(Causal):
     """The number that is printed, and not what is trained by."""
 

@@ -177,6 +177,8 @@ class Subject:
         """Why the subject lacks a capability; None if it has it."""
         assert capability in _CAPABILITIES, capability
         convention = self.convention
+        if capability == "graph" and "gradient" in self.lacks:  # who cannot be trained has no gradient to show either
+            return self.lacks["gradient"]
         if capability in self.lacks:
             return self.lacks[capability]
         if capability in _FOUND:
