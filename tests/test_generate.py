@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diymodel import DIYConfig, DIYForCausalLM
-from diymodel.generate import choose
+from diymodel.generate import _penalise, choose
 from diymodel.verify.trial import draw_weights
 from tests.strategies import SEEDS, Case, cases, lengths
 
@@ -219,6 +219,11 @@ def test_a_penalty_pushes_every_seen_token_down() -> None:
     plain, penalised = (model.generate(IDS[:1], 5, repetition_penalty=p)[0].tolist() for p in (1.0, 1e6))
     assert len(set(plain[3:])) < 5
     assert len(set(penalised)) == len(penalised)
+
+
+def test_a_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+    logits, seen = torch.tensor([[2.0, -2.0, 3.0, -3.0]]), torch.tensor([[True, True, False, False]])
+    assert _penalise(logits, seen, 4.0).tolist() == [[0.5, -8.0, 3.0, -3.0]]
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-30, 1e-300])
