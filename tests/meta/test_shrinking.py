@@ -1,4 +1,4 @@
-"""The known hard example shrinks to the expected one. That all are small: test_every_check_can_fail.py."""
+"""The known hard example shrinks to the expected one. Of each check and class of bugs: test_every_check_can_fail.py."""
 
 from __future__ import annotations
 
