@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
+from diymodel.verify.entries import Entry
 from diymodel.verify.failure import NotApplicable, SubjectError, said
 from diymodel.verify.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
 
@@ -134,6 +135,8 @@ class Convention:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""
             notes.append(f"the cache is {kind}{more}{', and every call is on it' if self.always_cached else ''}")
+        if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
+            notes.append(f"it generates by {self.generating.entry}")
         return "; ".join([call, *notes])
 
 
@@ -272,7 +275,8 @@ class LM:
         Args:
             settings: by role, such as ``temperature``, ``top_k``, ``eos``; what is not given is left to the module.
         """
-        return self.generating.run(self.module, input_ids, new_tokens, real, settings)
+        around: dict[str, Any] = {"context": self.config.max_seq_len, "device": input_ids.device}
+        return self.generating.run(self.module, input_ids, new_tokens, real, {**around, **settings})
 
     def greedy(self, input_ids: Tensor, new_tokens: int, real: Tensor | None = None, **settings: Any) -> Tensor:
         """As :meth:`generate`, taking the likeliest token."""

@@ -1,4 +1,4 @@
-"""Finds how a stranger's ``generate`` is called, by the names of its parameters and by trying each once.
+"""Finds how a stranger's module generates, by the names of parameters and by trying each once.
 
 Shapes: B batch, T prompt length, N new tokens, L length of what is returned, V vocabulary.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention
 from diymodel.verify.casting import cast
+from diymodel.verify.entries import Entry, others
 from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.generating import CAPABILITIES, MANY, Generating
 from diymodel.verify.timing import OutOfTime, time_limit
@@ -38,6 +39,11 @@ _NAMES = {
     "top_p": ("top_p", "topp"),
     "seed": ("seed",),
     "use_cache": ("use_cache", "cache_kv", "use_kv_cache"),
+    "context": (  # how many tokens the model holds
+        *("context_size", "context_length", "context_len", "context_window", "ctx_size", "ctx_len", "block_size"),
+        *("max_context", "max_context_size", "max_context_length", "max_seq_len", "max_seq_length"),
+    ),
+    "device": ("device",),
 }
 _NEUTRAL = {  # what settings are that change nothing, where they have no default
     "eos": -1,
@@ -57,18 +63,26 @@ _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, 
 _MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
 _NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
 _TRANSFORMERS = {  # its generate hides them behind **kwargs
-    role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed")
+    role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed", "context", "device")
 }
 
 
-def with_generating(build: Callable[[], nn.Module], config: DIYConfig, convention: Convention) -> Convention:
-    """The convention, completed by how a module that ``build`` makes of ``config`` generates."""
+def with_generating(
+    build: Callable[[], nn.Module],
+    config: DIYConfig,
+    convention: Convention,
+    factory: Callable[..., Any] | None = None,
+) -> Convention:
+    """The convention, completed by how a module that ``build`` makes of ``config`` generates.
+
+    Where it has no ``generate``, the functions beside its class and beside ``factory`` are tried.
+    """
     generating = convention.generating  # its author may have stated it
     if generating is None:
         module = cast(build().eval(), convention.dtype)
         try:
             with time_limit(_SECONDS):
-                generating = find_generating(module, config, convention)
+                generating = find_generating(module, config, convention, factory)
         except OutOfTime:
             generating = _without_all(f"generate did not answer a few tiny calls in {_SECONDS} s")
         except Exception as error:  # a stranger's generate may raise anything, at any time
@@ -76,36 +90,75 @@ def with_generating(build: Callable[[], nn.Module], config: DIYConfig, conventio
     return replace(convention, generating=generating, missing={**convention.missing, **generating.missing})
 
 
-def find_generating(module: nn.Module, config: DIYConfig, convention: Convention) -> Generating:
-    """Try the ``generate`` of a freshly built module, in eval mode, and record how it wants to be called."""
-    parameters = _parameters(module)
-    names = _names(module, parameters)
-    if "new_tokens" not in names:
-        what = "has no parameter for the number of new tokens" if names else "is not a method of the module"
-        return _without_all(f"generate {what}")
+def find_generating(
+    module: nn.Module, config: DIYConfig, convention: Convention, factory: Callable[..., Any] | None = None
+) -> Generating:
+    """Try how a freshly built module generates, in eval mode, and record how it wants to be called."""
     if convention.sequence_first:
         return _without_all("forward takes (seq, batch), and generate is tried with (batch, seq) only")
     draw_weights(module, seed=0, sharpness=2)  # as built, many a model repeats one token whatever it is given
     ids = (torch.arange(2 * 4) % config.vocab_size).view(2, 4)
-    generating = Generating(
+    lm = LM(module, config, convention)
+    generating = _called(lm, Entry())
+    if "new_tokens" in generating.names:
+        return _settled(_with(lm, generating), ids)
+    lacks = "has no parameter for the number of new tokens" if generating.names else "is not a method of the module"
+    tried = []
+    for entry in others(module, factory):
+        other = _with(lm, _called(lm, entry))
+        if not _is_complete(other.generating, entry.parameters(module)):
+            continue
+        if (why := _refused_alone(other, ids)) is None:
+            return _settled(other, ids)
+        tried.append(f", and {entry} failed on token ids: {why}")
+    return _without_all(f"generate {lacks}{''.join(tried[:1])}")
+
+
+def _called(lm: LM, entry: Entry) -> Generating:
+    """By the names of its parameters; no names: there is no such entry."""
+    parameters, convention = entry.parameters(lm.module), lm.convention
+    names = _names(lm.module, parameters)
+    return Generating(
+        entry,
         names,
         _fixed(names, parameters),
         mask_dtype=convention.mask_dtype,
         mask_marks_padding=convention.mask_marks_padding,
     )
-    lm = LM(module, config, replace(convention, generating=generating))
-    if _narrows(parameters.get(names.get("top_k", ""))):
+
+
+def _with(lm: LM, generating: Generating) -> LM:
+    return LM(lm.module, lm.config, replace(lm.convention, generating=generating))
+
+
+def _is_complete(generating: Generating, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether what has no default is known to the last, and token ids and a number of new ones are among it."""
+    named = {*generating.names.values(), *generating.fixed}
+    needed = {p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    return generating.names.get("ids") in _NAMES["ids"] and "new_tokens" in generating.names and needed <= named
+
+
+def _refused_alone(lm: LM, ids: Tensor) -> str | None:
+    """What it says against two rows and against one alike."""
+    return _refused(lm, ids, {}) and _refused(lm, ids[1:], {})
+
+
+def _settled(lm: LM, ids: Tensor) -> Generating:
+    """All that trying says of an entry that takes token ids and a number of new ones."""
+    generating = lm.generating
+    if _narrows(generating.entry.parameters(lm.module).get(generating.names.get("top_k", ""))):
         generating = _without_top_k(lm, ids[1:])
-        lm = LM(module, config, replace(convention, generating=generating))
+        lm = _with(lm, generating)
     missing = {}
     if (why := _refused(lm, ids, {})) is not None:
         missing["generate_batch"] = f"generate does not take two rows: {why}"
         ids = ids[1:]
-    if names["ids"] in _TOKENS and (why := _crash(lm, ids)) is not None:  # the checks that need no more will show it
+    if generating.names["ids"] in _TOKENS and (why := _crash(lm, ids)) is not None:
+        # The checks that need no more will show it.
         return replace(generating, missing={c: why for c in CAPABILITIES if c not in ("generate", "greedy")})
     found = replace(_find_counting(lm, ids), one_row=len(ids) == 1)
     for find in (_find_greedy, _find_sampling, _find_settings, _find_padding):
-        found, without = find(LM(module, config, replace(convention, generating=found)), ids)
+        found, without = find(_with(lm, found), ids)
         missing |= without
     return replace(found, missing={**missing, **found.missing})
 
@@ -119,18 +172,14 @@ def _crash(lm: LM, ids: Tensor) -> str | None:
     return None
 
 
-def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:
-    if not callable(getattr(module, "generate", None)):
-        return {}
-    return inspect.signature(module.generate).parameters
-
-
 def _names(module: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
     """Names by role."""
     if not parameters:
         return {}
     known = {role: next((name for name in names if name in parameters), "") for role, names in _NAMES.items()}
     names = {role: name for role, name in known.items() if name}
+    if "context" in names and parameters[names["context"]].default is not inspect.Parameter.empty:
+        del names["context"]  # it knows better
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if "new_tokens" not in names and takes_more and hasattr(module, "generation_config"):
         return {**_TRANSFORMERS, **names}  # transformers' own generate, or one that hands everything on to it
@@ -234,7 +283,8 @@ def _refused(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> str | None:
 
 def _crashes(lm: LM, ids: Tensor, role: str, settings: Mapping[str, Any]) -> bool:
     """Whether generate names a setting, gets a value of the kind it asks for, and fails by a mistake of its own."""
-    parameter = _parameters(lm.module).get(lm.generating.names[role])
+    generating = lm.generating
+    parameter = generating.entry.parameters(lm.module).get(generating.names[role])
     if parameter is None or not _is_of_kind(settings[role], parameter):
         return False
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diymodel.verify.entries import Entry
 from diymodel.verify.failure import SubjectError
 
 CAPABILITIES = (
@@ -34,8 +35,9 @@ MANY = 256  # rows at once, for judging what is drawn
 
 @dataclass(frozen=True)
 class Generating:
-    """How ``module.generate`` is called. Settings go by role, such as ``eos``, whatever the module calls them."""
+    """How a module generates. Settings go by role, such as ``eos``, whatever it calls them."""
 
+    entry: Entry = field(default_factory=Entry)
     names: Mapping[str, str] = field(default_factory=dict)  # role -> parameter
     fixed: Mapping[str, Any] = field(default_factory=dict)  # parameter -> value, where its default would not do
     greedy: Mapping[str, Any] = field(default_factory=dict)  # settings that take the likeliest token
@@ -67,7 +69,7 @@ class Generating:
             arguments[names["lengths"]] = real.sum(1)
         elif real is not None and "mask" in names:
             arguments[names["mask"]] = (~real if self.mask_marks_padding else real).to(self.mask_dtype)
-        found = _call(module, arguments)
+        found = self._call(module, arguments)
         return found if self.returns_prompt else torch.cat((ids, found), 1)
 
     def new_tokens(self, found: Tensor, real: Tensor) -> list[Tensor]:
@@ -76,15 +78,14 @@ class Generating:
             return list(found[:, real.shape[1] :])
         return [row[length:] for row, length in zip(found, real.sum(1).tolist(), strict=True)]
 
-
-def _call(module: Any, arguments: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad(), _quiet():
-        found = module.generate(**arguments)
-    found = getattr(found, "sequences", found)
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise SubjectError(f"generate returned {kind}: expected token ids (batch, length)")
-    return found.clone()  # no longer of inference mode
+    def _call(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), _quiet():
+            found = self.entry.of(module)(**arguments)
+        found = getattr(found, "sequences", found)
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise SubjectError(f"{self.entry} returned {kind}: expected token ids (batch, length)")
+        return found.clone()  # no longer of inference mode
 
 
 @contextlib.contextmanager

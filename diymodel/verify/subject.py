@@ -171,7 +171,7 @@ class Subject:
                     convention = find_convention(lambda: self.made(config), config, self.declared)
             except OutOfTime:
                 raise SubjectError(f"{self.name} did not build and answer a few tiny calls in {_PATIENCE} s") from None
-            return with_generating(lambda: self.made(config), config, convention)
+            return with_generating(lambda: self.made(config), config, convention, self._factory)
 
     def missing(self, capability: str) -> str | None:
         """Why the subject lacks a capability; None if it has it."""

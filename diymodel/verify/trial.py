@@ -95,10 +95,7 @@ class Trial:
             fixed: configuration fields that are not drawn, unless the subject refuses them: see :func:`_nearest`.
         """
         drawn = self.draw("config", self.subject.configs(length))
-        choices = _nearest(drawn, fixed)
-        taken = (values for values in choices if self._built(DIYConfig.from_dict(values)) is not None)
-        values = next(taken, choices[0]) if len(choices) > 1 else choices[0]
-        self.values["config"] = values  # what the report shows is what was built
+        self.values["config"] = values = self._first_taken(_nearest(drawn, fixed))  # the report shows what was built
         config = DIYConfig.from_dict(values)
         seed = self.draw("weights", st.integers(0, 2**16))
         sharpness = self.draw("sharpness", st.integers(1, max_sharpness))
@@ -130,6 +127,18 @@ class Trial:
         lm = LM(cast(module, self.dtype, self.device).eval(), config, self.subject.convention)
         lm.around = self.around
         return lm
+
+    def _first_taken(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The first of several configurations that the subject builds; where it builds none, the first of all."""
+        if len(choices) == 1:
+            return choices[0]
+
+        def taken(values: Mapping[str, Any]) -> bool:
+            config = DIYConfig.from_dict(values)
+            return config in self.subject.built or self._built(config) is not None
+
+        with seeded():
+            return next(filter(taken, choices), choices[0])
 
     def _built(self, config: DIYConfig) -> nn.Module | None:
         """A new module, or None for a configuration that the subject refuses."""
