@@ -13,6 +13,12 @@ from diymodel._attributes import direct
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
+def drawn(rows: int, columns: int, std: float) -> Tensor:
+    """A matrix (rows, columns) from N(0, std²); on the meta device, where torch would be slow to draw nothing, empty."""
+    matrix = torch.empty(rows, columns)
+    return matrix if matrix.is_meta else matrix.normal_(std=std)
+
+
 @direct(parameters=("weight", "bias"))
 class Linear(nn.Linear):
     """``x @ weight.T``, with a weight (out, in) drawn from N(0, std²).
@@ -24,7 +30,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=std))
+        self.weight = nn.Parameter(drawn(out_features, in_features, std))
 
     def reset_parameters(self) -> None:
         """Nothing: torch would draw the weight a first time here."""

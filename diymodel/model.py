@@ -23,7 +23,7 @@ from diymodel.cache import FixedSlots, LayerCache, LayerPast, PastKeyValues, Spa
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
 from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
-from diymodel.linear import HALF_TYPES, Linear
+from diymodel.linear import HALF_TYPES, Linear, drawn
 from diymodel.weights import check_state_dict, check_tied, with_tied_head
 
 INIT_STD = 0.02  # GPT-2's: small enough that the first loss is near ln(V)
@@ -187,7 +187,7 @@ class DIYModel(nn.Module):
     def __init__(self, config: DIYConfig) -> None:
         super().__init__()
         self.config = config
-        embedding = torch.empty(config.vocab_size, config.hidden_size).normal_(std=INIT_STD)
+        embedding = drawn(config.vocab_size, config.hidden_size, INIT_STD)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
         self.layers = nn.ModuleList(ModelBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
