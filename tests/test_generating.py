@@ -284,6 +284,31 @@ def test_transformers_pads_on_the_left(model_type: str) -> None:
     assert list(generating.missing) == ["temperature_zero"]
 
 
+def with_default_eos(config: Any) -> nn.Module:
+    """As its author has it, who named no end-of-sequence token: the configuration has 2 for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=4 * config.num_heads,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.max_seq_len,
+    )
+    assert sizes.eos_token_id is not None
+    return LlamaForCausalLM(sizes)  # type: ignore[no-any-return]
+
+
+def test_an_end_token_that_a_transformers_config_has_by_default_is_switched_off() -> None:
+    pytest.importorskip("transformers")
+    assert found(with_default_eos).fixed == {"eos_token_id": -1}
+    for check in ("generation.keeps_prompt", "generation.greedy_is_argmax", "generation.padded_prompt"):
+        result = verify_one(subject(with_default_eos), next(c for c in CHECKS if c.id == check), Settings(10))
+        assert result.status == "passed", result
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
 @pytest.mark.parametrize(
     "factory",

@@ -190,13 +190,15 @@ def _names(module: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str
 def _fixed(names: Mapping[str, str], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """Arguments for what has no default, or one that would end or narrow every generation."""
     fixed = {}
-    for role, value in _NEUTRAL.items():
-        parameter = parameters.get(names.get(role, ""))
-        if parameter is None:
-            continue
-        default = parameter.default
-        if default is parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float))):
-            fixed[parameter.name] = value
+    for role in _NEUTRAL.keys() & names.keys():
+        parameter = parameters.get(names[role])
+        if parameter is None:  # behind transformers' **kwargs, which its own configuration has defaults for
+            needed = role == "eos"
+        else:
+            default = parameter.default
+            needed = default is parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float)))
+        if needed:
+            fixed[names[role]] = _NEUTRAL[role]
     return fixed
 
 

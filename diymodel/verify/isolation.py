@@ -72,7 +72,7 @@ def probe_isolated(subject: Subject) -> None:
 def _probed(subject: Subject) -> bool:
     try:
         return bool(subject.convention)
-    except SubjectError:  # this process will meet it too, and say it
+    except Exception:  # this process will meet it too, and say it
         return False
 
 

@@ -282,11 +282,20 @@ def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
     for index, parameter in enumerate(module.parameters()):
         generator.manual_seed(1000 * seed + index)
         kind = torch.complex64 if parameter.is_complex() else torch.float32
-        noise = torch.randn(parameter.shape, generator=generator, dtype=kind).to(parameter)
+        own = _without_repeats(parameter)
+        noise = torch.randn(own.shape, generator=generator, dtype=kind).to(own)
         if parameter.dim() >= 2:
-            parameter.copy_(noise * sharpness / parameter.shape[-1] ** 0.5)
+            own.copy_(noise * sharpness / own.shape[-1] ** 0.5)
         elif parameter.requires_grad:
-            parameter.copy_(parameter.where(~parameter.isnan(), 0) + noise / 4)
+            own.copy_(own.where(~own.isnan(), 0) + noise / 4)
+
+
+def _without_repeats(parameter: Tensor) -> Tensor:
+    """The numbers of a parameter once each: one that was made by ``expand`` shows some many times."""
+    for dim, (size, stride) in enumerate(zip(parameter.shape, parameter.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            parameter = parameter.narrow(dim, 0, 1)
+    return parameter
 
 
 def _first_wrong(wrong: Tensor, seen: Tensor, expected: Tensor) -> str:
