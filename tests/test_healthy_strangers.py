@@ -256,3 +256,28 @@ class MisshapenTopK(Clamped):
 def test_tensors_that_do_not_fit_are_a_mistake_and_no_refusal() -> None:
     report = check_causal_lm(MisshapenTopK, profile="quick", only=["generation.top_k"])
     assert [result.check.id for result in report.failed] == ["generation.top_k"], to_text(report)
+
+
+class WritesIntoItsCache(Tiny):
+    """A recurrent state that is written in place, as in recurrentgemma."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        state = torch.zeros_like(self.embed(input_ids[:, 0])) if past_key_values is None else past_key_values["state"]
+        sums = []
+        for x in self.embed(input_ids).unbind(1):
+            state.mul_(0.5).add_(x)
+            sums.append(state.clone())
+        logits = self.head(torch.stack(sums, 1))
+        return (logits, {"state": state}) if use_cache else logits
+
+
+class WithoutItsOwnOrder(WritesIntoItsCache):
+    """What older versions of transformers hand down to every class that can generate."""
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
+        raise NotImplementedError("Make sure that a `_reorder_cache` function is correctly implemented")
+
+
+@pytest.mark.parametrize("module", [WritesIntoItsCache, WithoutItsOwnOrder])
+def test_rows_are_chosen_by_hand_and_gone_on_with_once(module: type[nn.Module]) -> None:
+    passes(module, "decode.rows_reordered", seeds=1)

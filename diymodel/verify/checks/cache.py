@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM, NewCache, Past
 from diymodel.verify.casting import cast
-from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -34,9 +35,12 @@ def rows_reordered(trial: Trial) -> None:
     stem, last = ids[:, :-1], ids[:, -1:]
     _, past = lm.extend(stem)
     reordered, by_hand = _reordered(lm, stem, past, rows.to(trial.device))
-    if by_hand and (reason := refusal(lm.extend, last, reordered)) is not None:
-        raise NotApplicable(f"a cache whose rows were chosen by hand is refused: {reason}")
-    logits, _ = lm.extend(last, reordered)
+    try:
+        logits, _ = lm.extend(last, reordered)  # once: forward may write into the cache that it is given
+    except Exception as error:  # a stranger's forward may raise anything
+        if not by_hand:
+            raise
+        raise NotApplicable(f"a cache whose rows were chosen by hand is refused: {said(error)}") from error
     whole = torch.cat((stem[rows], last), 1)
     what = f"on a cache of the rows {rows.tolist()} of {stem.tolist()}, the next tokens must give the uncached logits"
     trial.same(logits[:, -1], lm.logits(whole)[:, -1], what, lm, lambda: lm.logits(whole))
@@ -45,6 +49,8 @@ def rows_reordered(trial: Trial) -> None:
 def _reordered(lm: LM, ids: Tensor, past: Past, rows: Tensor) -> tuple[Past, bool]:
     """The cache with other rows, in the way the subject has for it; True where it has none and it was done by hand.
 
+    A method that is not implemented, such as the one that transformers' classes inherit, is no way.
+
     Raises:
         NotApplicable: there is no way.
     """
@@ -52,11 +58,13 @@ def _reordered(lm: LM, ids: Tensor, past: Past, rows: Tensor) -> tuple[Past, boo
         raise NotApplicable("the cache is kept on the module, and nobody can choose its rows")
     for name in _OWN_WAYS:
         if hasattr(past.cache, name):
-            getattr(past.cache, name)(rows)
-            return past, False
+            with suppress(NotImplementedError):
+                getattr(past.cache, name)(rows)
+                return past, False
     for name in _MODULES_WAYS:
         if hasattr(lm.module, name):
-            return past._replace(cache=getattr(lm.module, name)(past.cache, rows)), False
+            with suppress(NotImplementedError):
+                return past._replace(cache=getattr(lm.module, name)(past.cache, rows)), False
     if not lm.convention.cache_is_value:
         raise NotApplicable(f"its cache is an object without {' or '.join(_OWN_WAYS)}")
     _, larger = lm.extend(torch.cat((ids, ids[:1])))
