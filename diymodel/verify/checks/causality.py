@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.checks.modes import trained_call
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check
@@ -84,7 +85,7 @@ def in_training(trial: Trial) -> None:
 
     def run(tokens: Tensor) -> Tensor:
         reseed()  # the same dropout; the runner restores the global state
-        return lm.logits(tokens)[:, :cut]
+        return trained_call(lm, tokens)[:, :cut]
 
     what = f"in training mode, changing the token at position {cut} must change no logit before it"
     trial.same(run(other), run(ids), what, lm, lambda: run(ids))

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from diymodel.verify.checks.modes import training_undone
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, refusal, said
 from diymodel.verify.learning import (
     accumulated,
@@ -184,7 +185,8 @@ def checkpointing(trial: Trial) -> None:
 
     def objective() -> Tensor:
         reseed()
-        return next_token_loss(other, ids)
+        with training_undone(other.module):
+            return next_token_loss(other, ids)
 
     trial.same(loss, objective(), "with gradient checkpointing the loss must be what it is without", other, objective)
     same_gradients(trial, accumulated(trainable(lm)), what, other, objective)

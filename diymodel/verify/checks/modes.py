@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
@@ -17,9 +19,42 @@ from diymodel.verify.trial import Trial
 _CALLS = 24  # a tiny module may well drop the same few elements twice, but not in all these calls
 
 
+@contextmanager
+def training_undone(module: nn.Module) -> Iterator[None]:
+    """What calls inside write to buffers and frozen parameters is undone, where it would be saved with the weights.
+
+    In training some change by design: running statistics, or a bias that balances experts. Nothing else that a call
+    leaves behind is undone, such as what it keeps on the module beside the weights.
+    """
+    undone: list[tuple[dict[str, Any], str, Tensor]] = []
+    copies: dict[int, Tensor] = {}  # of each tensor one, wherever it is held
+    for part in module.modules():
+        holders: tuple[dict[str, Any], ...] = (part._buffers, part._parameters)
+        for held in holders:
+            for name, tensor in held.items():
+                if tensor is None or tensor.requires_grad or name in part._non_persistent_buffers_set:
+                    continue
+                undone.append((held, name, tensor))
+                copy = tensor.detach().clone()
+                copies.setdefault(id(tensor), nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
+    for held, name, tensor in undone:
+        held[name] = copies[id(tensor)]
+    try:
+        yield
+    finally:
+        for held, name, tensor in undone:
+            held[name] = tensor
+
+
+def trained_call(lm: LM, ids: Tensor) -> Tensor:
+    """Logits of a call in training mode, which changes nothing that is saved."""
+    with training_undone(lm.module):
+        return lm.logits(ids)
+
+
 def _training_differs(lm: LM, ids: Tensor) -> bool:
-    first = lm.logits(ids)
-    return any(not torch.equal(lm.logits(ids), first) for _ in range(_CALLS))
+    first = trained_call(lm, ids)
+    return any(not torch.equal(trained_call(lm, ids), first) for _ in range(_CALLS))
 
 
 @check(
@@ -54,7 +89,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
     if (why := refusal(without.module.load_state_dict, lm.module.state_dict())) is not None:
         raise NotApplicable(f"weights of a module with dropout do not load into one without: {why}")
     lm.module.train()
-    lm.logits(ids)
+    trained_call(lm, ids)
     lm.module.eval()
     what = "in eval mode, a module with dropout 0.5 must give the logits of one with dropout 0 and the same weights"
     trial.same(lm.logits(ids), without.logits(ids), what, without, lambda: without.logits(ids))
@@ -78,7 +113,8 @@ def agree_without_dropout(trial: Trial) -> None:
     for padded, run in runs.items():
         evaluated = run()
         lm.module.train()
-        trained = run()
+        with training_undone(lm.module):
+            trained = run()
         lm.module.eval()
         what = f"with dropout 0, training mode must give the logits of eval mode on tokens{padded}"
         trial.same(trained, evaluated, what, lm, run)
@@ -102,7 +138,10 @@ def followed_at_every_depth(trial: Trial) -> None:
             raise CheckFailure(
                 f"after train({mode}) every part must be in that mode, saw in the other: {', '.join(stuck)}"
             )
-        lm.logits(ids)
+        if mode:
+            trained_call(lm, ids)
+        else:
+            lm.logits(ids)
     lm.module.eval()
     for _ in range(4):
         what = "after train() and eval() again, eval mode must give what it gave before"

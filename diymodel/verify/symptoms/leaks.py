@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
+from diymodel.verify.checks.modes import training_undone
 from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.watchers import SoftmaxesOverQueries
@@ -149,6 +150,7 @@ def _on_some_paths(patient: Patient) -> bool | None:
 def _with_dropout_only(patient: Patient) -> bool | None:
     lm = patient.lm()
     lm.module.train()
+    lm.around = lambda start, T: training_undone(lm.module)
     return max(leak for row in leaks_of(lm, distinct_tokens(lm)) for leak in row) <= SAME
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.checks.modes import trained_call
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.saving import hidden_parameters
 from diymodel.verify.symptoms.switches import DROPS, modes_of
@@ -32,7 +33,7 @@ def _drops_in_eval(patient: Patient) -> LM | None:
     """A module that drops after it was built and called in training, although every part is in eval mode now."""
     lm, without = patient.lm(dropout=_DROPOUT), patient.lm()
     lm.module.train()
-    lm.logits(distinct_tokens(lm))
+    trained_call(lm, distinct_tokens(lm))
     lm.module.eval()
     if any(modes_of(lm.module).values()) or hidden_parameters(lm) or not _varies(lm) or _varies(without):
         return None

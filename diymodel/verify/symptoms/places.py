@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diymodel.verify.checks.modes import trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.repairs import SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
@@ -89,7 +90,7 @@ def _in_training_only(patient: Patient) -> bool | None:
 
     def first(tokens: Tensor) -> Tensor:
         reseed()  # the same dropout
-        return lm.logits(tokens)[:, 0]
+        return trained_call(lm, tokens)[:, 0]
 
     in_eval = max(influence(first, ids)[1:])
     lm.module.train()

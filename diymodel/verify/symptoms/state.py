@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.checks.modes import trained_call
 from diymodel.verify.learning import next_token_loss
 from diymodel.verify.randomness import reseed
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
@@ -23,7 +24,7 @@ _Call = Callable[[LM, Tensor], Tensor]  # of a module and distinct tokens (B, T)
 
 def _in_training(lm: LM, ids: Tensor) -> Tensor:
     lm.module.train()
-    return lm.logits(ids)
+    return trained_call(lm, ids)
 
 
 def _loss(lm: LM, ids: Tensor) -> Tensor:
