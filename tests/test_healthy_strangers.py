@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel._compat import nan_where_undefined
 from diymodel.verify import SubjectError, check_causal_lm
+from diymodel.verify.registry import select_checks
+from diymodel.verify.runner import replay
 from diymodel.verify.text import to_text
 from diymodel.verify.trial import draw_weights
 from tests.test_adapters import Tiny, causal
@@ -281,3 +283,99 @@ class WithoutItsOwnOrder(WritesIntoItsCache):
 @pytest.mark.parametrize("module", [WritesIntoItsCache, WithoutItsOwnOrder])
 def test_rows_are_chosen_by_hand_and_gone_on_with_once(module: type[nn.Module]) -> None:
     passes(module, "decode.rows_reordered", seeds=1)
+
+
+class Balanced(Tiny):
+    """A bias that training moves against the tokens that are chosen, as DeepSeek-V3 balances its experts."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("bias", torch.zeros(config.vocab_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = self.run(input_ids, causal) + self.bias
+        if self.training:
+            self.bias[logits.argmax(-1).unique()] -= 0.01
+        return logits
+
+
+class BalancedByParameter(Balanced):
+    """The same, in a parameter that is frozen."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        del self.bias
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size), requires_grad=False)
+
+
+class NotSaved(Balanced):
+    """The same, in a tensor that no state dict holds."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("bias", torch.zeros(config.vocab_size), persistent=False)
+
+
+TRAINED = ("causality.in_training", "modes.followed_at_every_depth", "modes.dropout_off_in_eval", "modes.agree_*")
+
+
+@pytest.mark.parametrize("module", [Balanced, BalancedByParameter])
+def test_what_training_changes_by_design_is_no_state_that_survives(module: type[nn.Module]) -> None:
+    passes(module, *TRAINED, seeds=1)
+    (result,) = check_causal_lm(module, profile="quick", only=["modes.dropout_active_in_training"]).results
+    assert result.status == "skipped"  # it has no dropout, and its calls in training differ all the same
+
+
+def test_what_training_changes_and_nobody_saves_is_state_that_survives() -> None:
+    report = check_causal_lm(NotSaved, profile="quick", only=TRAINED)
+    assert {"modes.followed_at_every_depth", "causality.in_training"} <= {result.check.id for result in report.failed}
+
+
+class PostNorm(nn.Module):
+    """Torch's own encoder, whose norms stand behind the sums, without a final one."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        layer = nn.TransformerEncoderLayer(d, config.num_heads, config.intermediate_size, 0.0, batch_first=True)
+        self.embed, self.head = nn.Embedding(config.vocab_size, d), nn.Linear(d, config.vocab_size)
+        self.encoder = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        angle = torch.arange(input_ids.shape[1])[:, None] * 10000 ** -(torch.arange(0, hidden.shape[-1], 2) / 16)
+        hidden = hidden + torch.stack((angle.sin(), angle.cos()), -1).flatten(1).to(hidden)
+        future = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).triu(1)
+        return self.head(self.encoder(hidden, mask=future))  # type: ignore[no-any-return]
+
+
+class Frozen(PostNorm):
+    """All but the last bias is cut off from the gradient."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).detach() + self.head.bias
+
+
+def test_what_learns_at_a_smaller_rate_learns() -> None:
+    (check,) = select_checks(["training.overfits_a_tiny_batch"])
+    size = {"vocab_size": 16, "num_layers": 3, "hidden_size": 16, "intermediate_size": 16, "max_seq_len": 8}
+    config = {**size, "num_heads": 2, "num_kv_heads": 2, "tie_word_embeddings": False}
+    values = {"config": config, "sharpness": 1, "length": 5, "tokens": [0, 1, 2, 3, 4]}
+    for weights in (28, 33):
+        result = replay(PostNorm, check, {**values, "weights": weights})
+        assert result.status == "passed", result
+    failure = replay(Frozen, check, {**values, "weights": 0}).failure
+    assert failure is not None
+    assert "at rates of 0.03, 0.01, 0.003" in failure.message
+
+
+class Mapped(Tiny):
+    """Calls a part within vmap, where no number can be looked at."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = torch.func.vmap(self.head)(self.embed(input_ids))
+        return logits
+
+
+def test_what_has_no_value_yet_is_not_looked_at() -> None:
+    passes(Mapped, "numerics.large_activations_finite", seeds=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ def _fits(lm: LM, ids: Tensor) -> bool:
 
     def note(part: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-            sizes.append(float(output.detach().abs().max()))
+            with suppress(RuntimeError):  # within torch.func.vmap nothing has a value
+                sizes.append(float(output.detach().abs().max()))
 
     hooks = [part.register_forward_hook(note) for part in lm.module.modules()]
     try:
