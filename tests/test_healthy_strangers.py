@@ -255,6 +255,10 @@ class MisshapenTopK(Clamped):
         return super().generate(input_ids, max_new_tokens, temperature)
 
 
+def test_a_setting_that_always_raises_says_nothing_of_temperature_0() -> None:
+    passes(MisshapenTopK, "generation.temperature_zero", seeds=1)
+
+
 def test_tensors_that_do_not_fit_are_a_mistake_and_no_refusal() -> None:
     report = check_causal_lm(MisshapenTopK, profile="quick", only=["generation.top_k"])
     assert [result.check.id for result in report.failed] == ["generation.top_k"], to_text(report)

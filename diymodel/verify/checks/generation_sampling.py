@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.generation import must_be_likeliest
-from diymodel.verify.failure import CheckFailure, NotApplicable, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, said
 from diymodel.verify.generating import MANY
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -103,13 +103,16 @@ def rows_draw_independently(trial: Trial) -> None:
 )
 def temperature_zero(trial: Trial) -> None:
     lm, ids = _model_and_prompt(trial)
-    # With a setting that excludes nothing as well: some take it for a wish to sample.
-    off: dict[str, Any] = {"top_k": lm.config.vocab_size, "top_p": 1.0}
-    beside = trial.draw("beside", st.sampled_from(["", *(name for name in off if not trial.subject.missing(name))]))
-    settings = {beside: off[beside]} if beside else {}
-    what = "temperature=0" + "".join(f" with {name}={value}" for name, value in settings.items())
     rows = ids if trial.subject.missing("sampling") else ids.repeat(MANY, 1)  # some take one row only
     seed = _seed(trial)
+    # With a setting that excludes nothing as well: some take it for a wish to sample. One that is refused at any
+    # temperature is another check's matter.
+    off: dict[str, Any] = {"top_k": lm.config.vocab_size, "top_p": 1.0}
+    known = [name for name in off if not trial.subject.missing(name)]
+    taken = [name for name in known if refusal(lambda: lm.sample(rows, 2, seed, **{name: off[name]})) is None]  # noqa: B023
+    beside = trial.draw("beside", st.sampled_from(["", *taken]))
+    settings = {beside: off[beside]} if beside else {}
+    what = "temperature=0" + "".join(f" with {name}={value}" for name, value in settings.items())
     found = _accepted(lambda: lm.sample(rows, 2, seed, temperature=0.0, **settings), what)
     must_be_likeliest(trial, lm, rows, found[:, ids.shape[1] :], f"{what} must take the likeliest token")
 
