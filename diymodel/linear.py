@@ -14,7 +14,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def drawn(rows: int, columns: int, std: float) -> Tensor:
-    """A matrix (rows, columns) from N(0, std²); on the meta device, where torch would be slow to draw nothing, empty."""
+    """A matrix (rows, columns) from N(0, std²); empty on the meta device, where torch is slow to draw nothing."""
     matrix = torch.empty(rows, columns)
     return matrix if matrix.is_meta else matrix.normal_(std=std)
 

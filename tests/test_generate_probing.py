@@ -80,6 +80,20 @@ def test_a_default_top_k_above_the_vocabulary_keeps_no_check_from_running(factor
     assert verify_one(subject(factory), CHECKS["generation.rows_draw_independently"], Settings(5)).status == "passed"
 
 
+class NumberOrNothing(Pairs):
+    """top_k has no default, and None is no number."""
+
+    def generate(self, x: Tensor, max_new_token: int, temperature: float, top_k: int, top_p: float) -> Tensor:
+        return self.following(x, max_new_token, temperature, top_k if top_k > 0 else None, top_p)
+
+
+def test_a_top_k_without_a_default_is_switched_off_by_a_number_where_none_fails() -> None:
+    generating = found(NumberOrNothing)
+    assert generating.names["new_tokens"] == "max_new_token"
+    assert generating.fixed == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert {"greedy", "sampling", "top_k", "generate_batch"}.isdisjoint(generating.missing)
+
+
 class NamedAndBroken(Pairs):
     """top_k, eos and use_cache meet code that was never run; top_p is refused on purpose."""
 

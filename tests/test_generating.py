@@ -251,7 +251,7 @@ def test_one_row_at_a_time_is_told_from_batches() -> None:
         (Pairs, "generate is not a method of the module"),
         (Yields, "generate returned generator: expected token ids"),
         (OfText, "generate failed on token ids: AttributeError"),
-        (Endless, "generate has no parameter for the number of new tokens"),
+        (Endless, "generate has no parameter for the number of new tokens: it has idx"),
     ],
 )
 def test_what_does_not_generate_token_ids_is_skipped_with_the_reason(factory: Any, reason: str) -> None:

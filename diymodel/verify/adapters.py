@@ -94,14 +94,17 @@ class Convention:
     labels_come_shifted: bool = False  # nanoGPT: targets[:, t] is the token after input_ids[:, t]
     ignore_index: int = IGNORED
     logits_need_labels: bool = False  # nanoGPT: without targets, logits of the last position only
+    last_only: bool = False  # DeepSeek-V3: logits of the last position whatever is asked
     loss: Loss | None = None  # where the module leaves it to its caller
     loss_attribute: str | None = None  # llama2.c's last_loss: where the module leaves the loss, a path from it
+    loss_place: int = 0  # which of the scalars that forward returns it is, where there are more, such as parts of it
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
     extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
+    cache_is_new_part: int | None = None  # lopuhin's GPT-2: what comes back is of the new tokens, along this dimension
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
@@ -124,6 +127,8 @@ class Convention:
         notes = [f"{name}={value}" for name, value in self.extra.items()]
         if self.sequence_first:
             notes.append("tensors are (seq, batch)")
+        if self.last_only:
+            notes.append("logits are of the last position, so every prefix is a call of its own")
         if self.causal:
             notes.append(f"{self.causal} is a causal mask that the caller makes")
         if self.labels and "loss" not in self.missing:
@@ -134,6 +139,7 @@ class Convention:
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""
+            more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
             notes.append(f"the cache is {kind}{more}{', and every call is on it' if self.always_cached else ''}")
         if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
             notes.append(f"it generates by {self.generating.entry}")
@@ -186,10 +192,18 @@ class LM:
 
     def logits(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences without a cache; ``real`` (B, T) is False at padding."""
+        if not self.convention.last_only:
+            return self._logits(input_ids, real)
+        ends = range(1, input_ids.shape[1] + 1)
+        prefixes = (self._logits(input_ids[:, :end], None if real is None else real[:, :end]) for end in ends)
+        return torch.cat([logits[:, -1:] for logits in prefixes], 1)
+
+    def _logits(self, input_ids: Tensor, real: Tensor | None) -> Tensor:
+        """As :meth:`logits`, of as many positions as the module gives."""
         convention = self.convention
         if (lacking := convention.shortest - input_ids.shape[1]) > 0:  # what stands behind is nothing to a causal model
             longer = None if real is None else F.pad(real, (0, lacking), value=True)
-            return self.logits(F.pad(input_ids, (0, lacking)), longer)[:, :-lacking]
+            return self._logits(F.pad(input_ids, (0, lacking)), longer)[:, :-lacking]
         if convention.always_cached:
             return self.extend(input_ids, None, real)[0]
         inputs = self._inputs(input_ids, real, start=0)
@@ -324,6 +338,8 @@ class LM:
             cache = output.past if output.past is not None else cache
             if cache is None:
                 raise NotApplicable("forward returned no cache")
+            if convention.cache_is_new_part is not None and past is not None:
+                cache = _joined(past.cache, cache, convention.cache_is_new_part)
         return self._shaped(output.logits), Past(cache, start + input_ids.shape[1])
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
@@ -373,10 +389,11 @@ class LM:
             by_token = {getattr(convention, role) for role in _BY_TOKEN} & inputs.keys()
             inputs = {**inputs, **{name: x.t().contiguous() for name in by_token if (x := inputs[name]).dim() == 2}}
         with nullcontext() if self.around is None else self.around(start, T):
-            output = read_output(self.module(**inputs), self.config.vocab_size)
-        if convention.sequence_first and output.logits is not None:
-            return output._replace(logits=output.logits.transpose(0, 1))
-        return output
+            output = read_output(self.module(**inputs), self.config.vocab_size, convention.loss_place)
+        if output.logits is None:
+            return output
+        logits = _unflattened(output.logits, inputs[convention.ids].shape, int(convention.sequence_first))
+        return output._replace(logits=logits.transpose(0, 1) if convention.sequence_first else logits)
 
 
 def own_model() -> dict[str, Any]:
@@ -405,10 +422,42 @@ def own_model() -> dict[str, Any]:
     }
 
 
-def read_output(output: Any, vocab_size: int) -> Output:
-    """Find logits, loss and cache in what a forward pass returned: tensor, tuple, dict or object."""
+def _unflattened(logits: Tensor, shape: torch.Size, batch: int) -> Tensor:
+    """Logits of three dimensions where forward gave two: all positions in one, or the last ones only.
+
+    Args:
+        shape: of the token ids.
+        batch: the dimension of the rows, 0 or 1.
+    """
+    if logits.dim() != 2:
+        return logits
+    if len(logits) == shape.numel():
+        return logits.reshape(*shape, -1)
+    return logits.unsqueeze(1 - batch) if len(logits) == shape[batch] else logits
+
+
+def _joined(old: Any, new: Any, dim: int) -> Any:
+    """Nested containers with the tensors of two such, joined along a dimension."""
+    if isinstance(old, Tensor):
+        return torch.cat((old, new), dim)
+    if isinstance(old, Mapping):
+        return {name: _joined(item, new[name], dim) for name, item in old.items()}
+    if isinstance(old, (list, tuple)):
+        return type(old)([_joined(*pair, dim) for pair in zip(old, new, strict=True)])
+    return old
+
+
+def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
+    """Find logits, loss and cache in what a forward pass returned: tensor, tuple, dict or object.
+
+    Args:
+        loss_place: which of several scalars is the loss.
+    """
     if isinstance(output, Mapping) and "logits" not in output:
         output = tuple(output.values())
+    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
+        whole = (item for item in output if hasattr(item, "logits") or (isinstance(item, Mapping) and "logits" in item))
+        output = next(whole, output)  # Hyena returns an object in a tuple
     if isinstance(output, Mapping) or hasattr(output, "logits"):
         own = (*getattr(output, "_fields", ()), *getattr(output, "__dict__", ()))  # of a named tuple, of an object
         found = (
@@ -424,7 +473,8 @@ def read_output(output: Any, vocab_size: int) -> Output:
             f"forward returned {type(output).__name__}: expected logits, or a tuple, dict or object with them"
         )
     items = [output] if isinstance(output, Tensor) else list(output)
-    loss = next((item for item in items if isinstance(item, Tensor) and item.dim() == 0), None)
+    scalars = [item for item in items if isinstance(item, Tensor) and item.dim() == 0]
+    loss = scalars[min(loss_place, len(scalars) - 1)] if scalars else None
     wide = [item for item in items if isinstance(item, Tensor) and item.dim() >= 2 and item.shape[-1] >= vocab_size]
     logits = next((item for item in wide if item.shape[-1] == vocab_size), wide[0] if wide else None)
     past = next((item for item in items if item is not None and item is not logits and item is not loss), None)

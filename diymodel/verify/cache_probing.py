@@ -48,7 +48,7 @@ _CONFIG = ("config", "cfg", "args", "params")
 def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, Any]:
     """The convention of a module that keeps its cache, if it has a method or a parameter that says so."""
     if names.get("start"):
-        return {"cache_on_module": True, "always_cached": True}
+        return {"cache_on_module": True, "always_cached": "use_cache" not in names}
     maker = next((name for name in _MAKERS if hasattr(module, name)), None)
     reset = _reset_of(module)
     if maker is not None and names.get("positions"):
@@ -69,12 +69,21 @@ def always_cached_ways(module: nn.Module, convention: Convention) -> list[Conven
     return [replace(always, new_cache=maker) for maker in _methods(module)] if convention.past else []
 
 
+def one_none_a_layer(module: nn.Module, config: DIYConfig, rows: int) -> list[None]:
+    """An empty cache that the module fills layer by layer."""
+    return [None] * config.num_layers
+
+
 def find_cache(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
 ) -> tuple[Convention, dict[str, str]]:
     """How a cache is begun and continued; what is missing, with the reason."""
     if not convention.past and not convention.cache_on_module:
         return convention, dict.fromkeys(("cache", "chunks"), has_no(module, "past_key_values"))
+    if convention.start and convention.cache_on_module and not _keeps_tokens(module, config, convention, ids):
+        nothing = f"forward({convention.start}=…) leaves nothing on the module for a later call to go on with"
+        without = replace(convention, cache_on_module=False, always_cached=False)
+        return without, dict.fromkeys(("cache", "chunks"), nothing)
     convention, why = _find_new_cache(module, config, convention, ids)
     if why is not None:
         return convention, dict.fromkeys(("cache", "chunks"), why)
@@ -96,7 +105,7 @@ def _find_new_cache(
     ways = [convention]
     if convention.past and convention.new_cache is None:
         ways = [replace(convention, new_cache=maker) for maker in _methods(module)]
-        ways += [convention, *(replace(convention, new_cache=maker) for maker in _classes(module))]
+        ways += [convention, *(replace(convention, new_cache=maker) for maker in (*_classes(module), one_none_a_layer))]
     if convention.new_tokens:  # older versions know no such argument
         ways += [replace(way, new_tokens=None) for way in ways]
     reasons = []
@@ -118,8 +127,11 @@ def _find_new_cache(
             if begun is not None and crashed(error):
                 crashing = crashing or replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache))
         else:
+            if way.new_cache is one_none_a_layer and not list(_tensors(past.cache)):
+                continue  # it was passed over
             changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
-            return replace(way, cache_is_value=not changed and _is_value(past.cache)), None
+            way = replace(way, cache_is_value=not changed and _is_value(past.cache))
+            return replace(way, cache_is_new_part=_new_part(begun, past) if way.cache_is_value else None), None
     if crashing is not None:
         return crashing, None
     return convention, reasons[0] if len(ways) == 1 else reasons[ways.index(convention)]
@@ -175,6 +187,27 @@ def _mask_covers_cache(module: nn.Module, config: DIYConfig, convention: Convent
     return accepted[0] if accepted else True
 
 
+def _new_part(begun: Past, later: Past) -> int | None:
+    """The dimension along which a cache holds the tokens of the last call alone; None: it holds all, or none has it.
+
+    Args:
+        begun: after a call with several tokens.
+        later: after one more.
+    """
+    first, second = ([t for t in _tensors(past.cache) if t.dim()] for past in (begun, later))
+    if [t.dim() for t in first] != [t.dim() for t in second]:
+        return None
+    pairs = list(zip(first, second, strict=True))
+    grown = {
+        tuple(dim - old.dim() for dim in range(old.dim()) if old.shape[dim] != new.shape[dim]) for old, new in pairs
+    }
+    if len(grown) != 1 or len(dims := grown.pop()) != 1:
+        return None
+    (dim,) = dims
+    sizes = {(old.shape[dim], new.shape[dim]) for old, new in pairs}
+    return dim if sizes == {(begun.length, later.length - begun.length)} else None
+
+
 def _is_value(past: Any) -> bool:
     """Whether a cache is built of containers and tensors only, which promise not to change once handed out."""
     if isinstance(past, Mapping):
@@ -182,6 +215,20 @@ def _is_value(past: Any) -> bool:
     if isinstance(past, (tuple, list)):
         return all(_is_value(item) for item in past)
     return past is None or isinstance(past, (Tensor, int, float))
+
+
+def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether a call changes what the module holds, other than by making it, or by the same whatever the tokens are."""
+
+    def after(tokens: Tensor) -> list[Tensor]:
+        LM(module, config, convention).extend(tokens)
+        return [tensor.clone() for tensor in _tensors(_attributes(module))]
+
+    try:
+        first, second = after(ids), after((ids + 1) % config.vocab_size)
+    except Exception:  # a stranger's forward may raise anything; who tries it next tells what
+        return True
+    return len(first) != len(second) or any(not torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 # --- what the caller has to call -------------------------------------------------------------------------------------

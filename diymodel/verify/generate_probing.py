@@ -27,6 +27,7 @@ _NAMES = {
     "ids": ("input_ids", "idx", "tokens", "token_ids", "inputs", "prompt", "prompts", "prompt_ids", "context", "x"),
     "new_tokens": (
         *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
+        *("max_new_token", "max_length_new", "max_generate_tokens", "max_gen_tokens", "tokens_to_generate"),
         *("max_gen_len", "gen_len", "num_steps", "n_steps", "steps", "seq_len", "max_length", "max_len", "length"),
     ),
     "mask": ("attention_mask", "padding_mask", "mask"),
@@ -102,7 +103,10 @@ def find_generating(
     generating = _called(lm, Entry())
     if "new_tokens" in generating.names:
         return _settled(_with(lm, generating), ids)
-    lacks = "has no parameter for the number of new tokens" if generating.names else "is not a method of the module"
+    parameters = generating.entry.parameters(module)
+    lacks = "is not a method of the module"
+    if parameters:
+        lacks = f"has no parameter for the number of new tokens: it has {', '.join(parameters)}"
     tried = []
     for entry in others(module, factory):
         other = _with(lm, _called(lm, entry))
@@ -203,8 +207,10 @@ def _fixed(names: Mapping[str, str], parameters: Mapping[str, inspect.Parameter]
 
 
 def _narrows(top_k: inspect.Parameter | None) -> bool:
-    """Whether the default is a number of tokens to draw among; 1 is the greedy choice of whoever wrote it."""
-    return top_k is not None and isinstance(top_k.default, int) and top_k.default > 1
+    """Whether it must be given, or is a number of tokens to draw among by default; 1 is its author's greedy choice."""
+    if top_k is None:
+        return False
+    return top_k.default is top_k.empty or (isinstance(top_k.default, int) and top_k.default > 1)
 
 
 def _without_top_k(lm: LM, ids: Tensor) -> Generating:
@@ -321,17 +327,22 @@ def _find_padding(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     if generating.one_row:
         return generating, {"generate_padded": "generate takes one row at a time"}
     right = torch.tensor([[True] * 4, [True, True, False, False]])
-    sides = (right,) if "lengths" in generating.names else (right, right.flip(1))
-    refusals = [refusal(lm.greedy, ids, 4, real) for real in sides]
-    if refusals[0] is None:
+    sides = {"right": right} if "lengths" in generating.names else {"right": right, "left": right.flip(1)}
+    if hasattr(lm.module, "generation_config"):  # transformers' own pads on the left
+        sides = dict(reversed(sides.items()))
+    if (dtype := lm.convention.padded_dtype) is not None:
+        lm = LM(cast(lm.module, dtype), lm.config, lm.convention)
+    refusals = {side: refusal(lm.greedy, ids, 4, real) for side, real in sides.items()}
+    if refusals["right"] is None:
         generating = replace(generating, follows_padding=_follows_padding(lm, ids, right))
-    lm = LM(lm.module, lm.config, replace(lm.convention, generating=generating))
-    taken = [real for real, why in zip(sides, refusals, strict=True) if why is None]
+    taken = [side for side, why in refusals.items() if why is None]
     if not taken:
-        return generating, {"generate_padded": f"generate does not take padding on the right: {refusals[0]}"}
+        (side, why), *_ = refusals.items()
+        return generating, {"generate_padded": f"generate does not take padding on the {side}: {why}"}
     # Where neither side works, it is the first that should.
-    real = next((real for real in taken if _continues_as_alone(lm, ids, real)), taken[0])
-    return replace(generating, pads_left=real is not right), {}
+    lm = _with(lm, generating)
+    side = next((side for side in taken if _continues_as_alone(lm, ids, sides[side])), taken[0])
+    return replace(generating, pads_left=side == "left"), {}
 
 
 def _follows_padding(lm: LM, ids: Tensor, right: Tensor) -> bool:

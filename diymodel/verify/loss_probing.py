@@ -16,6 +16,7 @@ from diymodel.verify.failure import SubjectError, refusal, said
 from diymodel.verify.signature import has_no
 
 LABELS_SHIFTED = ("targets", "target")  # nanoGPT's name for labels that its caller shifts
+_SCALARS = 4  # that forward may return: a loss and what it is made of
 
 
 def find_loss(
@@ -69,8 +70,10 @@ def _losses(lm: LM, ids: Tensor) -> list[Convention]:
 
     Such an attribute holds a scalar with a graph, and another one for other labels; an auxiliary loss does not.
     """
-    if lm.convention.loss_attribute is not None or refusal(lm.loss, ids, _half_ignored(ids)) is None:
+    if lm.convention.loss_attribute is not None:
         return [lm.convention]
+    if refusal(lm.loss, ids, _half_ignored(ids)) is None:
+        return [replace(lm.convention, loss_place=place) for place in range(_SCALARS) if _is_new(lm, ids, place)]
     left = []
     for labels in (ids, ids.roll(1, 1)):
         with torch.enable_grad():
@@ -79,6 +82,15 @@ def _losses(lm: LM, ids: Tensor) -> list[Convention]:
     first, second = left
     paths = [path for path in first.keys() & second.keys() if not torch.equal(first[path], second[path])]
     return [replace(lm.convention, loss_attribute=path) for path in sorted(paths)] or [lm.convention]
+
+
+def _is_new(lm: LM, ids: Tensor, place: int) -> bool:
+    """Whether there is a scalar at a place, and not at the one before it already."""
+    if place == 0:
+        return True
+    ways = (replace(lm.convention, loss_place=at) for at in (place - 1, place))
+    before, found = (LM(lm.module, lm.config, way).loss(ids, ids) for way in ways)
+    return not torch.equal(before, found)
 
 
 def _scalars(module: nn.Module) -> dict[str, Tensor]:

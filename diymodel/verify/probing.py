@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, ROLES, Convention
-from diymodel.verify.cache_probing import always_cached_ways, cache_on_module, find_cache, is_narrower
+from diymodel.verify.cache_probing import (
+    always_cached_ways,
+    cache_on_module,
+    find_cache,
+    is_narrower,
+    one_none_a_layer,
+)
 from diymodel.verify.casting import cast
 from diymodel.verify.failure import SubjectError, refusal, said_where
 from diymodel.verify.loss_probing import LABELS_SHIFTED, find_loss
@@ -130,9 +136,15 @@ def _find_logits(
     if found is None and "always_cached" not in declared:  # gpt-fast: nothing goes without setup_caches
         found, further = _first_of(module, config, _placed(always_cached_ways(module, convention)), ids)
         tried += further
+        if found is None and convention.past and convention.new_cache is None:
+            found, _ = _first_of(module, config, [_with_list(convention)], ids)
     if found is None:
         raise uncallable(module, config, tried)
     return found
+
+
+def _with_list(convention: Convention) -> Convention:
+    return replace(convention, causal=None, always_cached=True, new_cache=one_none_a_layer)
 
 
 def _first_of(
@@ -142,8 +154,9 @@ def _first_of(
     accepted: list[tuple[bool, Convention]] = []
     tried: list[Tried] = []
     for way in ways:
-        for need_labels in (False, True) if way.labels else (False,):
-            trial = replace(way, logits_need_labels=need_labels)
+        for trial in _for_all_positions(way):
+            if trial.last_only and not _gives_last_only(LM(module, config, way), ids):
+                continue
             if (error := wrong_logits(LM(module, config, trial), ids)) is None:
                 break
             tried.append(Tried(trial, error))
@@ -155,6 +168,19 @@ def _first_of(
             return trial, tried
         accepted.append((not reaches, trial))
     return min(accepted, key=lambda way: way[0])[1] if accepted else None, tried
+
+
+def _for_all_positions(way: Convention) -> list[Convention]:
+    """As it is, with labels where they bring all logits, and prefix by prefix."""
+    with_labels = [replace(way, logits_need_labels=True)] if way.labels else []
+    return [way, *with_labels, replace(way, last_only=True)]
+
+
+def _gives_last_only(lm: LM, ids: Tensor) -> bool:
+    try:
+        return lm.logits(ids).shape[:2] == (len(ids), 1)
+    except Exception:  # a stranger's forward may raise anything
+        return False
 
 
 def _ways(convention: Convention, required: set[str]) -> list[Convention]:

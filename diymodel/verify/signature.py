@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 from torch import nn
 
@@ -14,7 +15,7 @@ NAMES = {
     "lengths": ("seq_lengths", "lengths", "seq_lens"),
     "left": ("seq_start_pos",),
     "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
-    "positions": ("position_ids", "input_pos", "positions", "pos_ids"),
+    "positions": ("position_ids", "input_pos", "positions", "pos_ids", "segment_pos"),
     "start": ("start_pos", "start_position"),
     "past": (
         *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
@@ -24,6 +25,9 @@ NAMES = {
     "labels": ("labels", "targets", "target", "lm_labels"),
     "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
 }
+_KEPT = "(kvs?|pasts?|presents?|caches?)"
+_PAST = re.compile(rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?")  # past_kvs, kv_cache_list
+_ASKS = re.compile(rf"(use|return|with|enable|output)_([a-z]+_)*{_KEPT}")  # return_cache
 
 
 def parameter_names(module: nn.Module) -> dict[str, str]:
@@ -33,7 +37,16 @@ def parameter_names(module: nn.Module) -> dict[str, str]:
         SubjectError: it takes no token ids.
     """
     known = parameters(module)
-    found = {role: name for role, names in NAMES.items() if (name := next((n for n in names if n in known), ""))}
+    switches = [name for name, parameter in known.items() if isinstance(parameter.default, bool)]
+    values = [name for name in known if name not in switches]
+    candidates = {
+        role: [name for name in names if name in (known if role == "use_cache" else values)]
+        for role, names in NAMES.items()
+    }
+    asking = [name for name in known if _ASKS.fullmatch(name) or (name in switches and _PAST.fullmatch(name))]
+    candidates["use_cache"] += asking
+    candidates["past"] += [name for name in values if _PAST.fullmatch(name) and name not in asking]
+    found = {role: names[0] for role, names in candidates.items() if names}
     if not known:
         raise SubjectError("forward takes no arguments: expected forward(input_ids, …)")
     found.setdefault("ids", next(iter(known)))

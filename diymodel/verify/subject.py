@@ -37,6 +37,7 @@ OpenDirectory = Callable[[], tuple[nn.Module, Any, Sequence[str]]]  # the fields
 _FIRST_SIZES = (
     {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_size": 8},  # so that no two sizes are the same
     {"num_layers": 1, "num_heads": 2, "hidden_size": 8},
+    {"num_layers": 2, "num_heads": 1, "hidden_size": 8},
     {"num_layers": 2, "num_heads": 2, "hidden_size": 16},
     {"num_layers": 2, "num_heads": 4, "hidden_size": 64},
 )
@@ -235,7 +236,8 @@ class Subject:
 
 def _advice(error: Exception) -> str:
     """What to write where a constructor wants something else than a configuration with our names."""
-    if not isinstance(error, (TypeError, AttributeError)):
+    asked = isinstance(error, AttributeError) and isinstance(error.obj, DIYConfig)
+    if not asked and not isinstance(error, TypeError):
         return ""
     names = ", ".join(field.name for field in fields(DIYConfig))
     return f"; config has {names}: if the model takes its sizes otherwise, name a function config -> model instead"

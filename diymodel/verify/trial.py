@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.casting import cast
-from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, float32_step, noise_factor, rounding
@@ -148,7 +148,7 @@ class Trial:
             return module
         except NotImplementedError as error:
             self.subject.refused.add(str(config))
-            self.subject.refusal = str(error)
+            self.subject.refusal = str(error) or said_where(error)
             return None
 
     def tokens(self, lm: LM, min_length: int = 1, max_length: int = MAX_LENGTH, rows: int | None = None) -> Tensor:

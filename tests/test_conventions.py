@@ -1,0 +1,227 @@
+"""Ways of calling that were met in public code and once taken for others, each as a small model."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diymodel.verify import Subject
+from diymodel.verify.adapters import Convention
+from diymodel.verify.registry import list_checks
+from diymodel.verify.runner import Settings, verify_one
+from tests.test_adapters import Tiny, causal, verdicts
+from tests.test_probing import Causal
+
+CALLED = ("shape.*", "causality.edit", "batch.row_alone", "decode.c*", "loss.value", "generation.*")
+
+
+def convention(factory: Any) -> Convention:
+    return Subject(factory).convention
+
+
+class Past(Tiny):
+    """Keys and values (2, B, T, d), handed back whole; a bug may be planted in where its mask stands."""
+
+    def step(self, ids: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, the keys and values of all tokens, and of the new ones."""
+        start = 0 if past is None else past.shape[2]
+        T = ids.shape[1]
+        x = self.embed(ids) + self.positions(torch.arange(start, start + T))
+        q, *new = self.qkv(x).chunk(3, -1)
+        present = torch.stack(new) if past is None else torch.cat((past, torch.stack(new)), 2)
+        k, v = present
+        seen = self.seen(T, start + T)
+        y = (q @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        return self.head(x + y), present, torch.stack(new)
+
+    def seen(self, T: int, S: int) -> Tensor:
+        return torch.ones(T, S, dtype=torch.bool).tril(S - T)
+
+
+class OtherName(Past):
+    def forward(self, idx: Tensor, past_kvs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.step(idx, past_kvs)[:2]
+
+
+class OtherNameTopLeft(OtherName):
+    """The mask of ``is_causal=True``, which one query on a cache passes for the first key."""
+
+    def seen(self, T: int, S: int) -> Tensor:
+        return torch.ones(T, S, dtype=torch.bool).tril()
+
+
+class Switched(Past):
+    """``cache`` is a switch, and no cache."""
+
+    def forward(self, idx: Tensor, kv_cache_list: Tensor | None = None, cache: bool = False) -> Any:
+        logits, present, _ = self.step(idx, kv_cache_list)
+        return (logits, present) if cache else logits
+
+
+@pytest.mark.parametrize(
+    ("factory", "past", "switch"), [(OtherName, "past_kvs", None), (Switched, "kv_cache_list", "cache")]
+)
+def test_a_cache_is_known_by_what_its_name_is_made_of(factory: Any, past: str, switch: str | None) -> None:
+    assert (convention(factory).past, convention(factory).use_cache) == (past, switch)
+    assert verdicts(factory, CALLED)["decode.cached_equals_full"] == "passed"
+
+
+def test_its_bugs_are_seen() -> None:
+    with pytest.raises(AssertionError, match=r"✗ decode\.cached_equals_full"):
+        verdicts(OtherNameTopLeft, CALLED)
+
+
+class HandsBackTheNew(Past):
+    """As OpenAI's GPT-2 did: the caller puts them behind the others."""
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> dict[str, Tensor]:
+        logits, _, new = self.step(x, past)
+        return {"logits": logits, "presents": new}
+
+
+def test_what_is_of_the_new_tokens_alone_is_joined_by_the_caller() -> None:
+    assert convention(HandsBackTheNew).cache_is_new_part == -2
+    assert "to which the caller adds what comes back" in convention(HandsBackTheNew).describe()
+    assert verdicts(HandsBackTheNew, CALLED)["decode.chunks"] == "passed"
+
+
+class FilledList(Past):
+    """A list with a place for each layer, which it takes for granted."""
+
+    def forward(self, inputs: Tensor, kv_caches: list[Tensor | None]) -> Tensor:
+        logits, kv_caches[0], _ = self.step(inputs, kv_caches[0])
+        return logits
+
+
+class ListUnused(Causal):
+    def forward(self, input_ids: Tensor, state: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids)
+
+
+def test_an_empty_list_is_tried_for_a_cache_and_must_be_filled() -> None:
+    found = convention(FilledList)
+    assert found.always_cached
+    assert not found.cache_is_value
+    assert verdicts(FilledList, CALLED)["decode.cached_equals_full"] == "passed"
+    assert "handed no cache back" in convention(ListUnused).missing["cache"]
+
+
+class StartWithoutState(Tiny):
+    """Where the first token stands is all that it is told: it keeps nothing."""
+
+    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
+        return self.run(tokens, causal, torch.arange(start_pos, start_pos + tokens.shape[1]))
+
+
+def test_a_start_alone_makes_no_cache() -> None:
+    found = convention(StartWithoutState)
+    assert (found.cache_on_module, found.always_cached) == (False, False)
+    assert found.missing["cache"] == "forward(start_pos=…) leaves nothing on the module for a later call to go on with"
+    assert "gradient" not in found.missing
+
+
+class Flat(Tiny):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal).flatten(0, 1)
+
+
+class FlatSequenceFirst(Tiny):
+    def forward(self, src: Tensor) -> Tensor:
+        return self.run(src.t(), causal).transpose(0, 1).flatten(0, 1)
+
+
+class LastOnly(Tiny):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.run(tokens, causal)[:, -1]
+
+
+class LastOfPast(Past):
+    def forward(self, idx: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits, present, _ = self.step(idx, past)
+        return logits[:, -1:], present
+
+
+@pytest.mark.parametrize(
+    ("factory", "found"),
+    [
+        (Flat, {"last_only": False}),
+        (FlatSequenceFirst, {"last_only": False, "sequence_first": True}),
+        (LastOnly, {"last_only": True}),
+        (LastOfPast, {"last_only": True, "past": "past"}),
+    ],
+)
+def test_logits_of_two_dimensions_or_of_one_position_are_understood(factory: Any, found: dict[str, Any]) -> None:
+    assert {name: getattr(convention(factory), name) for name in found} == found
+    statuses = verdicts(factory, CALLED)
+    assert {statuses["shape.logits"], statuses["causality.edit"]} == {"passed"}
+    assert statuses["decode.cached_equals_full"] == ("passed" if "past" in found else "skipped")
+
+
+class LastOnlyLeaks(LastOnly):
+    """Every position sees the whole row: with one position at a time that is right, and shows nowhere."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.run(tokens, lambda scores: scores)[:, -1] + tokens.roll(1, 0).sum(1, keepdim=True) / 1e3
+
+
+def test_a_model_of_one_position_is_judged_by_its_prefixes() -> None:
+    with pytest.raises(AssertionError, match=r"✗ batch\.row_alone"):
+        verdicts(LastOnlyLeaks, CALLED)
+
+
+Logits = namedtuple("Logits", ["logits"])
+
+
+class ObjectInTuple(Causal):
+    def forward(self, input_ids: Tensor) -> tuple[Logits, None]:  # type: ignore[override]
+        return Logits(super().forward(input_ids)), None
+
+
+def test_an_object_with_logits_is_found_in_a_tuple() -> None:
+    assert verdicts(ObjectInTuple, ("shape.*", "causality.edit"))["shape.logits"] == "passed"
+
+
+class Parts(Causal):
+    """A total of what it is made of, first: the next token's loss, and one that keeps logits small."""
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Any:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        if targets is None:
+            return logits
+        main = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        small = logits.logsumexp(-1).square().mean()
+        return logits, main + small / 10, main, small
+
+
+class WrongParts(Parts):
+    """Neither is the mean over the scored tokens."""
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Any:  # type: ignore[override]
+        logits, *parts = super().forward(input_ids, targets) if targets is not None else (super().forward(input_ids),)
+        return (logits, *(part / 2 for part in parts)) if parts else logits
+
+
+def test_of_several_scalars_the_loss_is_that_of_the_next_token() -> None:
+    assert convention(Parts).loss_place == 1
+    assert verdicts(Parts, ("loss.value",)) == {"loss.value": "passed"}
+    with pytest.raises(AssertionError, match=r"✗ loss\.value"):
+        verdicts(WrongParts, ("loss.value",))
+
+
+def one_head(config: Any) -> nn.Module:
+    if config.num_heads > 1:
+        raise NotImplementedError
+    return Causal(config)
+
+
+def test_a_family_of_one_head_is_tried_with_one_and_a_bare_refusal_is_told_by_its_line() -> None:
+    subject = Subject(one_head)
+    assert (
+        verify_one(subject, next(c for c in list_checks() if c.id == "shape.logits"), Settings(20)).status == "passed"
+    )
+    assert subject.refusal.startswith("NotImplementedError: raise NotImplementedError (tests/test_conventions.py:")
