@@ -383,3 +383,23 @@ class Mapped(Tiny):
 
 def test_what_has_no_value_yet_is_not_looked_at() -> None:
     passes(Mapped, "numerics.large_activations_finite", seeds=1)
+
+
+class Idle(Tiny):
+    """Three parts are never called, as heads for more tokens are without labels; the logits are turned around."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.more = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = self.run(input_ids, causal)
+        return 2 * logits.detach() - logits
+
+
+def test_of_many_parameters_the_first_few_are_named() -> None:
+    only = ("gradients.reach_every_parameter", "training.small_step_lowers_loss")
+    found = check_causal_lm(Idle, profile="quick", only=only).failed
+    messages = {result.check.id: result.failure.message for result in found if result.failure is not None}
+    assert messages[only[0]].endswith("none at more.0.bias, more.0.weight, more.1.bias, more.1.weight and 2 more")
+    assert "must lower it by about that, saw a rise of" in messages[only[1]]

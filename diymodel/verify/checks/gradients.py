@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.checks.modes import training_undone
+from diymodel.verify.checks.modes import first_of, training_undone
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, refusal, said
 from diymodel.verify.learning import (
     accumulated,
@@ -65,7 +65,7 @@ def reach_every_parameter(trial: Trial) -> None:
     unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
     if unreached:
         raise CheckFailure(
-            f"every parameter must get a gradient from the logits, saw none at {', '.join(sorted(unreached))}"
+            f"every parameter must get a gradient from the logits, saw none at {first_of(sorted(unreached))}"
         )
 
 

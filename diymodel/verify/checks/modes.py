@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,14 @@ from diymodel.verify.learning import dropout_of
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
+_SHOWN = 4  # names of parts or parameters
 _CALLS = 24  # a tiny module may well drop the same few elements twice, but not in all these calls
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 @contextmanager
@@ -136,7 +143,7 @@ def followed_at_every_depth(trial: Trial) -> None:
             name or "the module itself" for name, part in lm.module.named_modules() if part.training is not mode
         ]:
             raise CheckFailure(
-                f"after train({mode}) every part must be in that mode, saw in the other: {', '.join(stuck)}"
+                f"after train({mode}) every part must be in that mode, saw in the other: {first_of(stuck)}"
             )
         if mode:
             trained_call(lm, ids)
@@ -175,5 +182,5 @@ def call_leaves_mode(trial: Trial) -> None:
             if changed := [part or "the module itself" for part in before if after[part] is not before[part]]:
                 raise CheckFailure(
                     f"{name} must leave every part in the mode it was in, training={training}, saw in the other: "
-                    f"{', '.join(changed)}"
+                    f"{first_of(changed)}"
                 )

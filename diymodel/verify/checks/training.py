@@ -71,7 +71,7 @@ def small_step_lowers_loss(trial: Trial) -> None:
     if max(seen) < 0.5:
         raise CheckFailure(
             f"a step that should lower the loss of {loss.item():.6g} by {predicted:.2g} must lower it by about that, "
-            f"saw it {'fall' if seen[-1] > 0 else 'rise'} by {abs(seen[-1] * predicted):.2g}; "
+            f"saw a {'fall' if seen[-1] > 0 else 'rise'} of {abs(seen[-1] * predicted):.2g}; "
             "larger steps did no better"
         )
 

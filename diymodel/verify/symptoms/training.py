@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
 
@@ -16,13 +17,6 @@ _ROWS = 16
 _ROUNDED = 16.0  # machine epsilons of the largest gradient: what is smaller is rounding
 _PLACES = 29  # positions: more than there are tokens, and no multiple of a width nor near one
 _ROOM = 3  # rows that a table of positions has beyond: some begin at 1 or 2
-
-
-def _unreached(patient: Patient) -> list[str]:
-    """The parameters without a gradient, as the check says."""
-    failure = patient.failed["gradients.reach_every_parameter"].failure
-    names = (failure.message if failure is not None else "").partition("saw none at ")[2]
-    return names.split(", ") if names else []
 
 
 class _Reached(NamedTuple):
@@ -85,18 +79,20 @@ def _none_at_the_router(patient: Patient) -> bool | None:
 )
 def _path_is_cut(patient: Patient) -> bool | None:
     lm = patient.lm(num_layers=2, sharpness=1)
-    ids, unreached = distinct_tokens(lm), _unreached(patient)
+    ids, declared = distinct_tokens(lm), patient.subject.no_gradient
     logits = lm.logits(ids)
     if not logits.requires_grad:
         return True
-    named = [p for name, p in lm.module.named_parameters() if name in unreached]
-    if not named:
-        return None
-    found = torch.autograd.grad(logits.square().sum(), named, allow_unused=True)
+    parameters = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(logits.square().sum(), list(parameters.values()), allow_unused=True)
+    cut = [
+        parameter
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+        if gradient is None and not any(fnmatchcase(name, glob) for glob in declared)
+    ]
     with torch.no_grad():
-        for parameter, gradient in zip(named, found, strict=True):
-            if gradient is None:
-                parameter.copy_(parameter.flip(0) * 1.5 + 0.1)
+        for parameter in cut:
+            parameter.copy_(parameter.flip(0) * 1.5 + 0.1)
         return apart(lm.logits(ids), logits) > SAME
 
 
