@@ -50,6 +50,19 @@ def misbehaving(act: Callable[[], object]) -> Subject:
     return Subject(Misbehaving, "misbehaving")
 
 
+def test_an_error_of_the_constructor_is_told_from_one_of_a_call() -> None:
+    def needs_three_layers(config: DIYConfig) -> nn.Module:
+        config.num_layers // (config.num_layers - 3)
+        return DIYForCausalLM(config)
+
+    result = run_check(Subject(needs_three_layers), check(lambda trial: (trial.model(), None)[1]), Settings())
+    assert result.failure is not None, result
+    assert result.failure.message == (
+        "the subject raised ZeroDivisionError: integer division or modulo by zero; it was being built: of a "
+        "configuration that it cannot have, let the factory raise NotImplementedError"
+    )
+
+
 def test_a_trial_that_does_not_apply_hides_no_failure_in_another() -> None:
     def sometimes(trial: Trial) -> None:
         if not trial.draw("applies", st.booleans()):

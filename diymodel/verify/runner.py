@@ -403,8 +403,13 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
         return Failure(
             error.message, check.causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance
         )
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_a_tools(frame)]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not is_a_tools(frame)]
     message = f"the subject raised {type(error).__name__}: {error}"
+    if any(frame.name == Subject.made.__name__ and HARNESS in frame.filename for frame in frames):
+        message += (
+            "; it was being built: of a configuration that it cannot have, let the factory raise NotImplementedError"
+        )
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
     )
