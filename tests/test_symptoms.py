@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.diagnosis import EXAMPLES
@@ -232,6 +233,45 @@ def test_a_model_without_grouped_queries_is_tried_wide() -> None:
         warnings.simplefilter("error")
         lm = Patient(Subject(without), told("causality.edit")).lm()
     assert (lm.config.num_heads, lm.config.num_kv_heads, lm.config.max_seq_len) == (2, 2, 16)
+
+
+class AlwaysDrops(nn.Module):
+    """Its dropout is no part and knows no mode, and its probability is none of the configuration's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed, self.head = nn.Embedding(config.vocab_size, d), nn.Linear(d, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        ids = input_ids if past_key_values is None else torch.cat((past_key_values[0], input_ids), 1)
+        logits = self.head(F.dropout(self.embed(ids), 0.1).cumsum(1))[:, -input_ids.shape[1] :]
+        return (logits, (ids,)) if use_cache else logits
+
+
+def test_a_dropout_that_goes_on_is_nothing_that_is_remembered_and_no_leak() -> None:
+    subject, checks = Subject(AlwaysDrops), {check.id: check for check in list_checks()}
+    settings = Settings(PROFILES["quick"], shrink=False)
+    failed = ("forward.deterministic", "batch.row_alone", "causality.edit", "gradients.accumulate")
+    seen = observe(subject, [verify_one(subject, checks[id], settings) for id in failed])
+    dropout = {"modes.dropout_is_told_none", "repair.no_dropout"}
+    assert {id for id, answer in seen.items() if answer} == dropout
+    assert {"state.old_weights_remembered", "state.earlier_call_matters", "batch.other_rows_matter"} <= seen.keys()
+
+
+class LastOnly(AlwaysDrops):
+    """On a cache it gives the logits of the last position alone, as many do that only generate on it."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        ids = input_ids if past_key_values is None else torch.cat((past_key_values[0], input_ids), 1)
+        logits = self.head(self.embed(ids).cumsum(1))
+        return (logits[:, -1:], (ids,)) if use_cache else logits
+
+
+def test_nothing_is_said_of_positions_whose_logits_are_not_given() -> None:
+    asked = ("decode.chunk_sees_its_future", "decode.chunk_sees_next_token_only", "decode.chunk_loses_the_cached")
+    patient = Patient(Subject(LastOnly), told("decode.chunks"))
+    assert [list_symptoms()[id].ask(patient) for id in asked] == [None, None, None]
 
 
 @pytest.mark.parametrize("id", LIVE)

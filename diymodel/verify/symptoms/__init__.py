@@ -23,9 +23,9 @@ from hypothesis.errors import HypothesisDeprecationWarning
 from torch import Tensor
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM
+from diymodel.verify.adapters import LM, Output
 from diymodel.verify.failure import CheckFailure
-from diymodel.verify.randomness import seeded
+from diymodel.verify.randomness import reseed, seeded
 from diymodel.verify.repairs import RepairOf
 from diymodel.verify.report import Result
 from diymodel.verify.subject import Subject
@@ -50,6 +50,14 @@ _WIDE = {  # no unit is so alone that a norm hides what it says
 }
 
 
+class _Repeatable(LM):
+    """Each call begins with the same random numbers: what a dropout that goes on does is no effect of a token."""
+
+    def _call(self, inputs: Mapping[str, Any], start: int = 0) -> Output:
+        reseed()
+        return super()._call(inputs, start)
+
+
 class Patient:
     """A subject that failed, with what its failures showed."""
 
@@ -70,7 +78,8 @@ class Patient:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", HypothesisDeprecationWarning)  # of a trial that is refused
-                    return trial.build(DIYConfig.from_dict({**config, **fixed}), seed, sharpness)
+                    lm = trial.build(DIYConfig.from_dict({**config, **fixed}), seed, sharpness)
+                return _Repeatable(lm.module, lm.config, lm.convention)
             except Exception as error:  # a stranger's constructor may raise anything
                 refusal = error
         raise refusal

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diymodel.verify.adapters import LM
+from diymodel.verify.adapters import LM, Around
 from diymodel.verify.checks.modes import trained_call
+from diymodel.verify.repairs import NoDropout
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.saving import hidden_parameters
 from diymodel.verify.symptoms.switches import DROPS, modes_of
@@ -22,8 +23,10 @@ _DROPOUT = 0.5
 _DROPOUT_P = 4  # its place among the arguments of attention
 
 
-def _varies(lm: LM) -> bool:
+def _varies(patients: LM, around: Around | None = None) -> bool:
     """Whether calls in the mode that it is in differ."""
+    lm = LM(patients.module, patients.config, patients.convention)  # whose calls go on with the random numbers
+    lm.around = around
     ids = distinct_tokens(lm)
     first = lm.logits(ids.clone())
     return bool(first.isfinite().all()) and any(not lm.logits(ids.clone()).equal(first) for _ in range(_CALLS))
@@ -35,7 +38,9 @@ def _drops_in_eval(patient: Patient) -> LM | None:
     lm.module.train()
     trained_call(lm, distinct_tokens(lm))
     lm.module.eval()
-    if any(modes_of(lm.module).values()) or hidden_parameters(lm) or not _varies(lm) or _varies(without):
+    if any(modes_of(lm.module).values()) or hidden_parameters(lm) or not _varies(lm):
+        return None
+    if _varies(without) and _varies(without, NoDropout):  # by something else than a dropout of its own
         return None
     return None if any(modes_of(lm.module).values()) else lm
 

@@ -75,7 +75,7 @@ def _sees_more(patient: Patient) -> bool | None:
 )
 def _chunk_sees_its_future(patient: Patient) -> bool | None:
     lm = patient.lm()
-    return influence(_of_chunk(lm, 3, 0), distinct_tokens(lm))[-1] > SAME
+    return influence(_of_chunk(lm, 3, 0), distinct_tokens(lm))[-1] > SAME if _gives_each(lm) else None
 
 
 @symptom(
@@ -87,6 +87,8 @@ def _chunk_sees_its_future(patient: Patient) -> bool | None:
 )
 def _chunk_sees_next_token_only(patient: Patient) -> bool | None:
     lm = patient.lm()
+    if not _gives_each(lm):
+        return None
     nearest, *beyond = influence(_of_chunk(lm, 2, 0), distinct_tokens(lm))[3:]
     return None if max(nearest, *beyond) <= SAME else max(beyond) <= SAME
 
@@ -94,6 +96,12 @@ def _chunk_sees_next_token_only(patient: Patient) -> bool | None:
 def _of_chunk(lm: LM, prefill: int, position: int) -> Callable[[Tensor], Tensor]:
     """The logits of a position of the chunk after a prefill."""
     return lambda ids: lm.extend(ids[:, prefill:], lm.extend(ids[:, :prefill])[1])[0][:, position]
+
+
+def _gives_each(lm: LM) -> bool:
+    """Whether a chunk on a cache gives the logits of each of its positions: some give those of the last one only."""
+    ids = distinct_tokens(lm)
+    return lm.extend(ids[:, 3:], lm.extend(ids[:, :3])[1])[0].shape[1] == ids.shape[1] - 3
 
 
 @symptom(
@@ -118,7 +126,7 @@ def _chunk_blind_to_its_past(patient: Patient) -> bool | None:
 def _chunk_loses_the_cached(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    if beyond_the_window(patient):
+    if beyond_the_window(patient) or not _gives_each(lm):
         return None
 
     def loses(position: int) -> bool:

@@ -112,7 +112,15 @@ def _earlier_call_matters(patient: Patient) -> bool | None:
         return True
     if "cached" not in calls or lm.convention.one_timeline or lm.convention.always_cached:
         return False
-    return _differs(lm, _cached, lambda lm, tokens: _cached(lm, tokens, lambda: all_kinds(lm)), ids)
+
+    def others_between(lm: LM, tokens: Tensor) -> Tensor:
+        def between() -> None:
+            all_kinds(lm)
+            reseed()
+
+        return _cached(lm, tokens, between)
+
+    return _differs(lm, partial(_cached, between=reseed), others_between, ids)
 
 
 @symptom(
@@ -133,6 +141,7 @@ def _old_weights_remembered(patient: Patient) -> bool | None:
 
     def called_before(lm: LM, tokens: Tensor) -> Tensor:
         lm.logits(tokens.clone())
+        reseed()
         return with_other_weights(lm, tokens)
 
     return _differs(lm, with_other_weights, called_before, distinct_tokens(lm))
