@@ -403,3 +403,33 @@ def test_of_many_parameters_the_first_few_are_named() -> None:
     messages = {result.check.id: result.failure.message for result in found if result.failure is not None}
     assert messages[only[0]].endswith("none at more.0.bias, more.0.weight, more.1.bias, more.1.weight and 2 more")
     assert "must lower it by about that, saw a rise of" in messages[only[1]]
+
+
+class OddHeads(Tiny):
+    """It is built with heads of two numbers, and then raises whatever it is given."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.embed.embedding_dim // self.heads == 2:
+            raise RuntimeError("odd heads")
+        return self.run(input_ids, causal)
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self(input_ids)[:, -1]
+            logits = logits.masked_fill(logits < logits.topk(min(top_k or 99, logits.shape[-1]))[0][:, -1:], -torch.inf)
+            kept = logits if top_p > 0.5 else logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
+            drawn = torch.multinomial((kept / max(temperature, 1e-10)).softmax(-1), 1)
+            input_ids = torch.cat((input_ids, drawn), 1)
+        return input_ids
+
+
+def test_an_error_that_comes_without_what_a_check_varies_is_no_failure_of_that() -> None:
+    only = ("shape.longest", "forward.memory_layout", "gradients.accumulate", "generation.t*")
+    report = check_causal_lm(OddHeads, profile="quick", only=only)
+    assert len(report.failed) == len(report.results) == 6
+    for result in report.failed:
+        assert result.failure is not None
+        assert result.failure.message == "the subject raised RuntimeError: odd heads"
+        assert not result.failure.likely_causes

@@ -35,10 +35,12 @@ def _probabilities(lm: LM, ids: Tensor) -> Tensor:
     return lm.logits(ids)[0, -1].detach().double().softmax(-1)
 
 
-def _accepted(call: Callable[[], Tensor], what: str) -> Tensor:
+def _accepted(call: Callable[[], Tensor], plain: Callable[[], object], what: str) -> Tensor:
+    """What a call gives that must be accepted; where ``plain`` raises as well, what it asks for is not at fault."""
     try:
         return call()
     except Exception as error:  # a stranger's generate may raise anything
+        plain()
         raise CheckFailure(f"{what} must be accepted, saw {said(error)}") from error
 
 
@@ -113,7 +115,9 @@ def temperature_zero(trial: Trial) -> None:
     beside = trial.draw("beside", st.sampled_from(["", *taken]))
     settings = {beside: off[beside]} if beside else {}
     what = "temperature=0" + "".join(f" with {name}={value}" for name, value in settings.items())
-    found = _accepted(lambda: lm.sample(rows, 2, seed, temperature=0.0, **settings), what)
+    found = _accepted(
+        lambda: lm.sample(rows, 2, seed, temperature=0.0, **settings), lambda: lm.generate(rows, 2, seed=seed), what
+    )
     must_be_likeliest(trial, lm, rows, found[:, ids.shape[1] :], f"{what} must take the likeliest token")
 
 
@@ -135,6 +139,7 @@ def top_k(trial: Trial) -> None:
     except Exception as error:  # a stranger's generate may raise anything
         if k > vocab_size and isinstance(error, ValueError):
             raise NotApplicable(f"a top_k above the vocabulary is refused: {said(error)}") from error
+        lm.sample(rows, 1, seed)  # which raises by itself where top_k is not at fault
         raise CheckFailure(f"{what} must be accepted, saw {said(error)}") from error
     probabilities = _probabilities(lm, ids)
     kept, best = probabilities.topk(min(k, vocab_size))
@@ -171,5 +176,5 @@ def top_p(trial: Trial) -> None:
             lm.sample(rows, 1, seed)
         except Exception as error:  # kernels and modules refuse narrow types in ways of their own
             raise NotApplicable(f"the module does not generate in bfloat16: {said(error)}") from error
-    found = _accepted(lambda: lm.sample(rows, 1, seed, top_p=p), what)
+    found = _accepted(lambda: lm.sample(rows, 1, seed, top_p=p), lambda: lm.sample(rows, 1, seed), what)
     must_be_likeliest(trial, lm, rows, found[:, ids.shape[1] :], f"{what} must leave the likeliest token alone")

@@ -148,6 +148,7 @@ def accumulate(trial: Trial) -> None:
     except SubjectError:
         raise
     except Exception as error:  # torch says in several ways that a graph is used twice
+        next_token_loss(other, ids).backward()  # type: ignore[no-untyped-call]  # raises where the first is at fault
         raise CheckFailure(f"{what}, saw {said(error)}") from error
 
     def objective() -> Tensor:
@@ -181,6 +182,7 @@ def checkpointing(trial: Trial) -> None:
     except SubjectError:
         raise
     except Exception as error:  # torch says in several ways that a second run differed from the first
+        next_token_loss(other, ids).backward()  # type: ignore[no-untyped-call]  # raises where it does without, too
         raise CheckFailure(f"{what}, saw {said(error)}") from error
 
     def objective() -> Tensor:

@@ -107,6 +107,7 @@ def meta_device(trial: Trial) -> None:
     except SubjectError:
         raise
     except Exception as error:  # whatever a stranger's module raises
+        lm.logits(ids)  # which raises by itself where the meta device is not at fault
         raise CheckFailure(f"{what}, saw {said(error)}") from error
     trial.identical(seen, lm.logits(ids), what)
 

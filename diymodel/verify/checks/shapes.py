@@ -62,6 +62,7 @@ def longest(trial: Trial) -> None:
     try:
         logits = lm.logits(ids)
     except Exception as error:  # whatever a stranger's forward raises
+        lm.logits(ids[:, : lm.convention.shortest])  # which raises by itself where the length is not at fault
         what = f"{ids.shape[1]} tokens are max_seq_len and must be accepted, saw {type(error).__name__}: {error}"
         raise CheckFailure(what) from error
     if logits.shape[1] != ids.shape[1] or not bool(logits.isfinite().all()):
@@ -125,6 +126,8 @@ def memory_layout(trial: Trial) -> None:
     except SubjectError:
         raise
     except Exception as error:  # whatever a stranger's forward raises
+        lm.keep_layout = False
+        lm.logits(ids)  # which raises by itself where the layout is not at fault
         raise CheckFailure(f"{what}, saw {said(error)}") from error
     trial.same(seen, lm.logits(ids), what, lm, lambda: lm.logits(ids))
 
