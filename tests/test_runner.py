@@ -58,8 +58,8 @@ def test_an_error_of_the_constructor_is_told_from_one_of_a_call() -> None:
     result = run_check(Subject(needs_three_layers), check(lambda trial: (trial.model(), None)[1]), Settings())
     assert result.failure is not None, result
     assert result.failure.message == (
-        "the subject raised ZeroDivisionError: integer division or modulo by zero; it was being built: of a "
-        "configuration that it cannot have, let the factory raise NotImplementedError"
+        "the subject raised ZeroDivisionError: integer division or modulo by zero; it was being built: "
+        "what it cannot be built of, its factory refuses by NotImplementedError"
     )
 
 

@@ -211,6 +211,13 @@ class LM:
             inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
         return self._shaped(self._call(inputs).logits)
 
+    def placed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, T, V) of whole sequences whose tokens stand at ``positions`` (B, T)."""
+        inputs = self._inputs(input_ids, None, start=0) | {_some(self.convention.positions): positions}
+        if self.convention.logits_need_labels:
+            inputs[_some(self.convention.labels)] = input_ids
+        return self._shaped(self._call(inputs).logits)
+
     def packed(self, input_ids: Tensor, documents: Tensor) -> Tensor:
         """Logits (B, T, V) of rows that hold several documents; ``documents`` (B, T) numbers them from 1."""
         convention = self.convention

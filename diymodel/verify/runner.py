@@ -407,9 +407,7 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
     own = [frame for frame in frames if not is_a_tools(frame)]
     message = f"the subject raised {type(error).__name__}: {error}"
     if any(frame.name == Subject.made.__name__ and HARNESS in frame.filename for frame in frames):
-        message += (
-            "; it was being built: of a configuration that it cannot have, let the factory raise NotImplementedError"
-        )
+        message += "; it was being built: what it cannot be built of, its factory refuses by NotImplementedError"
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
     )

@@ -55,6 +55,7 @@ NOT_APPLICABLE = {
 APPLIES = {  # checks that need what few bases have, and which these are
     "gradients.checkpointing": {"pretrained", "kept"},
     "state.resized_vocabulary": {"pretrained", "kept"},
+    "padding.positions_are_used": {"learned", "writer", "switch", "scribe"},
 }
 SLOW_ON = {"rotary", "supplied"}  # where optional checks are tried
 CASES = [(name, check) for name in LACKS for check in list_checks() if not check.optional or name in SLOW_ON]

@@ -27,6 +27,7 @@ ON = {  # what our model is not made for
     "padding.left_changes_nothing": "hub",
     "padding.left_with_cache": "hub",
     "padding.mask_is_used": "hub",
+    "padding.positions_are_used": "writer",
     "state.resized_vocabulary": "kept",
     "window.width": "windowed",
 }

@@ -24,6 +24,7 @@ SKIPPED = {  # checks of what our model does not have, and the reason that must 
     "padding.left_changes_nothing": r"forward\(seq_lengths=…\) says nothing of padding on the left",
     "padding.left_with_cache": r"forward\(seq_lengths=…\) says nothing of padding on the left",
     "padding.mask_is_used": r"forward\(seq_lengths=…\) can hide no token that stands before others",
+    "padding.positions_are_used": "forward has no attention_mask and position_ids",
     "state.resized_vocabulary": "the module has no resize_token_embeddings",
     "window.width": "the subject has no sliding window",
 }

@@ -146,7 +146,7 @@ BUGS = [
         "writer",
         "self.positions(steps if position_ids is None else position_ids)",
         "self.positions(steps)",
-        kills=("padding.right_with_cache", "generation.padded_prompt"),
+        kills=("padding.right_with_cache", "padding.positions_are_used", "generation.padded_prompt"),
         where="Writer",
     ),
     Bug(

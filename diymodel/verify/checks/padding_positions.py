@@ -1,0 +1,41 @@
+"""Positions that are taken are used, where rows that are padded on the left need them."""
+
+from __future__ import annotations
+
+import torch
+
+from diymodel.verify.failure import NotApplicable, refusal
+from diymodel.verify.learning import distinct_tokens
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+
+@check(
+    "padding.positions_are_used",
+    title="positions that the caller hands over matter, or a row padded on the left needs none",
+    step="5.1",
+    needs=("padding", "causal"),
+    causes=("position-ids-ignored", "padded-batch-shared-position"),
+)
+def positions_are_used(trial: Trial) -> None:
+    lm = trial.model()
+    convention = lm.convention
+    if not (convention.mask and convention.positions) or convention.positions_are_shared or convention.always_cached:
+        raise NotApplicable("forward has no attention_mask and position_ids, (batch, seq) each")
+    ids = distinct_tokens(trial, lm, 3)
+    near = (torch.arange(ids.shape[1], device=ids.device) // 2).expand_as(ids)  # two tokens at each position
+    if (why := refusal(lm.placed, ids, near)) is not None:
+        raise NotApplicable(f"positions that are not one after the other are refused: {why}")
+    plain, moved = lm.logits(ids), lm.placed(ids, near)
+    if not torch.equal(moved, plain):
+        return
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[:, 0] = False
+    if (why := refusal(lm.logits, ids, real)) is not None:
+        raise NotApplicable(f"padding on the left is refused: {why}")
+    alone = lm.logits(ids[:, 1:])
+    what = (
+        f"{convention.positions}={near[0].tolist()} changes no logit of {ids.tolist()}, so a row padded on the left "
+        "must need no positions, and give what it gives alone"
+    )
+    trial.same(lm.logits(ids, real)[:, 1:], alone, what, lm, lambda: lm.logits(ids[:, 1:]))
