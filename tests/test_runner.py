@@ -63,6 +63,14 @@ def test_an_error_of_the_constructor_is_told_from_one_of_a_call() -> None:
     )
 
 
+def test_a_replay_that_does_not_apply_is_no_pass() -> None:
+    def never(trial: Trial) -> None:
+        raise NotApplicable("not this one")
+
+    result = replay(own(), check(never), {})
+    assert (result.status, result.reason) == ("skipped", "not this one")
+
+
 def test_a_trial_that_does_not_apply_hides_no_failure_in_another() -> None:
     def sometimes(trial: Trial) -> None:
         if not trial.draw("applies", st.booleans()):

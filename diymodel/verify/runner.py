@@ -219,7 +219,7 @@ def replay(subject: str | Subject | Factory | None, check: Check, values: Mappin
     resolved = resolve(subject)
     trial = Trial.replaying(resolved, values)
     run = _Run(resolved, check, Settings(1, dtype=trial.dtype))
-    result = run.judged(lambda: run.trial(trial))
+    result = run.judged(lambda: run.only(trial))
     if trial.unknown:
         raise ValueError(f"this replay has no value {trial.unknown!r}: it belongs to another check or version")
     return result
@@ -339,6 +339,12 @@ class _Run:
             raise
         if trial.seen_difference is not None:
             self.effects.append(trial.seen_difference)
+
+    def only(self, trial: Trial) -> None:
+        """One trial and no other, which may not apply."""
+        self.trial(trial)
+        if self.not_applicable:
+            raise NotApplicable(self.not_applicable[0])
 
     def judged(self, run: Callable[[], object]) -> Result:
         """Call ``run`` and name what came of it."""

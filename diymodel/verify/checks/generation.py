@@ -57,10 +57,11 @@ def must_be_likeliest(trial: Trial, lm: LM, prompt: Tensor, new: Tensor, what: s
         tolerance = max(tolerance, 2 * noise_factor(dtype) * noise)
     if worst > tolerance:
         row, step = (int(i) for i in (behind > tolerance).nonzero()[0])
+        where = f"new token {step} of row {row}" if len(new) > 1 else f"new token {step}"
         raise CheckFailure(
             f"{what}: after {whole[row, : prompt.shape[1] + step].tolist()} that is {int(logits[row, step].argmax())} "
             f"with logit {float(best[row, step]):.9g}, saw {int(new[row, step])} with {float(chosen[row, step]):.9g} "
-            f"as new token {step} of row {row}; rounding explains {tolerance:.3g}",
+            f"as {where}; rounding explains {tolerance:.3g}",
             worst,
             tolerance,
         )

@@ -15,7 +15,7 @@ from diymodel.verify.learning import distinct_tokens, dropout_of, gradients_of, 
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_VOCABULARY = 16  # more than there are positions, so that a table with as many rows is the token embedding
+_VOCABULARY = 16  # tokens, so that the loss has far to fall
 _STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)  # predicted decreases of the loss, as shares of it
 _OVERFIT_STEPS = 40
 _OVERFIT_RATES = (0.03, 0.01, 0.003)  # layers whose norms stand behind the sums may need a smaller one
