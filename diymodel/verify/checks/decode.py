@@ -36,6 +36,7 @@ _BESIDE_THE_CACHE = (  # the whole sequence is wrong: it sees more than is kept,
     causes=(
         *_POSITIONS,
         "alibi-lost-in-decode",
+        "chunk-mask-top-left",
         "window-ignored-in-decode",
         "cache-drops-oldest",
         "cache-object-replaced",

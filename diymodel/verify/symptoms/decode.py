@@ -91,6 +91,22 @@ def _failed_in_one_row(patient: Patient) -> bool:
 
 
 @symptom(
+    "decode.step_sees_the_first_only",
+    "a cached step sees itself and the first token, and none between them",
+    "带 cache 的一步只看得到自己和第一个 token，中间的都看不到",
+    DECODE,
+    ("chunk-mask-top-left",),
+)
+def _step_sees_the_first_only(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    if min(seen_by_whole(lm, ids)) <= SAME:
+        return None
+    first, *between, _ = influence(cached_last(lm, step=1), ids)
+    return first > SAME and max(between) <= SAME
+
+
+@symptom(
     "decode.right_in_one_layer",
     "one layer alone is right token by token, two are not",
     "逐个 token 解码时，只有一层时正确，两层时出错",
