@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.entries import Entry
 from diymodel.verify.failure import NotApplicable, SubjectError, said
 from diymodel.verify.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
+from diymodel.verify.outputs import Output, joined, read_output, unflattened
 
 if TYPE_CHECKING:
     from diymodel.verify.generating import Generating
@@ -45,8 +45,6 @@ Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # confi
 _PADDED = {"padding", "left_padding", "generate_padded"}  # capabilities of a call with padding
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
-_CACHES = ("past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")  # in an output
-_CACHE = re.compile(r"cache|key_values|(^|_)(kv|past|presents?)(_|$)")  # in the name of one that is none of these
 
 
 ROLES = (  # of forward's parameters: fields of Convention that name one
@@ -144,14 +142,6 @@ class Convention:
         if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
             notes.append(f"it generates by {self.generating.entry}")
         return "; ".join([call, *notes])
-
-
-class Output(NamedTuple):
-    """What a forward pass returned, by meaning."""
-
-    logits: Tensor | None
-    loss: Tensor | None
-    past: Any
 
 
 class Checkpoint(NamedTuple):
@@ -346,7 +336,7 @@ class LM:
             if cache is None:
                 raise NotApplicable("forward returned no cache")
             if convention.cache_is_new_part is not None and past is not None:
-                cache = _joined(past.cache, cache, convention.cache_is_new_part)
+                cache = joined(past.cache, cache, convention.cache_is_new_part)
         return self._shaped(output.logits), Past(cache, start + input_ids.shape[1])
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
@@ -399,7 +389,7 @@ class LM:
             output = read_output(self.module(**inputs), self.config.vocab_size, convention.loss_place)
         if output.logits is None:
             return output
-        logits = _unflattened(output.logits, inputs[convention.ids].shape, int(convention.sequence_first))
+        logits = unflattened(output.logits, inputs[convention.ids].shape, int(convention.sequence_first))
         return output._replace(logits=logits.transpose(0, 1) if convention.sequence_first else logits)
 
 
@@ -427,65 +417,6 @@ def own_model() -> dict[str, Any]:
         "save": lambda module, path: save_checkpoint(path, module),
         "load": load_checkpoint,
     }
-
-
-def _unflattened(logits: Tensor, shape: torch.Size, batch: int) -> Tensor:
-    """Logits of three dimensions where forward gave two: all positions in one, or the last ones only.
-
-    Args:
-        shape: of the token ids.
-        batch: the dimension of the rows, 0 or 1.
-    """
-    if logits.dim() != 2:
-        return logits
-    if len(logits) == shape.numel():
-        return logits.reshape(*shape, -1)
-    return logits.unsqueeze(1 - batch) if len(logits) == shape[batch] else logits
-
-
-def _joined(old: Any, new: Any, dim: int) -> Any:
-    """Nested containers with the tensors of two such, joined along a dimension."""
-    if isinstance(old, Tensor):
-        return torch.cat((old, new), dim)
-    if isinstance(old, Mapping):
-        return {name: _joined(item, new[name], dim) for name, item in old.items()}
-    if isinstance(old, (list, tuple)):
-        return type(old)([_joined(*pair, dim) for pair in zip(old, new, strict=True)])
-    return old
-
-
-def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
-    """Find logits, loss and cache in what a forward pass returned: tensor, tuple, dict or object.
-
-    Args:
-        loss_place: which of several scalars is the loss.
-    """
-    if isinstance(output, Mapping) and "logits" not in output:
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
-        whole = (item for item in output if hasattr(item, "logits") or (isinstance(item, Mapping) and "logits" in item))
-        output = next(whole, output)  # Hyena returns an object in a tuple
-    if isinstance(output, Mapping) or hasattr(output, "logits"):
-        own = (*getattr(output, "_fields", ()), *getattr(output, "__dict__", ()))  # of a named tuple, of an object
-        found = (
-            output
-            if isinstance(output, Mapping)
-            else {name: getattr(output, name, None) for name in ("logits", "loss", *_CACHES, *own)}
-        )
-        names = (*_CACHES, *filter(_CACHE.search, found))
-        past = next((found[name] for name in names if found.get(name) is not None), None)
-        return Output(found["logits"], found.get("loss"), past)
-    if not isinstance(output, (Tensor, tuple, list)):
-        raise SubjectError(
-            f"forward returned {type(output).__name__}: expected logits, or a tuple, dict or object with them"
-        )
-    items = [output] if isinstance(output, Tensor) else list(output)
-    scalars = [item for item in items if isinstance(item, Tensor) and item.dim() == 0]
-    loss = scalars[min(loss_place, len(scalars) - 1)] if scalars else None
-    wide = [item for item in items if isinstance(item, Tensor) and item.dim() >= 2 and item.shape[-1] >= vocab_size]
-    logits = next((item for item in wide if item.shape[-1] == vocab_size), wide[0] if wide else None)
-    past = next((item for item in items if item is not None and item is not logits and item is not loss), None)
-    return Output(logits, loss, past)
 
 
 def _some(name: str | None) -> str:

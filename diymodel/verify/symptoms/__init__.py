@@ -23,8 +23,9 @@ from hypothesis.errors import HypothesisDeprecationWarning
 from torch import Tensor
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Output
+from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure
+from diymodel.verify.outputs import Output
 from diymodel.verify.randomness import reseed, seeded
 from diymodel.verify.repairs import RepairOf
 from diymodel.verify.report import Result
