@@ -175,9 +175,9 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, Any], m
             "forward returned NoneType: expected logits",
         ),
         (
-            MODEL.replace("else self.head(x)", "else self.head(x[:, -1:])"),
+            MODEL.replace("else self.head(x)", "else self.head(x[:, -2:])"),
             "LM",
-            r"gave logits of shape \(3, 1, 16\): expected \(3, 4, 16\)",
+            r"gave logits of shape \(3, 2, 16\): expected \(3, 4, 16\)",
         ),
     ],
 )
