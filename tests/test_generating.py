@@ -266,6 +266,9 @@ def test_the_author_may_state_how_it_is_called() -> None:
     assert told.convention.generating is stated
     assert told.missing("sampling") == "it is greedy"
     assert told.missing("greedy") is None
+    assert (
+        verify_one(told, next(c for c in CHECKS if c.id == "generation.keeps_prompt"), Settings(5)).status == "passed"
+    )
 
 
 def test_our_own_puts_new_tokens_before_the_padding() -> None:

@@ -102,7 +102,7 @@ class Convention:
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
     extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
-    cache_is_new_part: int | None = None  # lopuhin's GPT-2: what comes back is of the new tokens, along this dimension
+    cache_is_new_part: int | None = None  # OpenAI's GPT-2: what comes back is of the new tokens, along this dimension
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
@@ -182,11 +182,16 @@ class LM:
 
     def logits(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences without a cache; ``real`` (B, T) is False at padding."""
+        return self._each(
+            input_ids, lambda end: self._logits(input_ids[:, :end], None if real is None else real[:, :end])
+        )
+
+    def _each(self, input_ids: Tensor, call: Callable[[int], Tensor]) -> Tensor:
+        """Logits of all positions by a call on so many tokens, or on every prefix where the last ones alone come."""
+        T = input_ids.shape[1]
         if not self.convention.last_only:
-            return self._logits(input_ids, real)
-        ends = range(1, input_ids.shape[1] + 1)
-        prefixes = (self._logits(input_ids[:, :end], None if real is None else real[:, :end]) for end in ends)
-        return torch.cat([logits[:, -1:] for logits in prefixes], 1)
+            return call(T)
+        return torch.cat([call(end)[:, -1:] for end in range(1, T + 1)], 1)
 
     def _logits(self, input_ids: Tensor, real: Tensor | None) -> Tensor:
         """As :meth:`logits`, of as many positions as the module gives."""
@@ -203,18 +208,23 @@ class LM:
 
     def placed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, T, V) of whole sequences whose tokens stand at ``positions`` (B, T)."""
-        inputs = self._inputs(input_ids, None, start=0) | {_some(self.convention.positions): positions}
-        if self.convention.logits_need_labels:
-            inputs[_some(self.convention.labels)] = input_ids
-        return self._shaped(self._call(inputs).logits)
+        return self._told(input_ids, self.convention.positions, positions)
 
     def packed(self, input_ids: Tensor, documents: Tensor) -> Tensor:
         """Logits (B, T, V) of rows that hold several documents; ``documents`` (B, T) numbers them from 1."""
-        convention = self.convention
-        inputs = self._inputs(input_ids, None, start=0) | {_some(convention.documents): documents}
-        if convention.logits_need_labels:
-            inputs[_some(convention.labels)] = input_ids
-        return self._shaped(self._call(inputs).logits)
+        return self._told(input_ids, self.convention.documents, documents)
+
+    def _told(self, input_ids: Tensor, name: str | None, values: Tensor) -> Tensor:
+        """Logits (B, T, V) of a call with one more argument, a value a token."""
+
+        def call(end: int) -> Tensor:
+            ids = input_ids[:, :end]
+            inputs = self._inputs(ids, None, start=0) | {_some(name): values[:, :end]}
+            if self.convention.logits_need_labels:
+                inputs[_some(self.convention.labels)] = ids
+            return self._shaped(self._call(inputs).logits)
+
+        return self._each(input_ids, call)
 
     @torch.no_grad()
     def extend(self, input_ids: Tensor, past: Past | None = None, real: Tensor | None = None) -> tuple[Tensor, Past]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HARNESS = "diymodel/verify"
 _LIBRARIES = "site-packages/"
+_SHOWN = 4  # names of parts or parameters
 _TOOLS = (HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
 
 
@@ -39,6 +40,12 @@ class Inconclusive(Exception):
 
 class SubjectError(ValueError):
     """The subject cannot be found, built or called; the text is one line for its author."""
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def said(error: Exception) -> str:

@@ -123,11 +123,11 @@ def _called(lm: LM, entry: Entry) -> Generating:
     parameters, convention = entry.parameters(lm.module), lm.convention
     names = _names(lm.module, parameters)
     return Generating(
-        entry,
         names,
         _fixed(names, parameters),
         mask_dtype=convention.mask_dtype,
         mask_marks_padding=convention.mask_marks_padding,
+        entry=entry,
     )
 
 

@@ -37,7 +37,6 @@ MANY = 256  # rows at once, for judging what is drawn
 class Generating:
     """How a module generates. Settings go by role, such as ``eos``, whatever it calls them."""
 
-    entry: Entry = field(default_factory=Entry)
     names: Mapping[str, str] = field(default_factory=dict)  # role -> parameter
     fixed: Mapping[str, Any] = field(default_factory=dict)  # parameter -> value, where its default would not do
     greedy: Mapping[str, Any] = field(default_factory=dict)  # settings that take the likeliest token
@@ -50,6 +49,7 @@ class Generating:
     mask_dtype: torch.dtype = torch.int64
     mask_marks_padding: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)  # capability -> why generate does not have it
+    entry: Entry = field(default_factory=Entry)  # what is called
 
     def run(
         self, module: nn.Module, ids: Tensor, new_tokens: int, real: Tensor | None, settings: Mapping[str, Any]

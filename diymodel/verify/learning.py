@@ -1,11 +1,13 @@
-"""What the checks of gradients and of learning share.
+"""What the checks of gradients, of learning and of training mode share.
 
 Shapes: B batch, T sequence length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +88,36 @@ def dropout_of(module: nn.Module) -> str | None:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
                 return f"{name}.{key}={value}".lstrip(".")
     return None
+
+
+@contextmanager
+def training_undone(module: nn.Module) -> Iterator[None]:
+    """What calls inside write to buffers and frozen parameters is undone, where it would be saved with the weights.
+
+    In training some change by design: running statistics, or a bias that balances experts. Nothing else that a call
+    leaves behind is undone, such as what it keeps on the module beside the weights.
+    """
+    undone: list[tuple[dict[str, Any], str, Tensor]] = []
+    copies: dict[int, Tensor] = {}  # of each tensor one, wherever it is held
+    for part in module.modules():
+        holders: tuple[dict[str, Any], ...] = (part._buffers, part._parameters)
+        for held in holders:
+            for name, tensor in held.items():
+                if tensor is None or tensor.requires_grad or name in part._non_persistent_buffers_set:
+                    continue
+                undone.append((held, name, tensor))
+                copy = tensor.detach().clone()
+                copies.setdefault(id(tensor), nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
+    for held, name, tensor in undone:
+        held[name] = copies[id(tensor)]
+    try:
+        yield
+    finally:
+        for held, name, tensor in undone:
+            held[name] = tensor
+
+
+def trained_call(lm: LM, ids: Tensor) -> Tensor:
+    """Logits of a call in training mode, which changes nothing that is saved."""
+    with training_undone(lm.module):
+        return lm.logits(ids)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.checks.modes import trained_call
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
+from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial

@@ -9,8 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.checks.modes import first_of, training_undone
-from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, refusal, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, first_of, refusal, said
 from diymodel.verify.learning import (
     accumulated,
     distinct_tokens,
@@ -18,6 +17,7 @@ from diymodel.verify.learning import (
     next_token_loss,
     same_gradients,
     trainable,
+    training_undone,
 )
 from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check

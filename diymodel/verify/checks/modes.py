@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
-from diymodel.verify.learning import dropout_of
+from diymodel.verify.failure import CheckFailure, NotApplicable, first_of, refusal
+from diymodel.verify.learning import dropout_of, trained_call, training_undone
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_SHOWN = 4  # names of parts or parameters
 _CALLS = 24  # a tiny module may well drop the same few elements twice, but not in all these calls
-
-
-def first_of(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
-
-
-@contextmanager
-def training_undone(module: nn.Module) -> Iterator[None]:
-    """What calls inside write to buffers and frozen parameters is undone, where it would be saved with the weights.
-
-    In training some change by design: running statistics, or a bias that balances experts. Nothing else that a call
-    leaves behind is undone, such as what it keeps on the module beside the weights.
-    """
-    undone: list[tuple[dict[str, Any], str, Tensor]] = []
-    copies: dict[int, Tensor] = {}  # of each tensor one, wherever it is held
-    for part in module.modules():
-        holders: tuple[dict[str, Any], ...] = (part._buffers, part._parameters)
-        for held in holders:
-            for name, tensor in held.items():
-                if tensor is None or tensor.requires_grad or name in part._non_persistent_buffers_set:
-                    continue
-                undone.append((held, name, tensor))
-                copy = tensor.detach().clone()
-                copies.setdefault(id(tensor), nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
-    for held, name, tensor in undone:
-        held[name] = copies[id(tensor)]
-    try:
-        yield
-    finally:
-        for held, name, tensor in undone:
-            held[name] = tensor
-
-
-def trained_call(lm: LM, ids: Tensor) -> Tensor:
-    """Logits of a call in training mode, which changes nothing that is saved."""
-    with training_undone(lm.module):
-        return lm.logits(ids)
 
 
 def _training_differs(lm: LM, ids: Tensor) -> bool:

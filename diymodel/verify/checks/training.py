@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.checks.modes import training_undone
 from diymodel.verify.failure import CheckFailure
-from diymodel.verify.learning import distinct_tokens, dropout_of, gradients_of, next_token_loss, trainable
+from diymodel.verify.learning import (
+    distinct_tokens,
+    dropout_of,
+    gradients_of,
+    next_token_loss,
+    trainable,
+    training_undone,
+)
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 

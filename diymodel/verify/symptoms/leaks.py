@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
-from diymodel.verify.checks.modes import training_undone
+from diymodel.verify.learning import training_undone
 from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.watchers import SoftmaxesOverQueries

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diymodel.verify.checks.modes import trained_call
+from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.repairs import SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom

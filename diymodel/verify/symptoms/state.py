@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.checks.modes import trained_call
-from diymodel.verify.learning import next_token_loss
+from diymodel.verify.learning import next_token_loss, trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
 
