@@ -162,6 +162,25 @@ def test_logits_of_two_dimensions_or_of_one_position_are_understood(factory: Any
     assert statuses["decode.cached_equals_full"] == ("passed" if "past" in found else "skipped")
 
 
+class LastOnlyPadded(Tiny):
+    """It takes positions, and counts its own."""
+
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        def masked(scores: Tensor) -> Tensor:
+            hidden = scores.new_zeros(tokens.shape) if attention_mask is None else (attention_mask == 0).to(scores)
+            return causal(scores) - 1e9 * hidden[:, None, None]
+
+        return self.run(tokens, masked)[:, -1]
+
+
+def test_positions_are_handed_to_every_prefix() -> None:
+    assert convention(LastOnlyPadded).last_only
+    with pytest.raises(AssertionError, match=r"✗ padding\.positions_are_used"):
+        verdicts(LastOnlyPadded, ("padding.positions_are_used",))
+
+
 class LastOnlyLeaks(LastOnly):
     """Every position sees the whole row: with one position at a time that is right, and shows nowhere."""
 
