@@ -65,6 +65,7 @@ class Trial:
         self._draw = draw
         self.seen_difference: float | None = None  # the largest effect that a guard saw; None: no guard
         self._noise: dict[Any, float] = {}  # measured rounding, by module and place in a check
+        self._float32: dict[Any, float] = {}  # what one rounding to float32 can change there, relative
         self.unknown: str | None = None  # a value that a replay lacks
         self.around: Around | None = None  # what each call of its modules happens in
 
@@ -229,13 +230,17 @@ class Trial:
         Aside: a cache that the module keeps would go on with the keys of the weights it is measured with.
         """
         factor = noise_factor(self.dtype)
-        where = (id(lm.module), getattr(rerun, "__code__", rerun))
-        with lm.aside():
-            if self.dtype == torch.float64 and (step := largest * float32_step(rerun)) >= difference:
+        where = (lm.module, getattr(rerun, "__code__", rerun))
+        if self.dtype == torch.float64:
+            if where not in self._float32:
+                with lm.aside():
+                    self._float32[where] = float32_step(rerun)
+            if (step := largest * self._float32[where]) >= difference:
                 return step
-            if factor * self._noise.get(where, 0.0) < difference:
+        if factor * self._noise.get(where, 0.0) < difference:
+            with lm.aside():
                 noise = estimate_noise(lm.module, rerun, self.values.get("weights", 0), enough=difference / factor)
-                self._noise[where] = max(noise, self._noise.get(where, 0.0))
+            self._noise[where] = max(noise, self._noise.get(where, 0.0))
         return factor * self._noise[where]
 
     def varies(self, seen: Tensor, other: Tensor) -> None:
