@@ -15,7 +15,7 @@ from diymodel.verify.report import Failure
 from diymodel.verify.runner import replay
 from diymodel.zoo.bug import Bug
 from tests.meta.texts import assert_says
-from tests.meta.verdicts import CHECKS, KILL_IDS, KILLS, ON_PAPER, verdict
+from tests.meta.verdicts import CHECKS, KILL_IDS, KILLS, ON_PAPER, broken, verdict
 
 
 @pytest.mark.parametrize(("bug", "check_id"), KILLS, ids=KILL_IDS)
@@ -44,7 +44,7 @@ def assert_small(failure: Failure) -> None:
 def assert_replays(first: Failure, bug: Bug, check_id: str) -> None:
     """What a report prints is enough to see the same failure again."""
     values = json.loads(json.dumps(first.values))
-    again = replay(bug.subject(), CHECKS[check_id], values).failure
+    again = replay(broken(bug), CHECKS[check_id], values).failure
     assert again is not None
     assert (again.message, again.likely_causes, again.values) == (first.message, first.likely_causes, first.values)
 
