@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -92,6 +93,28 @@ CHANGED = [
         },
         "any row ends all, and no token to fill up with is asked for",
     ),
+    Changed(
+        "generation.eos_per_row",
+        "passed",
+        "writer",
+        {
+            "        B, T = input_ids.shape\n        if T +": "        B, T = input_ids.shape\n        assert B == 1\n"
+            "        if T +",
+            "                tokens = torch.cat((tokens, new": "                if int(new) == eos_token_id:\n"
+            "                    break\n                tokens = torch.cat((tokens, new",
+        },
+        "takes one row, and leaves the eos out",
+    ),
+    Changed(
+        "decode.rows_reordered",
+        "skipped",
+        "windowed",
+        {
+            "        self.layers = {layer: (k[rows]": "        raise NotImplementedError\n"
+            "        self.layers = {layer: (k[rows]"
+        },
+        "a way to reorder that is not implemented",
+    ),
     Changed("generation.top_k", "failed", "writer", {"if top_k is not None": "if top_k == 0"}, "top_k is ignored"),
     Changed(
         "checkpoint.round_trip",
@@ -138,6 +161,21 @@ DRAWN = [  # where one example tells
         ),
         {"weights": 16, "length": 1, "tokens": [[2]], "beside": "", "seed": 0},
     ),
+    (
+        Changed(
+            "gradients.reach_every_parameter",
+            "passed",
+            "plain",
+            {
+                "self.head = ": "self.far = nn.Parameter(torch.ones(()))\n        self.head = ",
+                "T = x.shape[1]\n": "T = x.shape[1]\n        assert T < len(self.positions)\n"
+                "        scale = self.far if T > 4 else 1\n",
+                "self.head(self.encoder(": "self.head(scale * self.encoder(",
+            },
+            "more tokens reach more, and as many as it has positions are refused",
+        ),
+        {"length": 2, "tokens": [1, 2]},
+    ),
 ]
 
 
@@ -159,6 +197,36 @@ def test_a_gradient_is_not_asked_of_who_has_none(check_id: str) -> None:
     able, unable = changed.subject(), changed.subject()
     unable.lacks["gradient"] = "not for training"
     assert [verify_one(x, CHECKS[check_id], Settings(3)).status for x in (able, unable)] == ["failed", "passed"]
+
+
+@pytest.mark.parametrize("check_id", ["generation.top_p"])
+def test_what_is_refused_without_a_setting_is_not_the_settings_fault(check_id: str) -> None:
+    changed = Changed(
+        check_id, "failed", "writer", {"if temperature == 0:": "assert temperature == 0\n    if temperature == 0:"}, ""
+    )
+    able = subject("writer")
+    refusing = changed.subject()
+    refusing.__dict__["convention"] = able.convention
+    failure = verify_one(refusing, CHECKS[check_id], Settings(3)).failure
+    assert failure is not None
+    assert failure.message.startswith("the subject raised AssertionError")
+
+
+@pytest.mark.parametrize(
+    ("check_id", "name", "largest"),
+    [("causality.edit", "cut", None), ("causality.truncation", "cut", None), ("state.resized_vocabulary", "added", 3)],
+)
+def test_what_is_drawn_stays_in_bounds(check_id: str, name: str, largest: int | None) -> None:
+    """``largest``; None: the last position."""
+    seen: list[dict[str, Any]] = []
+
+    def spied(trial: Trial) -> None:
+        CHECKS[check_id].function(trial)
+        seen.append(trial.values)
+
+    base = "kept" if largest else OWN
+    assert verify_one(subject(base), replace(CHECKS[check_id], function=spied), Settings(EXAMPLES)).status == "passed"
+    assert all(1 <= values[name] <= (largest or values["length"] - 1) for values in seen)
 
 
 @pytest.mark.parametrize("check_id", ["generation.random_state_untouched"])
