@@ -79,7 +79,8 @@ class LayerCache(Mapping[str, Tensor]):
     def tip(self, cached_pos: int | Tensor) -> _Buffer | None:
         """The buffer, if writing at ``cached_pos`` can disturb no other holder of it."""
         newest = self._version == self._buffer.version and self._buffer.is_writable()
-        same = cached_pos == self.cached_pos if isinstance(cached_pos, int) else cached_pos is self.cached_pos
+        own = self.cached_pos
+        same = cached_pos is own or (isinstance(cached_pos, int) and isinstance(own, int) and cached_pos == own)
         return self._buffer if newest and same else None
 
 

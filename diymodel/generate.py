@@ -71,6 +71,7 @@ def generate(
     lengths = _prompt_lengths(input_ids, attention_mask)
     longest = int(lengths.max())
     config = model.config
+    check_input_ids(input_ids, config.vocab_size)
     _check(config, longest, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, generator)
     if temperature == 0 and (top_k is not None or top_p is not None):
         warnings.warn("top_k and top_p are ignored at temperature 0, which is greedy", stacklevel=2)
@@ -92,7 +93,6 @@ def generate(
         stack.enter_context(torch.inference_mode())
         fast = None
         if compile and max_new_tokens > 1:
-            check_input_ids(input_ids, config.vocab_size)  # before seconds of compiling
             fast = stack.enter_context(compiled_decoder(model, B, longest + max_new_tokens))
         tokens = input_ids.new_full((B, longest + max_new_tokens), pad, dtype=torch.int64)
         real = torch.arange(longest, device=tokens.device) < lengths[:, None]

@@ -320,7 +320,8 @@ class DIYForCausalLM(nn.Module):
         hidden: Tensor = output[0] if use_cache else output
         if 0 < logits_to_keep < hidden.shape[1]:
             hidden = _last_positions(hidden, seq_lengths, logits_to_keep)
-        logits: Tensor = self.lm_head(hidden)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache and past_key_values is None):
+            logits: Tensor = self.lm_head(hidden)
         return (logits, output[1]) if use_cache else logits
 
     def decode_step(self, tokens: Tensor, past_key_values: PastKeyValues) -> tuple[Tensor, PastKeyValues]:

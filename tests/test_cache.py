@@ -343,3 +343,15 @@ def test_padding_may_reach_beyond_max_seq_len(model: DIYForCausalLM) -> None:
     full = model(torch.cat((ids, padded[:, :2]), dim=1))
     torch.testing.assert_close(logits[:, :2], full[:, -2:])
     assert past[0][1] == 200
+
+
+def test_rows_of_several_lengths_go_back_to_one_position() -> None:
+    model = (
+        DIYForCausalLM(DIYConfig(vocab_size=16, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=16))
+        .double()
+        .eval()
+    )
+    ids = torch.arange(18).view(2, 9) % 16
+    _, past = model(ids[:, :8], seq_lengths=torch.tensor([8, 5]), use_cache=True)
+    logits = model(ids[:, 8:], past_key_values=[(cached, 4) for cached, _ in past])
+    assert_near(logits[:, -1], model(torch.cat((ids[:, :4], ids[:, 8:]), 1))[:, -1])

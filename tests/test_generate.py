@@ -271,3 +271,12 @@ def test_draws_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     drawn = choose(probabilities.log().expand(20000, 4), 1.0, None, None, torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 20000, probabilities, atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize("ids", [[[1.7, 2.3]], [[True, False]], [[1, 99]]])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}, {"use_cache": False}])
+@pytest.mark.parametrize("new_tokens", [0, 2])
+def test_a_prompt_that_is_no_tokens_is_refused(ids: list[list[Any]], settings: dict[str, Any], new_tokens: int) -> None:
+    model = DIYForCausalLM(DIYConfig(vocab_size=16, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=16))
+    with pytest.raises(ValueError, match=r"input_ids must be int64 token ids|outside the vocabulary"):
+        model.generate(torch.tensor(ids), new_tokens, **settings)

@@ -295,3 +295,11 @@ def test_dropout_acts_on_the_embedding_and_on_both_updates_of_every_block() -> N
         dropout.reset_mock()
         model.eval()(IDS)
         dropout.assert_not_called()
+
+
+def test_logits_of_a_cached_call_record_no_gradient() -> None:
+    model = DIYForCausalLM(DIYConfig(vocab_size=16, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=16)).eval()
+    logits, past = model(torch.tensor([[1, 2]]), use_cache=True)
+    assert not logits.requires_grad
+    assert not model(torch.tensor([[3]]), past_key_values=past).requires_grad
+    assert model(torch.tensor([[1, 2]])).requires_grad

@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,8 +178,10 @@ def test_a_hanging_trial_is_an_error_of_that_check_alone() -> None:
     [
         (lambda: ctypes.string_at(0), "the process died of SIGSEGV: the subject crashed in native code"),
         (lambda: os._exit(3), "the process ended with exit code 3: the subject left Python"),
+        (lambda: os._exit(0), "the process ended with exit code 0: the subject left Python"),
+        (lambda: sys.exit(0), "the subject left Python with exit code 0"),
     ],
-    ids=["crash", "exit"],
+    ids=["crash", "exit", "exit-0", "sys-exit"],
 )
 def test_a_crash_ends_one_check_and_the_others_go_on(act: Callable[[], object], reason: str) -> None:
     subject = misbehaving(act)

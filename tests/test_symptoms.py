@@ -6,9 +6,11 @@ import contextlib
 import fnmatch
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -289,3 +291,20 @@ def test_a_module_that_raises_has_no_symptoms() -> None:
     check = next(check for check in list_checks() if check.id == "causality.edit")
     passed = verify_one(subject, check, Settings(PROFILES["quick"]))
     assert observe(subject, [passed]) == {}
+
+
+def test_an_experiment_that_takes_too_long_is_left_out_and_the_others_go_on() -> None:
+    def forever(_: Patient) -> bool:
+        while True:
+            pass
+
+    subject = resolve(f"{EXAMPLES / 'broken_model.py'}:LM")
+    found = [verify_one(subject, check, Settings(10)) for check in select_checks(["decode.cached_equals_full"])]
+    expected = observe(subject, found)
+    first = next(id for id, shows in expected.items() if shows)
+    slow = {**list_symptoms(), first: replace(list_symptoms()[first], ask=forever)}
+    with (
+        mock.patch("diymodel.verify.symptoms.list_symptoms", return_value=slow),
+        mock.patch("diymodel.verify.symptoms._SECONDS", 3.0),
+    ):
+        assert observe(subject, found) == {id: shows for id, shows in expected.items() if id != first}

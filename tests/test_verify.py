@@ -310,6 +310,11 @@ def test_model(lm, check):
     assert outcomes == {"passed": 1, "xfailed": 1}
 
 
+def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"nothing is left to run: only=.*decode.*step='1'"):
+        check_causal_lm(only=["decode.*"], step="1")
+
+
 def test_the_plugin_does_not_import_torch() -> None:
     code = "import sys, diymodel.verify.plugin; sys.exit('torch' in sys.modules or 'hypothesis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,7 +25,9 @@ from diymodel.verify.symptoms import observe
 
 _Run = Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]
 
+_PROBING_SECONDS = 150.0  # more than the child itself allows for it
 _OBSERVE_SECONDS = 120.0
+_GRACE = 5.0  # seconds beyond the time for all checks
 _PATIENCE = 4  # times the limit of a check: the child itself gives up a hanging trial, and shrinking, before that
 
 
@@ -59,9 +61,14 @@ def probe_isolated(subject: Subject) -> None:
     """Find in a child how the subject is called, before this process does.
 
     Raises:
-        SubjectError: it crashes when it is built or called.
+        SubjectError: it crashes or hangs when it is built or called.
     """
     with _child(lambda sender: sender.send(_probed(subject))) as (process, receiver):
+        if not receiver.poll(_PROBING_SECONDS):
+            raise SubjectError(
+                f"{subject.name} did not build and answer a few tiny calls in {_PROBING_SECONDS:g} s: it hangs in "
+                "native code"
+            )
         try:
             receiver.recv()
         except EOFError:
@@ -94,20 +101,23 @@ def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run
     def work(sender: Connection) -> None:
         for result in run(subject, checks, settings):
             sender.send((result, subject.refused, subject.refusal))
+        sender.send(None)
 
     with _child(work) as (process, receiver):
         for check in checks:
             started = time.perf_counter()
-            if not receiver.poll(_PATIENCE * settings.check_seconds):
+            if not receiver.poll(_patience(settings)):
                 yield Result(check, "error", seconds=_since(started), reason=_hung(started))
                 return
             try:
-                result, subject.refused, subject.refusal = receiver.recv()
+                sent = receiver.recv()
             except EOFError:
                 process.join()
-                if process.exitcode:
-                    yield Result(check, "error", seconds=_since(started), reason=_died(process.exitcode))
-                return  # else the time for all checks is over
+                yield Result(check, "error", seconds=_since(started), reason=_died(process.exitcode))
+                return
+            if sent is None:  # the time for all checks is over
+                return
+            result, subject.refused, subject.refusal = sent
             yield result
             if result.status == "error":  # the interruption may have hit torch in a state it does not recover from
                 return
@@ -143,6 +153,14 @@ def _work(sender: Connection, work: Callable[[Connection], object]) -> None:
     except BaseException:  # the harness's own
         os.dup2(stderr, 2)
         raise
+
+
+def _patience(settings: Settings) -> float:
+    """Seconds to wait for one verdict; where time is short, a failure at its end may still be made smaller."""
+    patience = _PATIENCE * settings.check_seconds
+    if settings.deadline is None:
+        return patience
+    return min(patience, 2 * max(settings.deadline - time.monotonic(), 0.0) + _GRACE)
 
 
 def _since(started: float) -> float:

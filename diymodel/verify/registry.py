@@ -54,7 +54,7 @@ def select_checks(only: Iterable[str] = (), skip: Iterable[str] = (), step: str 
     """The checks whose id matches one of the globs ``only`` (none: all) and none of ``skip``, of one step or sub-step.
 
     Raises:
-        ValueError: a glob or step matches no check; the message names the nearest.
+        ValueError: a glob or step matches no check, and the message names the nearest; or no check is left.
     """
     checks, only, skip = list_checks(), tuple(only), tuple(skip)
     for pattern in (*only, *skip):
@@ -69,6 +69,8 @@ def select_checks(only: Iterable[str] = (), skip: Iterable[str] = (), step: str 
     ]
     if step is not None and not any(check.step == step or check.step.startswith(f"{step}.") for check in checks):
         raise ValueError(f"no check belongs to step {step!r}: steps are 1 to 5, or {', '.join(_steps(checks))}")
+    if not chosen:
+        raise ValueError(f"nothing is left to run: only={only}, skip={skip} and step={step!r} have no check in common")
     return chosen
 
 

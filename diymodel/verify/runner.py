@@ -354,6 +354,8 @@ class _Run:
             run()
         except OutOfTime:
             status, reason = "error", f"no answer within {self.limit}, in trial {self.count}: it hangs, or is too slow"
+        except SystemExit as left:
+            status, reason = "error", f"the subject left Python with exit code {left.code}"
         except NotApplicable as stop:
             status, reason = "skipped", str(stop)
         except Inconclusive as stop:

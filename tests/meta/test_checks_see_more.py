@@ -115,6 +115,26 @@ CHANGED = [
         },
         "a way to reorder that is not implemented",
     ),
+    Changed(
+        "generation.restores_mode",
+        "passed",
+        "writer",
+        {
+            "B, T = input_ids.shape\n        if T +": "assert not self.training\n"
+            "        B, T = input_ids.shape\n        if T +"
+        },
+        "training mode is refused",
+    ),
+    Changed(
+        "decode.no_graph",
+        "failed",
+        "windowed",
+        {
+            "    def forward(self, input_ids: Tensor, cache:": "    @torch.enable_grad()\n"
+            "    def forward(self, input_ids: Tensor, cache:"
+        },
+        "a cache object keeps a graph",
+    ),
     Changed("generation.top_k", "failed", "writer", {"if top_k is not None": "if top_k == 0"}, "top_k is ignored"),
     Changed(
         "checkpoint.round_trip",
@@ -199,14 +219,16 @@ def test_a_gradient_is_not_asked_of_who_has_none(check_id: str) -> None:
     assert [verify_one(x, CHECKS[check_id], Settings(3)).status for x in (able, unable)] == ["failed", "passed"]
 
 
-@pytest.mark.parametrize("check_id", ["generation.top_p"])
-def test_what_is_refused_without_a_setting_is_not_the_settings_fault(check_id: str) -> None:
-    changed = Changed(
-        check_id, "failed", "writer", {"if temperature == 0:": "assert temperature == 0\n    if temperature == 0:"}, ""
-    )
-    able = subject("writer")
-    refusing = changed.subject()
-    refusing.__dict__["convention"] = able.convention
+@pytest.mark.parametrize(
+    ("check_id", "lines"),
+    [
+        ("generation.top_p", {"if temperature == 0:": "assert temperature == 0\n    if temperature == 0:"}),
+        ("generation.restores_mode", {"modes = [": "assert max_new_tokens > 1\n        modes = ["}),
+    ],
+)
+def test_what_is_refused_in_any_case_is_no_refusal_of_a_setting(check_id: str, lines: dict[str, str]) -> None:
+    refusing = Changed(check_id, "failed", "writer", lines, "").subject()
+    refusing.__dict__["convention"] = subject("writer").convention
     failure = verify_one(refusing, CHECKS[check_id], Settings(3)).failure
     assert failure is not None
     assert failure.message.startswith("the subject raised AssertionError")

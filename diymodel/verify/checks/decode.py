@@ -210,12 +210,14 @@ def _step_flops(lm: LM, ids: Tensor) -> int:
     return total
 
 
-def _tensors(past: object) -> list[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
+def _tensors(past: object, depth: int = 8) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts, and in what objects hold."""
     if isinstance(past, torch.Tensor):
         return [past]
     if hasattr(past, "values") and callable(past.values):
-        return [tensor for item in past.values() for tensor in _tensors(item)]
-    if isinstance(past, (list, tuple)):
-        return [tensor for item in past for tensor in _tensors(item)]
-    return []
+        parts = past.values()
+    elif isinstance(past, (list, tuple)):
+        parts = past
+    else:
+        parts = vars(past).values() if hasattr(past, "__dict__") and not callable(past) else ()
+    return [tensor for part in parts for tensor in _tensors(part, depth - 1)] if depth else []

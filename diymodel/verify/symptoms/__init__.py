@@ -30,7 +30,7 @@ from diymodel.verify.randomness import reseed, seeded
 from diymodel.verify.repairs import RepairOf
 from diymodel.verify.report import Result
 from diymodel.verify.subject import Subject
-from diymodel.verify.timing import time_limit
+from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import Trial
 
 LENGTH = 6
@@ -164,7 +164,7 @@ def observe(subject: Subject, results: Iterable[Result], device: str = "cpu") ->
         try:
             with seeded(), time_limit(_SECONDS):
                 answer = found.ask(patient)
-        except Exception:  # the module is broken: that it raises here says nothing more
+        except (Exception, OutOfTime):  # the module is broken: that it raises or hangs here says nothing more
             continue
         if answer is not None:
             answers[found.id] = answer
