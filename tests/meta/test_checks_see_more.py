@@ -236,7 +236,13 @@ def test_what_is_refused_in_any_case_is_no_refusal_of_a_setting(check_id: str, l
 
 @pytest.mark.parametrize(
     ("check_id", "name", "largest"),
-    [("causality.edit", "cut", None), ("causality.truncation", "cut", None), ("state.resized_vocabulary", "added", 3)],
+    [
+        ("causality.edit", "cut", None),
+        ("causality.truncation", "cut", None),
+        ("causality.in_training", "cut", None),
+        ("causality.gradient", "cut", None),
+        ("state.resized_vocabulary", "added", 3),
+    ],
 )
 def test_what_is_drawn_stays_in_bounds(check_id: str, name: str, largest: int | None) -> None:
     """``largest``; None: the last position."""
