@@ -252,6 +252,14 @@ def _foreign(cached: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     if set(cached) != {"k", "v"}:
         raise ValueError(f"a layer's cache has exactly the entries 'k' and 'v', got {sorted(cached)}")
     keys, values = cached["k"], cached["v"]
+    for name, tensor in (("k", keys), ("v", values)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name!r} of a layer's cache must be a tensor, got {type(tensor).__name__}")
+    if (keys.dtype, keys.device) != (values.dtype, values.device):
+        raise ValueError(
+            f"'k' and 'v' of a layer's cache must have one dtype and device, got {keys.dtype} on {keys.device} and "
+            f"{values.dtype} on {values.device}"
+        )
     if keys.dim() != 4 or keys.shape != values.shape:
         raise ValueError(
             f"'k' and 'v' of a layer's cache must both be (batch, kv_heads, positions, head_size), got "

@@ -355,3 +355,13 @@ def test_rows_of_several_lengths_go_back_to_one_position() -> None:
     _, past = model(ids[:, :8], seq_lengths=torch.tensor([8, 5]), use_cache=True)
     logits = model(ids[:, 8:], past_key_values=[(cached, 4) for cached, _ in past])
     assert_near(logits[:, -1], model(torch.cat((ids[:, :4], ids[:, 8:]), 1))[:, -1])
+
+
+def test_keys_and_values_that_do_not_go_together_are_refused() -> None:
+    model = DIYForCausalLM(DIYConfig(vocab_size=16, num_layers=1, hidden_size=8, num_heads=2, max_seq_len=16)).eval()
+    _, past = model(torch.tensor([[1, 2]]), use_cache=True)
+    keys, values = past[0][0]["k"], past[0][0]["v"]
+    with pytest.raises(ValueError, match=r"one dtype and device, got torch.float32 on cpu and torch.float64 on cpu"):
+        model(torch.tensor([[3]]), past_key_values=[({"k": keys, "v": values.double()}, 2)])
+    with pytest.raises(TypeError, match="'v' of a layer's cache must be a tensor, got int"):
+        model(torch.tensor([[3]]), past_key_values=[({"k": keys, "v": 1}, 2)])

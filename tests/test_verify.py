@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
@@ -313,6 +314,29 @@ def test_model(lm, check):
 def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
     with pytest.raises(ValueError, match=r"nothing is left to run: only=.*decode.*step='1'"):
         check_causal_lm(only=["decode.*"], step="1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "nonsense"), "device='nonsense': "),
+        (("--check-seconds", "0"), "check_seconds=0 must be above 0"),
+        (("--only", CACHED, "--replay", "[]"), "--replay takes the JSON object that the report printed, got []"),
+        (("--only", CACHED, "--replay", "{}", "--json", "x.json"), "leave out --json and --html"),
+        (("--only", CACHED, "--step", "1"), "nothing is left to run"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_line(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "diymodel", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch knows CUDA")
+def test_cuda_is_refused_by_a_torch_without_it() -> None:
+    with pytest.raises(ValueError, match="was built without CUDA"):
+        check_causal_lm(device="cuda", only=["shape.logits"])
 
 
 def test_the_plugin_does_not_import_torch() -> None:

@@ -21,9 +21,15 @@ CACHED = "decode.cached_equals_full"
 
 
 def command_seconds(*arguments: str, cwd: Path | None = None) -> float:
-    """Wall time of one ``python -m …`` that must succeed."""
+    """Wall time of one ``python -m …``, which may come to a bad verdict.
+
+    Raises:
+        ValueError: it could not start.
+    """
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", *arguments], check=True, capture_output=True, cwd=cwd)
+    run = subprocess.run([sys.executable, "-m", *arguments], check=False, capture_output=True, text=True, cwd=cwd)
+    if run.returncode not in (0, 1):
+        raise ValueError((run.stderr.strip() or f"exit code {run.returncode}").splitlines()[-1])
     return time.perf_counter() - started
 
 

@@ -126,7 +126,11 @@ def _replay(args: argparse.Namespace) -> int:
         values = json.loads(args.replay)
     except json.JSONDecodeError as error:
         raise ValueError(f"--replay takes the JSON that the report printed: {error}") from None
-    result = replay(args.subject, checks[0], values)
+    if not isinstance(values, dict):
+        raise ValueError(f"--replay takes the JSON object that the report printed, got {args.replay}")
+    if args.json is not None or args.html is not None:
+        raise ValueError("--replay prints one verdict and writes no report: leave out --json and --html")
+    result = replay(args.subject, checks[0], values, args.device)
     if result.status not in ("failed", "error"):
         print(f"{result.status}: {checks[0].id} {result.reason or ''}".rstrip())
         return 0

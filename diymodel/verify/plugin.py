@@ -22,7 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lm-profile", choices=("quick", "standard", "thorough"), default="standard")
     group.addoption("--lm-seed", type=int, default=0, help="the same seed gives the same verdicts (default: 0)")
     group.addoption("--lm-device", default="cpu", help="where the modules are built (default: cpu)")
-    group.addoption("--lm-dtype", help="float64, float32 … (default: float64, or what the subject runs in)")
+    group.addoption(
+        "--lm-dtype",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        help="of the modules (default: float64, or what the subject runs in)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -64,14 +64,27 @@ class Settings:
         """From what users write; the arguments are those of :func:`check_causal_lm`.
 
         Raises:
-            ValueError: there is no such profile or dtype.
+            ValueError: there is no such profile, dtype or device, or check_seconds is no time.
         """
+        if not check_seconds > 0:
+            raise ValueError(f"check_seconds={check_seconds:g} must be above 0")
+        _check_device(device)
         if profile not in PROFILES:
             raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         own_dtype = DTYPES[dtype] if dtype else None
         return cls(PROFILES[profile], seed, device, own_dtype, check_seconds, deadline, optional=optional)
+
+
+def _check_device(name: str) -> None:
+    """Refuse what is no device of this torch. CUDA itself is left to the child that runs the checks."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}") from None
+    if kind == "cuda" and not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        raise ValueError(f"device={name!r}: this torch, {torch.__version__}, was built without CUDA")
 
 
 def check_causal_lm(
@@ -209,15 +222,18 @@ def run_checks(subject: Subject, checks: Sequence[Check], settings: Settings) ->
         yield verify_one(subject, check, settings)
 
 
-def replay(subject: str | Subject | Factory | None, check: Check, values: Mapping[str, Any]) -> Result:
+def replay(
+    subject: str | Subject | Factory | None, check: Check, values: Mapping[str, Any], device: str = "cpu"
+) -> Result:
     """Run one check once on recorded values.
 
     Raises:
         SubjectError: the subject cannot be found, built or called.
         ValueError: the values are not those of this check.
     """
+    _check_device(device)
     resolved = resolve(subject)
-    trial = Trial.replaying(resolved, values)
+    trial = Trial.replaying(resolved, values, device)
     run = _Run(resolved, check, Settings(1, dtype=trial.dtype))
     result = run.judged(lambda: run.only(trial))
     if trial.unknown:
@@ -406,7 +422,8 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
     if trial.dtype != subject.convention.dtype:
         values = {**values, "dtype": _name(trial.dtype)}
     recorded = json.dumps(values, separators=(",", ":"))
-    command = f"diymodel verify {shlex.quote(subject.name)} --only {check.id} --replay {shlex.quote(recorded)}"
+    device = "" if trial.device == "cpu" else f" --device {trial.device}"
+    command = f"diymodel verify {shlex.quote(subject.name)} --only {check.id}{device} --replay {shlex.quote(recorded)}"
     if isinstance(error, CheckFailure):
         return Failure(
             error.message, check.causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance
