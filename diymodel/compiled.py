@@ -216,7 +216,8 @@ def _compile(model: Any, rows: int, capacity: int) -> CompiledDecoder:
 
 def _fingerprint(model: nn.Module) -> Hashable:
     """All that compiled code depends on. The guards of torch would see a change too; looking at them at every step
-    takes a third of a tiny model's time, so this is looked at once a generation.
+    takes a third of a tiny model's time, so this is looked at once a generation. A CUDA graph goes on reading where the
+    weights lay when it was captured.
     """
     parts: list[Hashable] = []
     for module in model.modules():
@@ -224,7 +225,7 @@ def _fingerprint(model: nn.Module) -> Hashable:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         own = (*module._parameters.items(), *module._buffers.items())
         tensors = [
-            (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_cuda and tensor.data_ptr())
             for name, tensor in own
             if tensor is not None
         ]

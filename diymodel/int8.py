@@ -50,7 +50,10 @@ class Int8Linear(nn.Module):
             if self.in_features % _BLOCK:
                 flat = nn.functional.pad(flat, (0, -self.in_features % _BLOCK))
             return int8_linear(flat, self.weight, self.scale).view(*x.shape[:-1], self.out_features)
-        return nn.functional.linear(x, self.weight[:, : self.in_features].to(x.dtype)) * self.scale
+        weight = self.weight[:, : self.in_features].to(x.dtype)
+        if x.dtype == torch.float16:  # whose largest number a sum of whole numbers up to 127 soon exceeds
+            return nn.functional.linear(x, weight * self.scale[:, None])
+        return nn.functional.linear(x, weight) * self.scale
 
 
 def quantize_int8(model: DIYForCausalLM) -> DIYForCausalLM:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diymodel import DIYForCausalLM, quantize_int8
 from diymodel.int8 import Int8Linear
@@ -166,3 +166,12 @@ def test_the_harness_passes_a_quantised_model_in_bfloat16() -> None:
 
 def test_the_shapes_are_those_of_the_configuration() -> None:
     assert quantize_int8(sharp_model()).config == CONFIG
+
+
+def test_large_inputs_stay_finite_in_float16() -> None:
+    layer = nn.Linear(1376, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.normal_(std=0.02)
+        x = 40 * torch.randn(16, 1376, generator=torch.Generator().manual_seed(0)).half()
+        quantised = Int8Linear(layer.weight).half()
+        assert torch.allclose(quantised(x).double(), layer.double()(x.double()), atol=2.0)
