@@ -207,6 +207,8 @@ def test_isolated_checks_give_the_same_report() -> None:
 def test_a_time_budget_leaves_out_the_rest_and_says_so() -> None:
     report = check_causal_lm(profile="quick", only=["shape.*", "causality.*"], time_budget=0.0)
     assert not report.results
+    assert report.verdict == "inconclusive", "nothing was seen"
+    assert report.to_text().splitlines()[-1].startswith("inconclusive; 0.0 s; the time budget")
     assert report.interrupted == "the time budget of 0 s ran out before a verdict on causality.each_backend"
 
 

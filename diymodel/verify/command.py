@@ -111,7 +111,7 @@ def _verify(args: argparse.Namespace) -> int:
     _clear_progress()
     print(report.to_text(_wants_color(), args.lang), end="")
     _write(report, args)
-    return 1 if report.verdict == "failed" else 0
+    return 0 if report.verdict == "passed" else 1
 
 
 def _replay(args: argparse.Namespace) -> int:

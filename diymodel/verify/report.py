@@ -82,8 +82,11 @@ class Report:
         return [result for result in self.results if result.status in ("failed", "error")]
 
     @property
-    def verdict(self) -> Literal["passed", "failed"]:
-        return "failed" if self.failed else "passed"
+    def verdict(self) -> Literal["passed", "failed", "inconclusive"]:
+        """Of all checks together; inconclusive where the run ended before the first of them."""
+        if self.failed:
+            return "failed"
+        return "passed" if self.results else "inconclusive"
 
     @property
     def only_raises(self) -> bool:

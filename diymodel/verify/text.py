@@ -114,7 +114,7 @@ def _summary(report: Report, color: bool, lang: Lang) -> str:
     refused = f"; {len(report.refused)} {words['refused']}" if report.refused else ""
     interrupted = f"; {report.interrupted}" if report.interrupted else ""
     verdict = _paint(names[report.verdict], f"1;{_COLORS[report.verdict]}", color)
-    return f"{verdict}: {said}; {report.seconds:.1f} {words['seconds']}{refused}{interrupted}"
+    return f"{verdict}{': ' if said else ''}{said}; {report.seconds:.1f} {words['seconds']}{refused}{interrupted}"
 
 
 def _values(values: Mapping[str, Any]) -> str:
