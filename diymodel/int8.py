@@ -25,7 +25,8 @@ class Int8Linear(nn.Module):
     """``x @ (weight · scale).T``, with ``weight`` (out, in) int8, zeros behind each row, and ``scale`` (out,).
 
     In bfloat16 on a CPU, few rows are multiplied by torch's kernel for it. Elsewhere the weight is converted to the
-    dtype of ``x`` first, which is exact, and slower than a float weight unless it is compiled.
+    dtype of ``x`` first, which is exact, and slower than a float weight unless it is compiled; in float16 it is scaled
+    before the product, which rounds it.
     """
 
     weight: Tensor

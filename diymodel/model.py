@@ -320,7 +320,8 @@ class DIYForCausalLM(nn.Module):
         hidden: Tensor = output[0] if use_cache else output
         if 0 < logits_to_keep < hidden.shape[1]:
             hidden = _last_positions(hidden, seq_lengths, logits_to_keep)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache and past_key_values is None):
+        caching = use_cache or past_key_values is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not caching):
             logits: Tensor = self.lm_head(hidden)
         return (logits, output[1]) if use_cache else logits
 

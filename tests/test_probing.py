@@ -37,6 +37,43 @@ def test_a_factory_that_knows_tied_models_only_is_verified() -> None:
     assert {result.status for result in report.results} == {"passed"}
 
 
+class FloatTable(Causal):
+    """It makes a table in float32 at its first call."""
+
+    scale: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = torch.ones(self.embed.weight.shape[1])
+        if self.scale.dtype != self.embed.weight.dtype:
+            raise RuntimeError(f"expected {self.embed.weight.dtype} and found {self.scale.dtype}")
+        return super().forward(tokens)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.scale = None if self.scale is None else args[0](self.scale)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def test_what_a_new_module_refuses_is_not_its_dtype() -> None:
+    report = check_causal_lm(FloatTable, profile="quick", only=["causality.edit"])
+    assert (report.verdict, report.dtype) == ("passed", "float32")
+
+
+def test_a_module_that_no_conversion_leaves_whole_is_told_where_it_fails() -> None:
+    class Asserting(Causal):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.register_buffer("table", torch.ones(1, dtype=torch.bfloat16))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            assert self.table.dtype == torch.bfloat16, "the table must be in bfloat16"
+            return super().forward(tokens)
+
+    message = r"converted to torch.float32 the module fails: AssertionError: the table must .*test_probing.py:\d+\)"
+    with pytest.raises(SubjectError, match=message):
+        check_causal_lm(Asserting, profile="quick", only=["causality.edit"])
+
+
 def test_a_factory_that_refuses_all_is_told_what_was_tried() -> None:
     def never(config: Any) -> nn.Module:
         raise NotImplementedError

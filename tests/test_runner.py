@@ -7,11 +7,13 @@ import functools
 import importlib
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -191,6 +193,35 @@ def test_a_crash_ends_one_check_and_the_others_go_on(act: Callable[[], object], 
     assert report.results[0].status == "error"
     assert report.results[0].reason == reason
     assert "diymodel" not in str(report.results[0].failure)
+
+
+def hang_natively() -> None:
+    """As a kernel that never comes back: no signal gets through."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not can_isolate(), reason="needs fork")
+def test_a_first_call_that_hangs_in_native_code_is_told() -> None:
+    def hanging(_: DIYConfig) -> nn.Module:
+        hang_natively()
+        raise AssertionError
+
+    with (
+        mock.patch("diymodel.verify.isolation._PROBING_SECONDS", 0.5),
+        pytest.raises(SubjectError, match=r"hanging did not build and answer a few tiny calls in 0.5 s: it hangs"),
+    ):
+        check_causal_lm(hanging, only=ONLY, isolate=True)
+
+
+@pytest.mark.skipif(not can_isolate(), reason="needs fork")
+def test_at_the_end_of_the_time_nobody_is_blamed_for_hanging() -> None:
+    started = time.monotonic()
+    with mock.patch("diymodel.verify.isolation._GRACE", 0.5):
+        report = check_causal_lm(misbehaving(hang_natively), only=ONLY, isolate=True, time_budget=3.0)
+    assert time.monotonic() - started < 30
+    assert report.verdict != "failed", report.to_text()
+    assert str(report.interrupted).startswith("the time budget of 3 s ran out before a verdict on ")
 
 
 @pytest.mark.skipif(not can_isolate(), reason="needs fork")

@@ -50,7 +50,8 @@ def run_isolated(subject: Subject, checks: Sequence[Check], settings: Settings) 
 
 def run_alone(subject: Subject, check: Check, settings: Settings) -> Result:
     """One check in a child of its own, which may leave torch in any state."""
-    return next(_in_child(subject, [check], settings, _run_here))
+    late = Result(check, "inconclusive", reason="the time for all checks was over before its end")
+    return next(_in_child(subject, [check], settings, _run_here), late)
 
 
 def _run_here(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:
@@ -107,6 +108,8 @@ def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run
         for check in checks:
             started = time.perf_counter()
             if not receiver.poll(_patience(settings)):
+                if settings.deadline is not None and time.monotonic() > settings.deadline:
+                    return
                 yield Result(check, "error", seconds=_since(started), reason=_hung(started))
                 return
             try:

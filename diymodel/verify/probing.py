@@ -76,7 +76,11 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
             return rest(convention.dtype)
         if not _runs_in_float64(module, config, convention, ids):
             return rest(torch.float32)
-        exact, coarse = rest(torch.float64), rest(torch.float32)
+        coarse = rest(torch.float32)
+        try:
+            exact = rest(torch.float64)
+        except SubjectError:  # a new module refuses it, such as one that makes a table in float32 at its first call
+            return coarse
         better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
         finite = [_padded_is_finite(drawn(way.dtype), config, way, ids) for way in (coarse, exact)]
         narrower = "cache" not in exact.missing and is_narrower(drawn().double(), config, exact, ids)
@@ -265,8 +269,16 @@ def _find_rest(
 
 
 def _carries_gradient(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    with torch.enable_grad():
-        return LM(module, config, convention).logits(ids).requires_grad
+    try:
+        with torch.enable_grad():
+            return LM(module, config, convention).logits(ids).requires_grad
+    except SubjectError:
+        raise
+    except Exception as error:  # a stranger's forward may raise anything
+        raise SubjectError(
+            f"converted to {convention.dtype} the module fails: {said_where(error)}; .to(dtype) must leave it able to "
+            "answer, with what it keeps or makes in a type of its own as well"
+        ) from error
 
 
 def _find_shortest(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> int:

@@ -126,7 +126,7 @@ def check_causal_lm(
 
     Raises:
         SubjectError: the subject cannot be found, built or called.
-        ValueError: an id, step, profile or dtype is unknown.
+        ValueError: an id, step, profile, dtype or device is unknown, no check is left, or check_seconds is not above 0.
     """
     deadline = None if time_budget is None else time.monotonic() + time_budget
     only = tuple(only)
@@ -229,7 +229,7 @@ def replay(
 
     Raises:
         SubjectError: the subject cannot be found, built or called.
-        ValueError: the values are not those of this check.
+        ValueError: the values are not those of this check, or there is no such device.
     """
     _check_device(device)
     resolved = resolve(subject)
