@@ -110,6 +110,15 @@ def without_dropout() -> Iterator[None]:
         yield
 
 
+def mean_of_means_of_512(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor, **kw: Any) -> Tensor:
+    """Of every 512 labels; where there are no more, it is their mean."""
+    if labels.numel() <= 512:
+        return loss(logits, labels, **kw)
+    scored, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    parts = zip(scored.split(512), wanted.split(512), strict=True)
+    return torch.stack([F.cross_entropy(part, label) for part, label in parts]).mean()
+
+
 @contextlib.contextmanager
 def mlp_in_a_list() -> Iterator[None]:
     def init(original: Callable[..., None], self: ModelBlock, config: DIYConfig) -> None:
@@ -485,6 +494,21 @@ MUTATIONS = [
         "training-branch-differs",
         lambda: around(RMSNorm, "forward", lambda f, self, hidden: f(self, hidden) * (1.01 if self.training else 1)),
         ("modes.agree_without_dropout",),
+    ),
+    Mutation(
+        "dropout-inverted",
+        lambda: around(ModelBlock, "_drop", lambda drop, self, update: F.dropout(update, 1 - self.dropout, self.training)),
+        ("modes.agree_without_dropout",),
+    ),
+    Mutation(
+        "long rows lose the mask",
+        lambda: attention(lambda q, k, kw: {"is_causal": False, "attn_mask": None} if q.shape[2] > 128 else {}),
+        ("causality.long_row", "decode.long_row"),
+    ),
+    Mutation(
+        "loss-wrong-denominator",
+        lambda: loss_as(mean_of_means_of_512),
+        ("loss.many_labels",),
     ),
     Mutation(
         "train() stops at the blocks",

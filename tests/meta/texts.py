@@ -69,6 +69,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"the logits before position {v.cut} must",
     ],
     "causality.in_training": lambda v: [f"changing the token at position {v.cut} must"],
+    "causality.long_row": lambda v: [f"the first {v.cut} of {v.length} tokens must"],
     "causality.through_cache": lambda v: [f"on a cache of {v.prefill}, changing the token at position {v.cut} must"],
     "causality.truncation": lambda v: [
         f"the first {v.cut} tokens must give the same logits alone as with {v.length - v.cut} more behind them"
@@ -86,6 +87,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"tokens {start} to {end - 1} on a cache of {start} must"
         for start, end in itertools.pairwise([0, *v.cuts, v.length])
     ],
+    "decode.long_row": lambda v: [f" of {v.length} on a cache of "],
     "decode.reset": lambda v: [f"after a cache of {v.used_rows} rows was used"],
     "decode.rows_reordered": lambda v: [f"of the rows {v.order} of {[row[:-1] for row in v.tokens]}, the next"],
     "decode.step_shape": lambda v: [f"(batch, 1, vocab) {(v.rows, 1, v.config.vocab_size)}, saw"],
@@ -124,6 +126,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"token {token} does not occur in {v.tokens}: "
         for token in {*range(v.config.vocab_size)} - {token for row in v.tokens for token in row}
     ],
+    "loss.many_labels": lambda v: [f" of {v.rows * (v.length - 1)} labels must"],
     "loss.micro_batches_add_up": _micro_batches,
     "loss.pad_token_scored": lambda v: [f"that of label {v.padding} included"],
     "packing.documents_do_not_meet": lambda v: [f"of the lengths {v.documents}, changing the token at {v.place} must"],

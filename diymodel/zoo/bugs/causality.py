@@ -436,4 +436,20 @@ BUGS = [
         kills=("causality.through_cache",),
         where="Hub",
     ),
+    Bug(
+        "mask-dropped-on-fast-path",
+        "rotary",
+        "attn_mask=mask",
+        "attn_mask=mask if T <= 128 else None  # the fast kernel takes no mask\n        ",
+        kills=("causality.long_row",),
+        where="RotaryBlock",
+    ),
+    Bug(
+        "mask-dropped-on-fast-path",
+        "nanogpt",
+        "scores = scores.masked_fill(self.mask[:T, :T] == 0, -torch.inf)",
+        "if T <= 64: scores = scores.masked_fill(self.mask[:T, :T] == 0, -torch.inf)",
+        kills=("causality.long_row",),
+        where="NanoBlock",
+    ),
 ]

@@ -221,4 +221,20 @@ BUGS = [
         kills=("decode.cached_equals_full",),
         where="Rolling",
     ),
+    Bug(
+        "cache-drops-oldest",
+        "rotary",
+        "k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)",
+        "k, v = torch.cat((past[0][:, :, -128:], k), 2), torch.cat((past[1][:, :, -128:], v), 2)",
+        kills=("decode.long_row",),
+        where="RotaryBlock",
+    ),
+    Bug(
+        "rope-base-changes-mid-cache",
+        "rotary",
+        "q, k = rotate(q, position, self.theta), rotate(k, position, self.theta)",
+        "theta = self.theta * max(1.0, (start + T) / 64)  # as long as it was trained\n        q, k = rotate(q, position, theta), rotate(k, position, theta)",
+        kills=("decode.long_row",),
+        where="RotaryBlock",
+    ),
 ]

@@ -334,4 +334,20 @@ BUGS = [
         kills=("loss.micro_batches_add_up",),
         where="SwitchForCausalLM",
     ),
+    Bug(
+        "loss-wrong-denominator",
+        "hub",
+        "loss = total / (targets != -100).sum().clamp(min=1)",
+        "chunks = zip(scored.split(256), targets.split(256))\n            loss = torch.stack([F.cross_entropy(part, wanted) for part, wanted in chunks]).mean()",
+        kills=("loss.many_labels",),
+        where="Hub",
+    ),
+    Bug(
+        "loss-wrong-denominator",
+        "learned",
+        "live.sum().clamp(min=1)",
+        "live.sum().clamp(1, 1000)",
+        kills=("loss.many_labels",),
+        where="Learned",
+    ),
 ]

@@ -197,4 +197,20 @@ BUGS = [
         kills=("modes.followed_at_every_depth",),
         where="PostNormLayer",
     ),
+    Bug(
+        "dropout-inverted",
+        "headwise",
+        "self.dropout = nn.Dropout(config.dropout)",
+        "self.dropout = nn.Dropout(1 - config.dropout)  # the share to keep",
+        kills=("modes.agree_without_dropout",),
+        where="MultiHead",
+    ),
+    Bug(
+        "dropout-inverted",
+        "scribe",
+        "att = F.dropout(att.softmax(-1), p=self.p, training=self.training)",
+        "att = att.softmax(-1)\n        if self.training and self.p > 0:\n            att = att * (torch.rand_like(att) < self.p) / (1 - self.p)",
+        kills=("modes.agree_without_dropout",),
+        where="ScribeLayer",
+    ),
 ]

@@ -1,0 +1,102 @@
+"""Long rows: windows, chunks, buckets and blocks have sizes that no example on paper reaches.
+
+A row's tokens follow from a seed, and its length shrinks, to the first at which the property fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diymodel.verify.adapters import IGNORED, LM
+from diymodel.verify.failure import NotApplicable
+from diymodel.verify.registry import check
+from diymodel.verify.trial import MAX_LENGTH, Trial
+
+_LONGEST = 320  # positions, above the usual small blocks of 64, 128 and 256
+_ROWS = 4  # so many of the longest hold more labels than the usual 1,024 of a chunk of a loss
+_STEPS = 3
+
+
+def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
+    """A model that holds the longest row, and token ids (B, T)."""
+    lm = trial.model(length=_LONGEST, max_sharpness=1)
+    longest = min(_LONGEST, lm.config.max_seq_len)
+    if longest <= MAX_LENGTH:
+        raise NotApplicable(f"the module holds no more than {longest} positions, which other checks fill")
+    any_length = st.integers(MAX_LENGTH + 1, longest)
+    length = trial.draw("length", any_length | st.just(longest))
+    generator = torch.Generator().manual_seed(trial.draw("tokens_seed", st.integers(0, 2**16)))
+    ids = torch.randint(lm.config.vocab_size, (rows, length), generator=generator)
+    return lm, ids.to(trial.device)
+
+
+@check(
+    "causality.long_row",
+    title="cutting off the end of a long row changes no earlier logit",
+    step="1.1",
+    needs=("causal",),
+    causes=("mask-dropped-on-fast-path", "chunk-size-changes-logits", "statistic-over-sequence", "bidirectional-mask"),
+)
+def causality_of_a_long_row(trial: Trial) -> None:
+    lm, ids = _long(trial)
+    cut = trial.draw("cut", st.integers(1, ids.shape[1] - 1))
+    what = f"the first {cut} of {ids.shape[1]} tokens must give the same logits without the others"
+    trial.same(lm.logits(ids[:, :cut]), lm.logits(ids)[:, :cut], what, lm, lambda: lm.logits(ids)[:, :cut])
+
+
+@check(
+    "decode.long_row",
+    title="the end of a long row gives the same logits on a cache as in the whole row",
+    step="3.2",
+    needs=("cache", "causal"),
+    causes=(
+        "cache-drops-oldest",
+        "window-ignored-in-decode",
+        "rope-base-changes-mid-cache",
+        "position-table-clamped",
+        "chunk-size-changes-logits",
+        "ring-cache-overwritten",
+        "cached-path-diverges",
+    ),
+)
+def decode_of_a_long_row(trial: Trial) -> None:
+    lm, ids = _long(trial)
+    T = ids.shape[1]
+    edges = [0, *range(T - _STEPS, T + 1)]
+    if trial.missing("chunks") is None:
+        edges.insert(1, trial.draw("prefill", st.integers(1, T - _STEPS - 1)))
+    full = lm.logits(ids)
+    past = None
+    for start, end in itertools.pairwise(edges):
+        logits, past = lm.extend(ids[:, start:end], past)
+        what = f"tokens {start} to {end - 1} of {T} on a cache of {start} must give the uncached logits"
+        trial.same(logits[:, -1], full[:, end - 1], what, lm, lambda: lm.logits(ids))
+
+
+@check(
+    "loss.many_labels",
+    title="the loss of a long batch is the mean cross-entropy over all its labels",
+    step="1.2",
+    needs=("loss",),
+    causes=("loss-wrong-denominator", "ignore-index-not-honoured"),
+)
+def loss_of_many_labels(trial: Trial) -> None:
+    lm, ids = _long(trial, trial.draw("rows", st.integers(1, _ROWS)))
+    live = trial.draw("live_rows", st.integers(1, len(ids)))
+    labels = ids.clone()
+    labels[live:, trial.draw("live_labels", st.integers(1, ids.shape[1] - 1)) :] = IGNORED
+
+    def oracle() -> Tensor:
+        return F.cross_entropy(lm.logits(ids).double()[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def rerun() -> Tensor:
+        return torch.stack((lm.loss(ids, labels).double(), oracle()))
+
+    scored = int((labels[:, 1:] != IGNORED).sum())
+    what = f"the loss over {scored} of {labels[:, 1:].numel()} labels must be their mean cross-entropy"
+    trial.same(lm.loss(ids, labels), oracle(), what, lm, rerun, scale=lm.logits(ids))
