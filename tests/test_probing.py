@@ -437,10 +437,32 @@ def test_attn_mask_is_taken_for_a_padding_mask_where_it_hides_padding(
 ) -> None:
     convention = Subject(module).convention
     assert (convention.mask, convention.mask_marks_padding) == found
-    report = check_causal_lm(module, profile="quick", only=["padding.*", "causality.edit"])
+    assert ("padding.content_irrelevant" in passed(module)) == bool(found[0])
+
+
+class PaddedOnTheLeft(PaddedByAttnMask):
+    """It counts positions from the first real token."""
+
+    def forward(self, input_ids: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if attn_mask is None:
+            return super().forward(input_ids)
+        positions = (attn_mask.cumsum(1) - 1).clamp(min=0)
+        return self.run(input_ids, lambda scores: causal(self.hide(scores, attn_mask)), positions)
+
+
+def test_padding_on_the_left_is_checked_where_it_changes_nothing_whether_it_is_claimed_or_not() -> None:
+    assert Subject(PaddedOnTheLeft).missing("left_padding") is None
+    assert "gives something else than alone" in str(Subject(PaddedByAttnMask).missing("left_padding"))
+    assert Subject(PaddedByAttnMask, claims=["left_padding"]).missing("left_padding") is None
+    assert "no attention_mask" in str(Subject(Causal).missing("left_padding"))
+    assert "padding.left_changes_nothing" in passed(PaddedOnTheLeft)
+
+
+def passed(module: type[nn.Module]) -> set[str]:
+    """The checks of padding that a module passes."""
+    report = check_causal_lm(module, profile="quick", only=["padding.*"])
     assert report.verdict == "passed", report.to_text()
-    passed = {result.check.id for result in report.results if result.status == "passed"}
-    assert ("padding.content_irrelevant" in passed) == bool(found[0])
+    return {result.check.id for result in report.results if result.status == "passed"}
 
 
 # --- nothing that could learn -----------------------------------------------------------------------------------------

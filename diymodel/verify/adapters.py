@@ -72,6 +72,7 @@ class Convention:
     mask: str | None = None  # (B, T), or (B, S) if mask_covers_cache; 1 for a real token, or at padding
     lengths: str | None = None  # (B,): real tokens of each row, padding on the right
     left: str | None = None  # x-transformers' seq_start_pos (B,): padding tokens on the left of each row
+    pads_left: bool = False  # a row padded on the left was seen to give what it gives alone
     positions: str | None = None  # (B, T), or (T,) if positions_are_shared
     start: str | None = None  # Meta's Llama: how many tokens came before, an int
     past: str | None = None

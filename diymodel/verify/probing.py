@@ -315,10 +315,25 @@ def _find_padding(
     if not accepted:
         why = f"forward({name}=…) takes no padding on the right: {reasons[0]}"
         return convention, dict.fromkeys(("padding", "ragged_cache"), why)
-    missing = {}
+    found, missing = accepted[0], {}
+    if not found.lengths:
+        found = replace(found, pads_left=_pads_left(LM(module, config, found), ids))
     if not (convention.lengths or convention.positions):
         missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
-    return accepted[0], missing
+    return found, missing
+
+
+def _pads_left(lm: LM, ids: Tensor) -> bool:
+    """Whether rows padded on the left give what they give alone, whatever stands at the padding."""
+    shortest = lm.convention.shortest
+    real = torch.arange(LENGTH) >= LENGTH - torch.arange(shortest, shortest + ROWS)[:, None]
+    if shortest + ROWS > LENGTH or refusal(lm.logits, ids, real) is not None:
+        return False
+    padded = lm.logits(ids, real)
+    return all(
+        _close(padded[row : row + 1, hidden:], lm.logits(ids[row : row + 1, hidden:]))
+        for row, hidden in enumerate((~real).sum(1).tolist())
+    )
 
 
 def _with_padding_mask(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:

@@ -49,7 +49,7 @@ CLAIMS = {  # promises that no trying can find
     "cache_filled": "the cache object that is passed in is the one that is filled",
     "strict_context": "more than max_seq_len tokens are refused",
     "finite_loss": "with every label ignored the loss is 0, not NaN",
-    "left_padding": "a row may be padded on the left",
+    "left_padding": "a row may be padded on the left",  # found as well, where it gives what it gives alone
     "small_init": "as constructed, all tokens are about equally likely",
     "meta_init": "it may be built on the meta device, given memory by to_empty(), and then loaded",
     "ragged_cache": "rows padded on the right go on from their own last token",
@@ -197,8 +197,11 @@ class Subject:
                 return convention.missing.get("cache")
             kind = "kept on the module" if convention.cache_on_module else "an object that changes"
             return f"its cache is {kind}, and the subject does not claim 'cache_value'"
-        if capability == "left_padding" and convention.left:
-            return None
+        if capability == "left_padding":
+            if convention.left or convention.pads_left:
+                return None
+            otherwise = "a row padded on the left gives something else than alone, and the subject claims no such rows"
+            return convention.missing.get("padding", otherwise)
         return f"the subject does not claim {capability!r}: {CLAIMS[capability]}"
 
     def _first_config(self) -> DIYConfig:

@@ -66,7 +66,7 @@ BASES = {
     for base in (
         Base("nanogpt", "NanoGPT", _NO_CACHE | _NO_PADDING, generation=_ONLY_SAMPLES),
         Base("rotary", "Rotary", _NO_PADDING | {"loss"}),
-        Base("hub", "Hub", frozenset({"cache_value", "ragged_cache", "left_padding"})),
+        Base("hub", "Hub", frozenset({"cache_value", "ragged_cache"})),
         Base("plain", "Plain", _NO_CACHE | _NO_PADDING | {"loss"}),
         Base("onmodule", "OnModule", _NO_PADDING | {"cache_value", "loss"}, ("strict_context",)),
         Base("fastlike", "FastLike", _NO_PADDING | {"cache_value", "loss", "gradient", "graph"}, ("strict_context",)),
@@ -98,7 +98,7 @@ BASES = {
         Base(
             "writer",
             "Writer",
-            frozenset({"left_padding", "loss"}),
+            frozenset({"loss"}),
             (*STRICT, "ragged_cache", "strict_generation", "generate_eval"),
             generation=frozenset(),
         ),

@@ -497,7 +497,9 @@ MUTATIONS = [
     ),
     Mutation(
         "dropout-inverted",
-        lambda: around(ModelBlock, "_drop", lambda drop, self, update: F.dropout(update, 1 - self.dropout, self.training)),
+        lambda: around(
+            ModelBlock, "_drop", lambda drop, self, update: F.dropout(update, 1 - self.dropout, self.training)
+        ),
         ("modes.agree_without_dropout",),
     ),
     Mutation(

@@ -174,7 +174,7 @@ def padded_prompt(trial: Trial) -> None:
     ids = trial.tokens(lm, 2, LONGEST, rows=trial.draw("batch", st.integers(2, 3)))
     new_tokens = draw_number(trial, lm, ids)
     real = trial.right_padding(ids, lm.convention.shortest)
-    left = lm.generating.pads_left or trial.subject.missing("left_padding") is None
+    left = lm.generating.pads_left or "left_padding" in trial.subject.claims
     real = real.flip(1) if left else real
     found = lm.greedy(ids, new_tokens, real)
     for row, new in enumerate(lm.generating.new_tokens(found, real)):

@@ -77,9 +77,11 @@ def agree_without_dropout(trial: Trial) -> None:
     if (held := dropout_of(lm.module, above=dropout)) is not None:
         raise NotApplicable(f"the module keeps its dropout where config.dropout is {dropout:g}: {held}")
     runs: dict[str, Callable[[], Tensor]] = {"": lambda: lm.logits(ids)}
-    if trial.missing("left_padding") is None:  # which nothing but a mask hides
-        real = trial.right_padding(ids, lm.convention.shortest).flip(1)
-        runs[f" padded on the left (real: {real.int().tolist()})"] = lambda: lm.logits(ids, real)[real]
+    if trial.missing("padding") is None:
+        real = trial.right_padding(ids, lm.convention.shortest)
+        if trial.missing("left_padding") is None:  # which nothing but a mask hides
+            real = real.flip(1)
+        runs[f" with padding (real: {real.int().tolist()})"] = lambda: lm.logits(ids, real)[real]
     for padded, run in runs.items():
         evaluated = run()
         lm.module.train()

@@ -36,7 +36,7 @@ def drawn_prompts(patient: Patient, lm: LM, padded: bool) -> Prompts:
     lengths = (T - torch.arange(rows, device=device) % T).clamp(min=shortest)
     real = torch.arange(T, device=device) < (lengths[:, None] if padded else T)
     real = real.expand(rows, T)
-    left = lm.generating.pads_left or patient.subject.missing("left_padding") is None
+    left = lm.generating.pads_left or "left_padding" in patient.subject.claims
     return Prompts(ids, real.flip(1) if left else real, min(_NEW, lm.config.max_seq_len - T))
 
 
