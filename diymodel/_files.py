@@ -41,6 +41,16 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     _sync_directory(target.parent)
 
 
+def require_place(path: str | os.PathLike[str]) -> None:
+    """Refuse, before work is done for it, a file that could not be written because its directory is not there.
+
+    Raises:
+        FileNotFoundError: the message names the directory.
+    """
+    if not (directory := Path(path).parent).is_dir():
+        raise FileNotFoundError(f"{os.fspath(path)} cannot be written: there is no directory {directory}")
+
+
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
     """As :func:`replace_file`, with a text, in UTF-8."""
     replace_file(path, lambda file: file.write(text.encode()))

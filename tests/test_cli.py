@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_every_setting_is_an_option_with_its_documentation_and_default(capsys: p
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"diymodel {__version__}\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("command", [["verify", "--json"], ["verify", "--html"], ["bench", "decode", "--json"]])
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nowhere/x cannot be written: there is no directory nowhere" in error_of([*command, "nowhere/x"], capsys)
+
+
+def test_ctrl_c_reports_what_was_found_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("diymodel.verify.command._progress", side_effect=KeyboardInterrupt):
+        assert main(["verify", "--only", "shape.*", "--profile", "quick"]) == 130
+    assert "interrupted before a verdict on shape.longest" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------- train

@@ -72,6 +72,20 @@ def test_an_unknown_slug_is_told_the_nearest(capsys: pytest.CaptureFixture[str])
     assert "the nearest is 'chunk-unmasked'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "1", "--jobs", "2"], "--seed, --jobs without --measure FILE"),
+        (["--measure", "nowhere/samples.json"], "nowhere/samples.json cannot be written: there is no directory"),
+    ],
+)
+def test_a_matrix_that_cannot_be_is_refused_before_it_is_measured(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["zoo", "matrix", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 # --- quizzes ---------------------------------------------------------------------------------------------------------
 
 

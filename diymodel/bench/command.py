@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diymodel._files import require_place
 from diymodel.bench.shapes import SHAPES, parse_lengths, parse_shapes
 
 if TYPE_CHECKING:
@@ -279,6 +280,8 @@ def _begin(
     from diymodel.bench.results import SCHEMA
     from diymodel.bench.timing import Effort
 
+    if args.json is not None:
+        require_place(args.json)
     name = getattr(args, "dtype", "float32")
     device, dtype = choose(args.device, name)
     effort = Effort.quick() if args.quick else Effort(rounds=rounds, seconds=seconds)

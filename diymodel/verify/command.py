@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diymodel._files import replace_text
+from diymodel._files import replace_text, require_place
 
 if TYPE_CHECKING:
     from diymodel.verify.report import Report, Result
@@ -32,8 +32,8 @@ def add_commands(commands: Any) -> None:
         "verify",
         help="prove or refute that a causal language model behaves",
         description="Run every property on SUBJECT. Exit code: 0 all passed (or skipped, or expected to fail), "
-        "1 a check failed, 2 SUBJECT cannot be found, built or called. What SUBJECT itself prints is shown with "
-        "--replay only.",
+        "1 a check failed, 2 SUBJECT cannot be found, built or called, 130 Ctrl-C, with what was found by then. What "
+        "SUBJECT itself prints is shown with --replay only.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -92,6 +92,8 @@ def _verify(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the modules are tiny: more threads only wait for each other
     if args.replay is not None:
         return _replay(args)
+    for path in filter(None, (args.json, args.html)):
+        require_place(path)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the module prints
         report = check_causal_lm(
             args.subject,
@@ -111,6 +113,8 @@ def _verify(args: argparse.Namespace) -> int:
     _clear_progress()
     print(report.to_text(_wants_color(), args.lang), end="")
     _write(report, args)
+    if report.cancelled:
+        return 130
     return 0 if report.verdict == "passed" else 1
 
 

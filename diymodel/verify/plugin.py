@@ -81,13 +81,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     reports = (report for kind in terminalreporter.stats.values() for report in kind)
     verdicts = [report.lm for report in reports if hasattr(report, "lm")]
     if any(status in ("failed", "error") for _, status, _ in verdicts):
-        heading, *lines = _diagnosis(_subject(config), verdicts)
+        heading, *lines = _diagnosis(_subject(config), verdicts, config.getoption("--lm-device"))
         terminalreporter.section(heading)
         for line in lines:
             terminalreporter.write_line(line)
 
 
-def _diagnosis(subject: Subject, verdicts: Iterable[tuple[str, Status, dict[str, Any] | None]]) -> list[str]:
+def _diagnosis(
+    subject: Subject, verdicts: Iterable[tuple[str, Status, dict[str, Any] | None]], device: str
+) -> list[str]:
     """What the failures look like, from the check, the verdict and the failing values of each test."""
     from diymodel.verify.registry import list_checks
     from diymodel.verify.report import Failure, Report, Result
@@ -95,7 +97,7 @@ def _diagnosis(subject: Subject, verdicts: Iterable[tuple[str, Status, dict[str,
     from diymodel.verify.text import diagnosis_lines
 
     checks = {check.id: check for check in list_checks()}
-    report = Report(subject.name)
+    report = Report(subject.name, device=device)
     for id, status, values in verdicts:
         failure = None if values is None else Failure("", checks[id].causes, values.get("config", {}), values, "")
         report.results.append(Result(checks[id], status, failure=failure))

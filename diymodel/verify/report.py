@@ -72,6 +72,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
     refused: tuple[str, ...] = ()  # configurations that the subject could not build
     interrupted: str | None = None  # why some checks were not run
+    cancelled: bool = False  # whether that was Ctrl-C
     called: str = ""  # how the subject was called
     symptoms: Mapping[str, bool] = field(default_factory=dict)  # answers of verify/symptoms/
     diagnosis: tuple[Diagnosis, ...] = ()  # the likeliest first; none where nothing failed, or nothing fits

@@ -156,7 +156,7 @@ def check_causal_lm(
         if len(report.results) < len(chosen):
             report.interrupted = f"the time budget of {time_budget:g} s ran out"
     except KeyboardInterrupt:
-        report.interrupted = "interrupted"
+        report.interrupted, report.cancelled = "interrupted", True
     if report.interrupted:
         report.interrupted += f" before a verdict on {chosen[len(report.results)].id}"
     if resolved.refusal and report.results and not any(result.examples for result in report.results):

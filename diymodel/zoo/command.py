@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diymodel._files import replace_text
+from diymodel._files import replace_text, require_place
 
 EXAMPLES = """\
 examples:
@@ -30,15 +30,15 @@ def add_zoo(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    zoo.set_defaults(command=_matrix, measure=None, html=None, svg=None)
+    zoo.set_defaults(command=_matrix, **dict.fromkeys(("measure", "html", "svg", "profile", "seed", "jobs")))
     actions = zoo.add_subparsers(metavar="ACTION")
 
     matrix = actions.add_parser("matrix", help="which checks kill which bugs (default)")
     matrix.set_defaults(command=_matrix)
     matrix.add_argument("--measure", type=Path, metavar="FILE", help="measure it anew, into FILE; hours on one core")
-    matrix.add_argument("--profile", choices=("quick", "standard", "thorough"), default="standard")
-    matrix.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    matrix.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    matrix.add_argument("--profile", choices=("quick", "standard", "thorough"), help="(default: standard)")
+    matrix.add_argument("--seed", type=int, help="(default: 0)")
+    matrix.add_argument("--jobs", type=int, metavar="N", help="processes (default: 1)")
     matrix.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
     matrix.add_argument("--svg", type=Path, metavar="FILE", help="write it as a picture")
 
@@ -71,7 +71,13 @@ def _matrix(args: argparse.Namespace) -> int:
     from diymodel.verify.samples import Sample, read_samples
     from diymodel.zoo.page import page, picture, text
 
+    for path in filter(None, (args.measure, args.html, args.svg)):
+        require_place(path)
+    measuring = {name: value for name in ("profile", "seed", "jobs") if (value := getattr(args, name)) is not None}
     if args.measure is None:
+        if measuring:
+            named = ", ".join(f"--{name}" for name in measuring)
+            raise ValueError(f"{named} without --measure FILE: the matrix as it was measured is shown as it is")
         samples = read_samples()
     else:
         from diymodel.zoo.matrix import extend
@@ -79,7 +85,7 @@ def _matrix(args: argparse.Namespace) -> int:
         def progress(sample: Sample) -> None:
             print(f"{sample.bug}: {len(sample.killers)} checks fail", file=sys.stderr, flush=True)
 
-        samples = extend(args.measure, args.profile, args.seed, args.jobs, progress)
+        samples = extend(args.measure, on_sample=progress, **measuring)
     print(text(samples), end="")
     for path, make in ((args.html, page), (args.svg, picture)):
         if path is not None:

@@ -30,7 +30,11 @@ def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
 
 
 def extend(
-    path: Path, profile: str, seed: int, jobs: int = 1, on_sample: Callable[[Sample], object] | None = None
+    path: Path,
+    profile: str = "standard",
+    seed: int = 0,
+    jobs: int = 1,
+    on_sample: Callable[[Sample], object] | None = None,
 ) -> list[Sample]:
     """Measure the bugs that the file does not hold yet; it is written bug by bug, so that an interrupted run goes on.
 

@@ -17,7 +17,7 @@ def _opened(trial: Trial) -> Opened:
     assert trial.subject.directory is not None
     opened = Opened(*trial.subject.directory())
     trial.values["config"] = vars(opened.config)
-    trial.dtype = next(opened.module.parameters()).dtype
+    trial.dtype = next(opened.module.to(trial.device).parameters()).dtype
     return opened
 
 
