@@ -110,6 +110,14 @@ def without_dropout() -> Iterator[None]:
         yield
 
 
+def attend_by_exp(_sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+    """Softmax by hand, over distances as well, so that what the mask hides is larger the further ahead it is."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    ahead = torch.arange(k.shape[2]) - torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]
+    weights = (q @ k.mT / q.shape[-1] ** 0.5 + ahead).exp().masked_fill(ahead > 0, 0)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 def mean_of_means_of_512(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor, **kw: Any) -> Tensor:
     """Of every 512 labels; where there are no more, it is their mean."""
     if labels.numel() <= 512:
@@ -511,6 +519,11 @@ MUTATIONS = [
         "loss-wrong-denominator",
         lambda: loss_as(mean_of_means_of_512),
         ("loss.many_labels",),
+    ),
+    Mutation(
+        "exp-before-mask",
+        lambda: around(F, "scaled_dot_product_attention", attend_by_exp),
+        ("gradients.long_row_finite",),
     ),
     Mutation(
         "train() stops at the blocks",

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import IGNORED, LM
-from diymodel.verify.failure import NotApplicable
+from diymodel.verify.failure import CheckFailure, NotApplicable, first_of
+from diymodel.verify.learning import gradients_of, next_token_loss, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import MAX_LENGTH, Trial
 
 _LONGEST = 320  # positions, above the usual small blocks of 64, 128 and 256
 _ROWS = 4  # so many of the longest hold more labels than the usual 1,024 of a chunk of a loss
 _STEPS = 3
+_ORDINARY = 1e9  # gradients of that size, in float64, are far from what float32 cannot hold
 
 
 def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
@@ -100,3 +102,29 @@ def loss_of_many_labels(trial: Trial) -> None:
     scored = int((labels[:, 1:] != IGNORED).sum())
     what = f"the loss over {scored} of {labels[:, 1:].numel()} labels must be their mean cross-entropy"
     trial.same(lm.loss(ids, labels), oracle(), what, lm, rerun, scale=lm.logits(ids))
+
+
+@check(
+    "gradients.long_row_finite",
+    title="in float32 the gradients of a long row are finite",
+    step="1.2",
+    needs=("gradient",),
+    causes=("exp-before-mask", "masked-row-nan"),
+)
+def gradients_of_a_long_row(trial: Trial) -> None:
+    if trial.dtype != torch.float64:
+        raise NotApplicable(f"in {trial.dtype} there are no gradients of float64 to tell an overflow by")
+    lm, ids = _long(trial)
+
+    def gradients() -> dict[str, Tensor]:
+        found = gradients_of(next_token_loss(lm, ids), trainable(lm))
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    if not all(float(gradient.abs().max()) < _ORDINARY for gradient in gradients().values()):
+        raise NotApplicable("the drawn weights make the gradients of a long row grow beyond any use")
+    lm.module.float()
+    if wrong := [name for name, gradient in gradients().items() if not bool(gradient.isfinite().all())]:
+        raise CheckFailure(
+            f"in float32 every gradient of a row of {ids.shape[1]} tokens must be finite, as it is in float64, "
+            f"saw NaN or infinity at {first_of(wrong)}"
+        )

@@ -301,4 +301,12 @@ BUGS = [
         kills=("gradients.reach_every_parameter",),
         where="Recurrent",
     ),
+    Bug(
+        "exp-before-mask",
+        "statespace",
+        "        for t in range(T):\n            ssm = decay[:, t] * ssm + (1 - decay[:, t]) * u[:, t]\n            outputs.append(ssm)\n        y: Tensor = self.out_proj(torch.stack(outputs, dim=1) * F.silu(gate))",
+        "        total = decay.log().cumsum(1)  # all steps at once\n        kept = (total[:, :, None] - total[:, None]).exp()\n        kept = kept.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1)[..., None], 0)\n        states = (kept * ((1 - decay) * u)[:, None]).sum(2) + total.exp() * ssm[:, None]\n        ssm = states[:, -1]\n        y: Tensor = self.out_proj(states * F.silu(gate))",
+        kills=("gradients.long_row_finite",),
+        where="Mixer",
+    ),
 ]
