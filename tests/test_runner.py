@@ -350,3 +350,16 @@ def test_what_is_never_clearly_beyond_rounding_is_no_failure_in_a_narrow_type(dt
     assert result.examples == 40 or status == "failed"
     clear = run_check(own(), differing(lambda x: 50.0 if x > 60 else 2.0), Settings.of(dtype=dtype))
     assert clear.status == "failed"
+
+
+def test_what_is_imported_besides_changes_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> list[int]:
+        numbers: list[int] = []
+        run_check(own(), check(lambda trial: numbers.append(trial.draw("n", st.integers(0, 10**9)))), Settings(200))
+        return numbers
+
+    before = drawn()
+    (tmp_path / "constants_of_mine.py").write_text(f"NUMBERS = {[10**6 + i for i in range(500)]}\n")
+    monkeypatch.syspath_prepend(tmp_path)  # hypothesis calls local what lies outside of site-packages
+    importlib.import_module("constants_of_mine")
+    assert drawn() == before

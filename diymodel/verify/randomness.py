@@ -1,9 +1,11 @@
-"""Torch's global random state: set to a known value for a trial, and put back afterwards."""
+"""The same seed, the same trials: torch's global random state, and where Hypothesis takes numbers from."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
@@ -27,3 +29,24 @@ def seeded(seed: int = 0) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def constants_from_no_module() -> Iterator[None]:
+    """Hypothesis takes every twentieth number from the source of whatever modules are imported; here it does not.
+
+    Or the same seed would draw other trials once a line of the subject's file has changed, and in pytest others than
+    on the command line. It has no setting for that; versions before 6.132 do it otherwise, or not at all.
+    """
+    try:
+        providers = importlib.import_module("hypothesis.internal.conjecture.providers")
+        cache, nothing = providers.CONSTANTS_CACHE.cache, providers.Constants()
+    except (ImportError, AttributeError):
+        yield
+        return
+    with mock.patch.object(providers, "_get_local_constants", lambda: nothing):
+        cache.clear()
+        try:
+            yield
+        finally:
+            cache.clear()

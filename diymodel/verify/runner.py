@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
 from diymodel.verify.failure import HARNESS, CheckFailure, Inconclusive, NotApplicable, SubjectError, is_a_tools
-from diymodel.verify.randomness import seeded
+from diymodel.verify.randomness import constants_from_no_module, seeded
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
 from diymodel.verify.samples import sample_of
@@ -318,7 +318,8 @@ class _Run:
             verbosity=Verbosity.quiet,
             report_multiple_bugs=False,
         )(draw)
-        hypothesis.seed(self.settings.seed)(draw)()
+        with constants_from_no_module():
+            hypothesis.seed(self.settings.seed)(draw)()
 
     def _draw(self, data: st.DataObject) -> None:
         self.drawn += 1

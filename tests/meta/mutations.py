@@ -516,7 +516,7 @@ MUTATIONS = [
         ("causality.long_row", "decode.long_row"),
     ),
     Mutation(
-        "loss-wrong-denominator",
+        "loss is the mean of chunks",
         lambda: loss_as(mean_of_means_of_512),
         ("loss.many_labels",),
     ),

@@ -26,6 +26,7 @@ SKIPPED = {  # checks of what our model does not have, and the reason that must 
     "padding.mask_is_used": r"forward\(seq_lengths=…\) can hide no token that stands before others",
     "padding.positions_are_used": "forward has no attention_mask and position_ids",
     "state.resized_vocabulary": "the module has no resize_token_embeddings",
+    "training.optimizer_is_complete": "the module has no configure_optimizers",
     "window.width": "the subject has no sliding window",
 }
 SUBJECT = resolve(OWN)

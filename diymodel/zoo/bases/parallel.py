@@ -69,6 +69,16 @@ class ParallelLM(nn.Module):
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.wte.weight
 
+    def configure_optimizers(self, train_config: Any) -> torch.optim.Optimizer:
+        names = {name for name, _ in self.named_parameters()}
+        decay = {name for name in names if name.endswith("weight") and "ln" not in name}
+        by_name = dict(self.named_parameters())
+        groups = [
+            {"params": [by_name[name] for name in sorted(decay)], "weight_decay": train_config.weight_decay},
+            {"params": [by_name[name] for name in sorted(names - decay)], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas)
+
     def empty(self, b: int) -> State:
         shape = (self.cfg.num_layers, b, 0, self.cfg.num_kv_heads, self.cfg.hidden_size // self.cfg.num_heads)
         return {name: self.ln_f.weight.new_zeros(shape) for name in ("k", "v")}

@@ -309,4 +309,20 @@ BUGS = [
         kills=("gradients.long_row_finite",),
         where="Mixer",
     ),
+    Bug(
+        "optimizer-forgets-parameters",
+        "nanogpt",
+        ', {"params": others, "weight_decay": 0.0}]',
+        "]",
+        kills=("training.optimizer_is_complete",),
+        where="NanoGPT",
+    ),
+    Bug(
+        "optimizer-forgets-parameters",
+        "parallel",
+        "sorted(names - decay)",
+        'sorted(names - decay) if not name.startswith("layers")',
+        kills=("training.optimizer_is_complete",),
+        where="ParallelLM",
+    ),
 ]
