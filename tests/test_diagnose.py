@@ -99,6 +99,14 @@ def test_what_stands_beside_the_likeliest_is_said_so() -> None:
     assert [lead for lead, _ in one.led] == ["", ""]
 
 
+@pytest.mark.parametrize(("score", "doubtful"), [(0.17, True), (0.9, False)])
+def test_a_likeliest_that_is_unlikely_is_said_to_fit_badly(score: float, doubtful: bool) -> None:
+    results = [Result(check, "failed") for check in list_checks() if check.id == "decode.chunks"]
+    report = Report("x", results=results, diagnosis=(Diagnosis("chunk-unmasked", score, ("decode.chunks",)),))
+    assert ("fits well" in report.to_text()) is doubtful
+    assert ("很吻合" in to_html(report, "zh")) is doubtful
+
+
 def test_nothing_is_said_where_nothing_failed_or_nothing_fits() -> None:
     known = Signatures([], known_causes())
     assert known.rank(sample(set(), {"loss.value", "decode.chunks"})) == []

@@ -261,6 +261,32 @@ def test_a_dropout_that_goes_on_is_nothing_that_is_remembered_and_no_leak() -> N
     assert {"state.old_weights_remembered", "state.earlier_call_matters", "batch.other_rows_matter"} <= seen.keys()
 
 
+class DecaysTooLittle(AlwaysDrops):
+    """On a cache, what is remembered decays by a step too little: no matter of positions, though they are counted."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        x, T = self.embed(input_ids), input_ids.shape[1]
+        rate = torch.tensor(0.7, dtype=x.dtype)
+        state = torch.zeros_like(x[:, 0]) if past_key_values is None else past_key_values[0]
+        y, held = [], state
+        for t in range(T):
+            held = held * rate + x[:, t]
+            y.append(held)
+        less = torch.arange(T)
+        out = torch.stack(y, 1) + state[:, None] * (rate**less - rate ** torch.tensor(range(1, T + 1)))[:, None]
+        logits = self.head(out)
+        return (logits, (held,)) if use_cache else logits
+
+
+def test_a_repair_that_is_right_by_chance_after_one_token_is_not_believed() -> None:
+    subject, check = Subject(DecaysTooLittle), next(c for c in list_checks() if c.id == "decode.cached_equals_full")
+    failed = {check.id: verify_one(subject, check, Settings(PROFILES["quick"]))}
+    ask = list_symptoms()["repair.positions_after_the_cache"].ask
+    assert ask(Patient(subject, failed)) is False
+    with mock.patch("diymodel.verify.symptoms.moved._mends_longer_ones", return_value=True):
+        assert ask(Patient(subject, failed)) is True
+
+
 class LastOnly(AlwaysDrops):
     """On a cache it gives the logits of the last position alone, as many do that only generate on it."""
 

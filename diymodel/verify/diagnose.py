@@ -129,6 +129,8 @@ class Signatures:
         named = {slug for id in _failed(sample) for slug in self._causes.get(id, ())}
         fits = {}
         for slug, (score, evidence) in self._best(seen, ruled_out).items():
+            if slug in sample.impossible:
+                continue
             score += self._silent[slug] * silent.get(slug, False) + _NOT_AMONG_CAUSES * (slug not in named)
             fits[slug] = (score, evidence)
         best = max(score for score, _ in fits.values())

@@ -125,6 +125,8 @@ def _diagnosis(report: Report, lang: Lang) -> str:
     lines = [f"<h2>{words['diagnosis']}</h2>"]
     if not report.likely:
         lines.append(f'<p class="card">{words["raises" if report.only_raises else "unknown"]}</p>')
+    if report.doubtful:
+        lines.append(f"<p>{words['doubtful']}</p>")
     for lead, found in report.led:
         if lead:
             lines.append(f"<p>{words[lead]}:</p>")

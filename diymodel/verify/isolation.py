@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from diymodel.verify.failure import SubjectError
+from diymodel.verify.parts import Findings, examine
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Result
 from diymodel.verify.runner import Settings, run_checks, run_here
 from diymodel.verify.subject import Subject
-from diymodel.verify.symptoms import observe
 
 _Run = Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]
 
@@ -84,16 +84,16 @@ def _probed(subject: Subject) -> bool:
         return False
 
 
-def observe_isolated(subject: Subject, results: Sequence[Result], device: str = "cpu") -> dict[str, bool]:
-    """As :func:`observe`, in a child of its own; nothing where that crashes or hangs."""
-    with _child(lambda sender: sender.send(observe(subject, results, device))) as (_, receiver):
+def examine_isolated(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Findings:
+    """As :func:`examine`, in a child of its own; nothing where that crashes or hangs."""
+    with _child(lambda sender: sender.send(examine(subject, results, device))) as (_, receiver):
         if not receiver.poll(_OBSERVE_SECONDS):
-            return {}
+            return Findings()
         try:
-            answers: dict[str, bool] = receiver.recv()
+            found: Findings = receiver.recv()
         except EOFError:
-            return {}
-        return answers
+            return Findings()
+        return found
 
 
 def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run) -> Iterator[Result]:

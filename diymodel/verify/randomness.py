@@ -44,7 +44,7 @@ def constants_from_no_module() -> Iterator[None]:
     except (ImportError, AttributeError):
         yield
         return
-    with mock.patch.object(providers, "_get_local_constants", lambda: nothing):
+    with mock.patch.object(providers, "_get_local_constants", return_value=nothing):
         cache.clear()
         try:
             yield

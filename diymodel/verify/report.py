@@ -14,6 +14,7 @@ Status = Literal["passed", "failed", "skipped", "inconclusive", "expected_failur
 Lead = Literal["beside", "instead", ""]  # how a diagnosis follows on the ones before
 
 _LEAST_SCORE = 0.02  # of a diagnosis that is shown beside a likelier one
+_FITS_WELL = 0.5  # from which share of the belief on the likeliest is more than the nearest
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ class Report:
     def likely(self) -> tuple[Diagnosis, ...]:
         """What is worth showing of the diagnosis: the likeliest, and what comes near it."""
         return tuple(found for place, found in enumerate(self.diagnosis) if not place or found.score >= _LEAST_SCORE)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether even the likeliest is less likely than not."""
+        return bool(self.likely) and self.likely[0].score < _FITS_WELL
 
     @property
     def led(self) -> list[tuple[Lead, Diagnosis]]:

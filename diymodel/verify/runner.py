@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
 from diymodel.verify.failure import HARNESS, CheckFailure, Inconclusive, NotApplicable, SubjectError, is_a_tools
+from diymodel.verify.parts import Findings, examine, impossible_classes
 from diymodel.verify.randomness import constants_from_no_module, seeded
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
 from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Factory, Subject, resolve
-from diymodel.verify.symptoms import observe
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import DTYPES, SEED, Trial
@@ -175,13 +175,14 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     end in the same error, the error says it all.
     """
     from diymodel.verify.diagnose import signatures
-    from diymodel.verify.isolation import observe_isolated
+    from diymodel.verify.isolation import examine_isolated
 
     if report.raises_everywhere:
         return
-    look = observe_isolated if isolate else observe
-    report.symptoms = {} if report.interrupted else look(subject, report.results, report.device)
-    ranked = signatures().diagnose(sample_of(report.results, report.symptoms))
+    look = examine_isolated if isolate else examine
+    found = Findings() if report.interrupted else look(subject, report.results, report.device)
+    report.symptoms, impossible = found.symptoms, impossible_classes(found.absent)
+    ranked = signatures().diagnose(replace(sample_of(report.results, report.symptoms), impossible=impossible))
     report.diagnosis = tuple(ranked[:DIAGNOSES])
     explained = {fact for found in report.likely for fact in found.evidence}
     likely = {found.bug for found in report.likely}
@@ -198,7 +199,8 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
         named = (found for place, found in enumerate(ranked) if not place or found.beside)
         sure = {found.bug for found in named if found.score > 0.5 and result.check.id in found.evidence}
         causes = sorted(
-            sure.union(result.failure.likely_causes), key=lambda slug: (places.get(slug, len(places)), slug)
+            sure.union(result.failure.likely_causes) - impossible,
+            key=lambda slug: (places.get(slug, len(places)), slug),
         )
         return replace(result, failure=replace(result.failure, likely_causes=tuple(causes)))
 

@@ -33,6 +33,7 @@ class Sample:
     base: str  # the model it stands in
     verdicts: Mapping[str, str]  # status by check id
     symptoms: Mapping[str, bool]  # answers of verify/symptoms/, by id
+    impossible: frozenset[str] = frozenset()  # classes that need a part which the module lacks; not kept in the file
 
     @property
     def killers(self) -> tuple[str, ...]:

@@ -73,6 +73,8 @@ def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> l
     lines = [_paint(words["diagnosis"], "1", color)]
     if not report.likely:
         return [*lines, f"  {words['raises' if report.only_raises else 'unknown']}"]
+    if report.doubtful:
+        lines.append(f"  {words['doubtful']}")
     for lead, found in report.led:
         if lead:
             lines.append(f"  {words[lead]}:")

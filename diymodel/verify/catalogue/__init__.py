@@ -28,6 +28,7 @@ class BugClass:
     symptom: str  # what shows in training and in generation
     symptom_zh: str
     seen: tuple[str, ...]  # issues and pull requests, as "owner/name#number"
+    needs: tuple[str, ...] = ()  # parts of verify/parts.py: in a module without one of them it cannot be
     left_out: str = ""  # why the zoo has no such model
 
     def text(self, lang: str) -> BugText:
@@ -71,5 +72,7 @@ def _read() -> dict[str, BugClass]:
         text = resources.files(__name__).joinpath(f"{area}.toml").read_text(encoding="utf-8")
         for slug, fields in tomllib.loads(text).items():
             assert slug not in found, f"{slug} is in {found[slug].area}.toml and {area}.toml"
-            found[slug] = BugClass(slug=slug, area=area, seen=tuple(fields.pop("seen")), **fields)
+            found[slug] = BugClass(
+                slug=slug, area=area, seen=tuple(fields.pop("seen")), needs=tuple(fields.pop("needs", ())), **fields
+            )
     return found

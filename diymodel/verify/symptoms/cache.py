@@ -34,7 +34,7 @@ def _tensors(cache: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(cache))
 
 
-def _held(lm: LM, past: Past) -> list[Tensor]:
+def held(lm: LM, past: Past) -> list[Tensor]:
     """The tensors in a cache, wherever it is."""
     if not lm.convention.cache_on_module:
         return list(_tensors(past.cache))
@@ -56,9 +56,9 @@ def _after_a_step(patient: Patient) -> _Step | None:
     if lm.convention.cache_on_module or patient.subject.missing("cache_value") is not None:
         return None  # an object may change under its holder's hands
     _, past = lm.extend(ids[:, :4])
-    held, entries = list(_tensors(past.cache)), _entries(past.cache)
+    tensors, entries = list(_tensors(past.cache)), _entries(past.cache)
     lm.extend(ids[:, 4:5], past)
-    return _Step(_others(held, list(_tensors(past.cache))), _others(entries, _entries(past.cache)))
+    return _Step(_others(tensors, list(_tensors(past.cache))), _others(entries, _entries(past.cache)))
 
 
 def _entries(cache: Any) -> list[Any]:
@@ -129,7 +129,7 @@ def _right_with_keys_as_held(patient: Patient) -> bool | None:
         lm.around = None
         logits, past = lm.extend(ids[:, :3])
         for t in range(3, ids.shape[1]):
-            lm.around = partial(CachedKeysAsHeld, held=_held(lm, past)) if repaired else None
+            lm.around = partial(CachedKeysAsHeld, held=held(lm, past)) if repaired else None
             logits, past = lm.extend(ids[:, t : t + 1], past)
         lm.around = None
         return not apart(logits[:, -1], lm.logits(ids)[:, -1]) <= SAME

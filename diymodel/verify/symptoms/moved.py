@@ -1,12 +1,16 @@
-"""Whether a failing cached step passes once its positions are moved."""
+"""Whether a failing cached step passes once its positions are moved.
+
+What is moved may be no position: an exponent or an index is counted by ``arange`` as well, and to move it by one, the
+length of the shortest prefix, may be right by chance. So a repair is believed only if it mends longer sequences too.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 
 from diymodel.verify.repairs import PositionsAfterTheCache, PositionsOfTokensSeen, Repair, RepairOf
-from diymodel.verify.symptoms import Patient, symptom
-from diymodel.verify.symptoms.decode import DECODE
+from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
+from diymodel.verify.symptoms.decode import DECODE, wrong
 
 _REPAIRED = ("decode.cached_equals_full",)
 _PLACES = 8  # at most, that are tried one by one
@@ -27,9 +31,20 @@ def _passes_somewhere(patient: Patient, repair: type[PositionsAfterTheCache]) ->
 
 def _passes(patient: Patient, repair: RepairOf) -> bool | None:
     try:
-        return patient.passes_under(repair, _REPAIRED)
+        passes = patient.passes_under(repair, _REPAIRED)
+        return passes and _mends_longer_ones(patient, repair)
     except Exception:  # what was moved is no position, and now an index beyond its end
         return False
+
+
+def _mends_longer_ones(patient: Patient, repair: RepairOf) -> bool:
+    """Whether steps after a longer prefix, if they are wrong, are right under a repair."""
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    if not wrong(lm, ids):
+        return True
+    lm.around = repair
+    return not wrong(lm, ids)
 
 
 @symptom(

@@ -1,0 +1,124 @@
+"""What a module lacks is found, and no bug is named that would have to be in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diymodel.verify import check_causal_lm
+from diymodel.verify.catalogue import bug_class, list_bug_classes
+from diymodel.verify.diagnose import signatures
+from diymodel.verify.parts import PARTS, absent_parts, impossible_classes
+from diymodel.verify.registry import list_checks
+from diymodel.verify.report import Failure, Result
+from diymodel.verify.samples import Sample, read_samples
+from diymodel.verify.subject import Subject
+from diymodel.zoo.base import BASES
+from diymodel.zoo.bug import list_bugs
+
+CONFIG = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16}
+CHECKS = {check.id: check for check in list_checks()}
+COMPUTED = ("rotation", "distance_bias", "dropout", "attention", "router", "window", "carried_state")
+
+
+def absent(subject: Subject, *failed: str) -> frozenset[str]:
+    failure = Failure("told", (), CONFIG, {"config": CONFIG}, "")
+    return absent_parts(subject, [Result(CHECKS[id], "failed", failure=failure) for id in failed])
+
+
+@pytest.mark.parametrize(
+    ("base", "has"),
+    [
+        ("rotary", {"rotation", "attention"}),
+        ("alibi", {"distance_bias", "attention"}),
+        ("nanogpt", {"attention", "dropout"}),
+        ("switch", {"router"}),
+        ("windowed", {"window"}),
+        ("recurrent", {"carried_state"}),
+    ],
+)
+def test_what_a_model_has_is_not_absent(base: str, has: set[str]) -> None:
+    assert not has & absent(BASES[base].subject(), "causality.edit")
+
+
+@pytest.mark.parametrize(
+    ("base", "lacks"),
+    [
+        ("rotary", {"distance_bias", "router", "window", "carried_state"}),
+        ("alibi", {"rotation", "router", "window", "carried_state"}),
+        ("nanogpt", {"rotation", "distance_bias", "router"}),
+        ("recurrent", {"distance_bias"}),
+    ],
+)
+def test_what_a_model_lacks_is_found(base: str, lacks: set[str]) -> None:
+    assert lacks <= absent(BASES[base].subject(), "decode.chunks")
+
+
+class Mean(nn.Module):
+    """The mean of what came before: nothing else."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(config.vocab_size, 8), nn.Linear(8, config.vocab_size)  # type: ignore[attr-defined]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        logits: Tensor = self.head((self.embed(input_ids).cumsum(1) / places[:, None]).tanh())
+        return logits
+
+
+def test_a_model_with_next_to_nothing_lacks_next_to_everything() -> None:
+    lacking = absent(Subject(Mean), "sensitivity.order_matters")
+    assert {"distance_bias", "dropout", "attention", "router", "window", "padding", "padded_prompts", "positions"} <= (
+        lacking
+    )
+
+
+def test_a_setting_that_no_failing_check_gives_is_absent() -> None:
+    subject = BASES["writer"].subject()
+    assert "top_k" not in absent(subject, "generation.top_k")
+    assert "top_k" in absent(subject, "generation.keeps_prompt")
+
+
+def test_what_cannot_be_told_is_not_absent() -> None:
+    def refuses(config: object) -> nn.Module:
+        raise NotImplementedError
+
+    subject = Subject(refuses)
+    assert not absent(subject, "causality.edit") & set(COMPUTED)
+    assert not absent_parts(BASES["alibi"].subject(), [])
+
+
+def test_classes_need_parts_that_there_are() -> None:
+    needed = {part for found in list_bug_classes() for part in found.needs}
+    assert needed == set(PARTS)
+
+
+def test_every_bug_of_the_zoo_has_what_its_class_needs() -> None:
+    samples = {sample.bug: sample for sample in read_samples()}
+    for bug in list_bugs():
+        failed = samples[bug.id].killers
+        if failed and bug_class(bug.slug).needs:
+            assert bug.slug not in impossible_classes(absent(bug.subject(), *failed)), bug.id
+
+
+def test_what_is_impossible_is_not_named() -> None:
+    sample = next(s for s in read_samples() if s.slug == "alibi-lost-in-decode")
+    impossible = frozenset({"alibi-lost-in-decode"})
+    without = Sample("", "", "", sample.verdicts, sample.symptoms, impossible)
+    assert signatures().diagnose(sample)[0].bug == "alibi-lost-in-decode"
+    assert "alibi-lost-in-decode" not in {found.bug for found in signatures().diagnose(without)}
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_report_names_no_cause_that_cannot_be(isolate: bool) -> None:
+    base = BASES["experts"]
+    broken = base.source.replace("argmax(dim=-1)", "argmin(dim=-1)")
+    assert broken != base.source
+    report = check_causal_lm(base.subject(broken), profile="quick", only=["generation.greedy*"], isolate=isolate)
+    (failed,) = report.failed
+    assert failed.failure is not None
+    assert {"temperature-zero", "top-k-edge"} <= set(failed.check.causes)
+    assert not {"temperature-zero", "top-k-edge"} & set(failed.failure.likely_causes)
+    assert not {"temperature-zero", "top-k-edge"} & {found.bug for found in report.diagnosis}
