@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diymodel.verify.registry import list_checks
@@ -78,6 +79,27 @@ def test_a_default_top_k_above_the_vocabulary_keeps_no_check_from_running(factor
     assert generating.fixed == fixed
     assert {"greedy", "sampling", "top_k"}.isdisjoint(generating.missing)
     assert verify_one(subject(factory), CHECKS["generation.rows_draw_independently"], Settings(5)).status == "passed"
+
+
+class Punishes(Pairs):
+    """Draws by default neither a token that the row has, nor an unlikely one."""
+
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float, repetition_penalty: float = 9.0, min_p: float = 0.2
+    ) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self(idx)[:, -1]
+            logits = logits - (repetition_penalty - 1) * F.one_hot(idx, logits.shape[-1]).amax(1)
+            probabilities = (logits / (temperature or 1e-9)).softmax(-1)
+            probabilities[probabilities < min_p * probabilities.amax(-1, keepdim=True)] = 0.0
+            idx = torch.cat((idx, torch.multinomial(probabilities, 1)), 1)
+        return idx
+
+
+def test_punishments_by_default_are_switched_off() -> None:
+    assert found(Punishes).fixed == {"temperature": 1.0, "repetition_penalty": 1.0, "min_p": 0.0}
+    for check in ("generation.follows_distribution", "generation.temperature_zero"):
+        assert verify_one(subject(Punishes), CHECKS[check], Settings(5)).status == "passed"
 
 
 class NumberOrNothing(Pairs):

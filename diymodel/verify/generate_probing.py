@@ -38,6 +38,8 @@ _NAMES = {
     "temperature": ("temperature", "temp"),
     "top_k": ("top_k", "topk"),
     "top_p": ("top_p", "topp"),
+    "min_p": ("min_p",),
+    "repetition_penalty": ("repetition_penalty", "rep_penalty"),
     "seed": ("seed",),
     "use_cache": ("use_cache", "cache_kv", "use_kv_cache"),
     "context": (  # how many tokens the model holds
@@ -53,9 +55,12 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
     "temperature": 1.0,
     "top_k": None,
     "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
     "seed": 0,
     "use_cache": False,
 }
+_NARROWING = ("eos", "top_p", "min_p", "repetition_penalty")  # each is switched off, whatever number is its default
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _SECONDS = 30  # for all of a module's answers
@@ -200,7 +205,7 @@ def _fixed(names: Mapping[str, str], parameters: Mapping[str, inspect.Parameter]
             needed = role == "eos"
         else:
             default = parameter.default
-            needed = default is parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float)))
+            needed = default is parameter.empty or (role in _NARROWING and isinstance(default, (int, float)))
         if needed:
             fixed[names[role]] = _NEUTRAL[role]
     return fixed

@@ -604,6 +604,20 @@ MUTATIONS = [
         ("generation.temperature_zero", "generation.greedy_is_argmax"),
     ),
     Mutation(
+        "temperature-misapplied",
+        lambda: choose_as(
+            lambda choose, logits, temperature, *rest: choose(logits * temperature**2, temperature, *rest)
+        ),
+        ("generation.follows_distribution",),
+    ),
+    Mutation(
+        "generator-reseeded",
+        lambda: choose_as(
+            lambda choose, *args: choose(*args[:-1], args[-1] and args[-1].manual_seed(args[-1].initial_seed()))
+        ),
+        ("generation.follows_distribution",),
+    ),
+    Mutation(
         "top-k-edge",
         lambda: choose_as(
             lambda choose, logits, t, k, *rest: choose(logits, t, k and min(k, logits.shape[-1] // 2), *rest)
