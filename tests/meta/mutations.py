@@ -99,6 +99,21 @@ def choose_as(change: Callable[..., Tensor]) -> AbstractContextManager[Any]:
     return around(generate_module, "choose", change)
 
 
+def goes_on_from_the_beginning(
+    generate: Callable[..., Tensor],
+    model: DIYForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *args: Any,
+    **kw: Any,
+) -> Tensor:
+    """Of a text longer than the model holds, the beginning counts."""
+    for _ in range(max_new_tokens):
+        new = generate(model, input_ids[:, : model.config.max_seq_len - 1], 1, *args, **kw)[:, -1:]
+        input_ids = torch.cat((input_ids, new), 1)
+    return input_ids
+
+
 def loss_as(change: Callable[..., Tensor]) -> AbstractContextManager[Any]:
     return around(diymodel.loss, "next_token_loss", change)
 
@@ -616,6 +631,11 @@ MUTATIONS = [
             lambda choose, *args: choose(*args[:-1], args[-1] and args[-1].manual_seed(args[-1].initial_seed()))
         ),
         ("generation.follows_distribution",),
+    ),
+    Mutation(
+        "context-crop-wrong",
+        lambda: generate_as(goes_on_from_the_beginning),
+        ("generation.past_context",),
     ),
     Mutation(
         "top-k-edge",

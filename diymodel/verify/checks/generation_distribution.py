@@ -48,7 +48,7 @@ def follows_distribution(trial: Trial) -> None:
     tests = V + V * V
     _must_follow(first, logits / temperature, tests, f"{where} the first token must be")
     after = lm.logits(torch.cat((ids.expand(V, -1), torch.arange(V, device=ids.device)[:, None]), 1))[:, -1]
-    for token in first.unique().tolist():
+    for token in sorted(set(first.tolist())):
         given = f"{where} and a first token {token}, the second must be"
         _must_follow(second[first == token], after[token] / temperature, tests, given)
 

@@ -376,4 +376,23 @@ BUGS = [
         kills=("generation.follows_distribution",),
         where="Scribe",
     ),
+    Bug(
+        "context-crop-wrong",
+        "nanogpt",
+        "idx[:, -self.block_size :]",
+        "idx[:, : self.block_size]",
+        kills=("generation.past_context",),
+        where="NanoGPT",
+    ),
+    Bug(
+        "context-crop-wrong",
+        "scribe",
+        '            raise ValueError(f"prompt and {max_new_tokens} new tokens do not fit in {self.max_positions} positions")\n',
+        "            for _ in range(max_new_tokens):\n"
+        "                new = self.generate(input_ids[:, : self.max_positions - 1], 1, temperature=0.0)[:, -1:]\n"
+        "                input_ids = torch.cat([input_ids, new], dim=1)\n"
+        "            return input_ids\n",
+        kills=("generation.past_context",),
+        where="Scribe",
+    ),
 ]
