@@ -190,3 +190,22 @@ def test_drawing_that_crashes_is_a_bug() -> None:
     result = verify_one(subject(CannotDraw), CHECKS["generation.seed_repeats"], Settings(5))
     assert result.failure is not None, result
     assert "no attribute 'temperature'" in result.failure.message
+
+
+class LeavesNone(Pairs):
+    """With a top_k, the likeliest tokens are excluded with all others."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self(idx)[:, -1] / temperature
+            if top_k is not None:
+                logits = logits.masked_fill(logits <= logits.amax(-1, keepdim=True), -torch.inf)
+            idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), 1)
+        return idx
+
+
+def test_a_top_k_that_leaves_nothing_to_draw_among_is_a_bug_and_a_temperature_of_0_is_not() -> None:
+    assert "temperature_zero" in found(LeavesNone).missing
+    result = verify_one(subject(LeavesNone), CHECKS["generation.top_k"], Settings(5))
+    assert result.failure is not None, result
+    assert "probability tensor contains" in result.failure.message

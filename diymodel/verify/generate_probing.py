@@ -67,6 +67,7 @@ _SECONDS = 30  # for all of a module's answers
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
 _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
 _MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
+_NO_CHOICE = re.compile("probability tensor contains")  # torch's, where nothing is left to draw among
 _NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
 _TRANSFORMERS = {  # its generate hides them behind **kwargs
     role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed", "context", "device")
@@ -305,7 +306,8 @@ def _crashes(lm: LM, ids: Tensor, role: str, settings: Mapping[str, Any]) -> boo
     except _CRASHES:
         return True
     except Exception as error:  # a refusal, unless tensors did not fit
-        return isinstance(error, RuntimeError) and _MISFIT.search(str(error)) is not None
+        mistakes = (_MISFIT, _NO_CHOICE) if role == "top_k" else (_MISFIT,)  # temperature=0 may well leave none
+        return isinstance(error, RuntimeError) and any(mistake.search(str(error)) for mistake in mistakes)
     return False
 
 
