@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diymodel.verify.registry import list_checks
@@ -78,6 +79,27 @@ def test_a_default_top_k_above_the_vocabulary_keeps_no_check_from_running(factor
     assert generating.fixed == fixed
     assert {"greedy", "sampling", "top_k"}.isdisjoint(generating.missing)
     assert verify_one(subject(factory), CHECKS["generation.rows_draw_independently"], Settings(5)).status == "passed"
+
+
+class Punishes(Pairs):
+    """Draws by default neither a token that the row has, nor an unlikely one."""
+
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float, repetition_penalty: float = 9.0, min_p: float = 0.2
+    ) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self(idx)[:, -1]
+            logits = logits - (repetition_penalty - 1) * F.one_hot(idx, logits.shape[-1]).amax(1)
+            probabilities = (logits / (temperature or 1e-9)).softmax(-1)
+            probabilities[probabilities < min_p * probabilities.amax(-1, keepdim=True)] = 0.0
+            idx = torch.cat((idx, torch.multinomial(probabilities, 1)), 1)
+        return idx
+
+
+def test_punishments_by_default_are_switched_off() -> None:
+    assert found(Punishes).fixed == {"temperature": 1.0, "repetition_penalty": 1.0, "min_p": 0.0}
+    for check in ("generation.follows_distribution", "generation.temperature_zero"):
+        assert verify_one(subject(Punishes), CHECKS[check], Settings(5)).status == "passed"
 
 
 class NumberOrNothing(Pairs):
@@ -168,3 +190,22 @@ def test_drawing_that_crashes_is_a_bug() -> None:
     result = verify_one(subject(CannotDraw), CHECKS["generation.seed_repeats"], Settings(5))
     assert result.failure is not None, result
     assert "no attribute 'temperature'" in result.failure.message
+
+
+class LeavesNone(Pairs):
+    """With a top_k, the likeliest tokens are excluded with all others."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self(idx)[:, -1] / temperature
+            if top_k is not None:
+                logits = logits.masked_fill(logits <= logits.amax(-1, keepdim=True), -torch.inf)
+            idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), 1)
+        return idx
+
+
+def test_a_top_k_that_leaves_nothing_to_draw_among_is_a_bug_and_a_temperature_of_0_is_not() -> None:
+    assert "temperature_zero" in found(LeavesNone).missing
+    result = verify_one(subject(LeavesNone), CHECKS["generation.top_k"], Settings(5))
+    assert result.failure is not None, result
+    assert "probability tensor contains" in result.failure.message

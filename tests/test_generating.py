@@ -327,3 +327,9 @@ def test_no_transformers_generate_fails(check: Check) -> None:
     pytest.importorskip("transformers")
     result = verify_one(subject("hf:llama"), check, Settings(3))
     assert result.status in ("passed", "skipped"), result
+
+
+def test_who_says_that_its_cache_rolls_is_not_asked_what_follows_past_its_context() -> None:
+    check = next(check for check in CHECKS if check.id == "generation.past_context")
+    result = verify_one(Subject(Greedy, lacks={"past_context": "the cache rolls"}), check, Settings(3))
+    assert (result.status, result.reason) == ("skipped", "the cache rolls")

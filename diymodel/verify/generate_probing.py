@@ -38,6 +38,8 @@ _NAMES = {
     "temperature": ("temperature", "temp"),
     "top_k": ("top_k", "topk"),
     "top_p": ("top_p", "topp"),
+    "min_p": ("min_p",),
+    "repetition_penalty": ("repetition_penalty", "rep_penalty"),
     "seed": ("seed",),
     "use_cache": ("use_cache", "cache_kv", "use_kv_cache"),
     "context": (  # how many tokens the model holds
@@ -53,15 +55,19 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
     "temperature": 1.0,
     "top_k": None,
     "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
     "seed": 0,
     "use_cache": False,
 }
+_NARROWING = ("eos", "top_p", "min_p", "repetition_penalty")  # each is switched off, whatever number is its default
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _SECONDS = 30  # for all of a module's answers
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
 _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
 _MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
+_NO_CHOICE = re.compile("probability tensor contains")  # torch's, where nothing is left to draw among
 _NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
 _TRANSFORMERS = {  # its generate hides them behind **kwargs
     role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed", "context", "device")
@@ -200,7 +206,7 @@ def _fixed(names: Mapping[str, str], parameters: Mapping[str, inspect.Parameter]
             needed = role == "eos"
         else:
             default = parameter.default
-            needed = default is parameter.empty or (role in ("eos", "top_p") and isinstance(default, (int, float)))
+            needed = default is parameter.empty or (role in _NARROWING and isinstance(default, (int, float)))
         if needed:
             fixed[names[role]] = _NEUTRAL[role]
     return fixed
@@ -300,7 +306,8 @@ def _crashes(lm: LM, ids: Tensor, role: str, settings: Mapping[str, Any]) -> boo
     except _CRASHES:
         return True
     except Exception as error:  # a refusal, unless tensors did not fit
-        return isinstance(error, RuntimeError) and _MISFIT.search(str(error)) is not None
+        mistakes = (_MISFIT, _NO_CHOICE) if role == "top_k" else (_MISFIT,)  # temperature=0 may well leave none
+        return isinstance(error, RuntimeError) and any(mistake.search(str(error)) for mistake in mistakes)
     return False
 
 

@@ -75,7 +75,8 @@ _GIVEN = {
     "directory": "is no directory with saved weights",
     "checkpoint": "does not say how it is saved and loaded: Subject(…, save=…, load=…)",
 }
-_CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, "causal")
+_PRESUMED = ("causal", "past_context")  # of every subject that does not say otherwise
+_CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, *_PRESUMED)
 
 
 class Subject:
@@ -190,7 +191,7 @@ class Subject:
             return convention.missing.get(capability)
         if capability == "left_padding" and convention.lengths:
             return f"forward({convention.lengths}=…) says nothing of padding on the left"
-        if capability == "causal" or capability in self.claims:
+        if capability in _PRESUMED or capability in self.claims:
             return None
         if capability == "cache_value":
             if convention.missing.get("cache") or convention.cache_is_value:

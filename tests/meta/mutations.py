@@ -99,6 +99,21 @@ def choose_as(change: Callable[..., Tensor]) -> AbstractContextManager[Any]:
     return around(generate_module, "choose", change)
 
 
+def goes_on_from_the_beginning(
+    generate: Callable[..., Tensor],
+    model: DIYForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *args: Any,
+    **kw: Any,
+) -> Tensor:
+    """Of a text longer than the model holds, the beginning counts."""
+    for _ in range(max_new_tokens):
+        new = generate(model, input_ids[:, : model.config.max_seq_len - 1], 1, *args, **kw)[:, -1:]
+        input_ids = torch.cat((input_ids, new), 1)
+    return input_ids
+
+
 def loss_as(change: Callable[..., Tensor]) -> AbstractContextManager[Any]:
     return around(diymodel.loss, "next_token_loss", change)
 
@@ -641,6 +656,25 @@ MUTATIONS = [
         "temperature-zero",
         lambda: choose_as(lambda choose, logits, temperature, *rest: choose(logits, temperature or 9.0, *rest)),
         ("generation.temperature_zero", "generation.greedy_is_argmax"),
+    ),
+    Mutation(
+        "temperature-misapplied",
+        lambda: choose_as(
+            lambda choose, logits, temperature, *rest: choose(logits * temperature**2, temperature, *rest)
+        ),
+        ("generation.follows_distribution",),
+    ),
+    Mutation(
+        "generator-reseeded",
+        lambda: choose_as(
+            lambda choose, *args: choose(*args[:-1], args[-1] and args[-1].manual_seed(args[-1].initial_seed()))
+        ),
+        ("generation.follows_distribution",),
+    ),
+    Mutation(
+        "context-crop-wrong",
+        lambda: generate_as(goes_on_from_the_beginning),
+        ("generation.past_context",),
     ),
     Mutation(
         "top-k-edge",

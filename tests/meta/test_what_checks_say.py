@@ -352,6 +352,24 @@ FAILURES: list[tuple[str, Patch, dict[str, Any], str]] = [  # a check, a bug, wh
         r"^256 equal rows .* probability 0\.\d+, saw token \d first in every row$",
     ),
     (
+        "generation.follows_distribution",
+        lambda: choose_as(lambda choose, logits, *rest: choose(0 * logits, *rest)),
+        {**ONE, "temperature": 0.5},
+        r"^after \[0, 1\] at temperature 0.5 the first token must be \d with \S+ \S+, saw it in \d+ of 1024",
+    ),
+    (
+        "generation.follows_distribution",
+        lambda: generate_as(lambda generate, *args, **kw: generate(*args, **kw).index_fill(1, torch.tensor(3), 7)),
+        {**ONE, "temperature": 1.0},
+        r"^after \[0, 1\] at temperature 1.0 and a first token 0, the second must be 7 with .* in (\d+) of \1 draws$",
+    ),
+    (
+        "generation.follows_distribution",
+        lambda: generate_as(lambda generate, *args, **kw: generate(*args, **kw).index_fill(1, torch.tensor(3), 10)),
+        {**ONE, "temperature": 1.0},
+        "^after .* generate must draw one of 10 tokens, saw 10$",
+    ),
+    (
         "generation.top_k",
         lambda: choose_as(lambda choose, logits, t, k, *rest: choose(logits, t, None, *rest)),
         {**ONE, "top_k": 2},
@@ -613,6 +631,12 @@ SKIPS: list[tuple[str, Patch, dict[str, Any], str]] = [  # what a check leaves a
     ),
     ("generation.seed_repeats", certain, ONE, "so likely that two seeds may well draw the same$"),
     ("generation.rows_draw_independently", certain, ONE, "so likely that all rows may well draw it$"),
+    (
+        "generation.follows_distribution",
+        lambda: choose_as(unless(lambda logits, t, *_: t > 1, ValueError("too hot"))),
+        {**ONE, "temperature": 2.0},
+        "^generate does not take temperature=2.0: ValueError: too hot$",
+    ),
     (
         "generation.top_k",
         lambda: choose_as(unless(lambda logits, t, k, *_: k > logits.shape[-1], ValueError("too many"))),

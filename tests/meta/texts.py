@@ -98,6 +98,10 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"of a batch of {v.batch} must hold only pad=",
         *(f"after {str(row)[:-1]}" for row in v.tokens),
     ],
+    "generation.follows_distribution": lambda v: [
+        f"after {v.tokens[0]} at temperature {getattr(v, 'temperature', 1.0)} the first token must be",
+        f"after {v.tokens[0]} at temperature {getattr(v, 'temperature', 1.0)} and a first token",
+    ],
     "generation.greedy_is_argmax": lambda v: [*_must_be_likeliest(v), f"one of {v.config.vocab_size}, saw"],
     "generation.ignores_training_mode": lambda v: [*_must_be_likeliest(v), "in its mode: "],
     "generation.inputs_unchanged": lambda v: [f"the prompt must stay {v.tokens}, saw"],

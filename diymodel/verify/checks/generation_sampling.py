@@ -21,7 +21,7 @@ from diymodel.verify.generating import MANY
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_ACCIDENT = 1e-12  # chance of a false alarm that is let through
+ACCIDENT = 1e-12  # chance of a false alarm that is let through
 
 
 def _model_and_prompt(trial: Trial) -> tuple[LM, Tensor]:
@@ -68,7 +68,7 @@ def seed_repeats(trial: Trial) -> None:
             f"seed {seed} must draw the same tokens each time: first {first[row].tolist()} in row {row}, "
             f"saw {again[row].tolist()} the second time"
         )
-    if float(probabilities.pow(2).sum()) ** MANY > _ACCIDENT:
+    if float(probabilities.pow(2).sum()) ** MANY > ACCIDENT:
         raise NotApplicable("one token is so likely that two seeds may well draw the same")
     if torch.equal(first, lm.sample(rows, 2, seed + 1)):
         raise CheckFailure(
@@ -86,7 +86,7 @@ def seed_repeats(trial: Trial) -> None:
 def rows_draw_independently(trial: Trial) -> None:
     lm, ids = _model_and_prompt(trial)
     probabilities = _probabilities(lm, ids)
-    if float(probabilities.pow(MANY).sum()) > _ACCIDENT:
+    if float(probabilities.pow(MANY).sum()) > ACCIDENT:
         raise NotApplicable("one token is so likely that all rows may well draw it")
     first = lm.sample(ids.repeat(MANY, 1), 1, _seed(trial))[:, ids.shape[1]]
     if bool((first == first[0]).all()):
@@ -147,7 +147,7 @@ def top_k(trial: Trial) -> None:
     drawn = first.bincount(minlength=vocab_size) > 0
     if bool((drawn & ~allowed).any()):
         raise CheckFailure(f"{what} must draw among {best.tolist()}, saw {sorted(set(first.tolist()))}")
-    certain = torch.zeros_like(allowed).scatter(0, best, (1 - kept / kept.sum()) ** MANY < _ACCIDENT)
+    certain = torch.zeros_like(allowed).scatter(0, best, (1 - kept / kept.sum()) ** MANY < ACCIDENT)
     if bool((certain & ~drawn).any()):
         token = int((certain & ~drawn).nonzero()[0])
         raise CheckFailure(

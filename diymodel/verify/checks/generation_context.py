@@ -1,0 +1,54 @@
+"""What is generated beyond max_seq_len follows from what the model may still see.
+
+Shapes: B batch, T prompt length, N new tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.checks.generation import draw_prompt, must_be_likeliest
+from diymodel.verify.failure import CheckFailure, said
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+
+@check(
+    "generation.past_context",
+    title="asked for more tokens than max_seq_len, generate refuses, or goes on from the last ones",
+    step="4.1",
+    needs=("greedy", "past_context"),
+    causes=("context-crop-wrong", "prompt-not-kept"),
+)
+def past_context(trial: Trial) -> None:
+    lm = trial.model(length=4)
+    ids = draw_prompt(trial, lm)
+    longest, T = lm.config.max_seq_len, ids.shape[1]
+    new_tokens = longest - T + trial.draw("too_many", st.integers(2, 5))
+    try:
+        found = lm.greedy(ids, new_tokens)
+    except Exception:  # any error a stranger chooses is a refusal
+        return
+    what = f"of {T} prompt tokens and {new_tokens} new ones, more than max_seq_len={longest}, generate must"
+    if not torch.equal(found[:, :T], ids):
+        raise CheckFailure(f"{what} keep the prompt {ids.tolist()}, saw {found.tolist()}")
+    kept = (longest, longest - 1, found.shape[1])  # a crop, one that leaves room for the next token, or no limit at all
+    what += " refuse, or take the likeliest token after the last that it may see"
+    wrong = [_wrong_with(trial, lm, found, seen, what) for seen in kept]
+    if all(wrong):
+        raise next(failure for failure in wrong if failure)
+
+
+def _wrong_with(trial: Trial, lm: LM, found: Tensor, seen: int, what: str) -> CheckFailure | None:
+    """What speaks against each token beyond max_seq_len being the likeliest after the last ``seen``."""
+    for place in range(lm.config.max_seq_len + 1, found.shape[1]):
+        try:
+            must_be_likeliest(trial, lm, found[:, max(0, place - seen) : place], found[:, place : place + 1], what)
+        except CheckFailure as failure:
+            return failure
+        except Exception as error:  # forward may refuse the whole in a way of its own
+            return CheckFailure(said(error))
+    return None
