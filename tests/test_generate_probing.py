@@ -209,3 +209,146 @@ def test_a_top_k_that_leaves_nothing_to_draw_among_is_a_bug_and_a_temperature_of
     result = verify_one(subject(LeavesNone), CHECKS["generation.top_k"], Settings(5))
     assert result.failure is not None, result
     assert "probability tensor contains" in result.failure.message
+
+
+# --- forms of prompts, and of what comes back -------------------------------------------------------------------------
+
+
+class OnePrompt(Pairs):
+    """litgpt's: (T,) and how many to return, (T + N,)."""
+
+    def generate(self, prompt: Tensor, max_returned_tokens: int) -> Tensor:
+        T = prompt.size(0)
+        if max_returned_tokens <= T:
+            raise ValueError(f"{max_returned_tokens} are no more than the prompt")
+        for _ in range(max_returned_tokens - T):
+            prompt = torch.cat((prompt, self(prompt[None])[0, -1].argmax(-1, keepdim=True)))
+        return prompt
+
+
+class OneList(Pairs):
+    def generate(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+        for _ in range(max_new_tokens):
+            prompt = [*prompt, int(self(torch.tensor([prompt]))[0, -1].argmax())]
+        return prompt
+
+
+class ListOfRows(OneList):
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:  # type: ignore[override]
+        return [OneList.generate(self, prompt, max_new_tokens) for prompt in prompts]
+
+
+class YieldsNumbers(Pairs):
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Any:
+        for _ in range(max_new_tokens):
+            token = self(ids)[0, -1].argmax()
+            ids = torch.cat((ids, token.view(1, 1)), 1)
+            yield token.item()
+
+
+class YieldsColumns(Pairs):
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Any:
+        for _ in range(max_new_tokens):
+            tokens = self(ids)[:, -1].argmax(-1)
+            ids = torch.cat((ids, tokens[:, None]), 1)
+            yield tokens
+
+
+class YieldsAllSoFar(YieldsColumns):
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Any:
+        for tokens in super().generate(ids, max_new_tokens):
+            ids = torch.cat((ids, tokens[:, None]), 1)
+            yield ids
+
+
+@pytest.mark.parametrize(
+    ("factory", "form", "one_row", "counts_prompt", "returns_prompt"),
+    [
+        (OnePrompt, "row", True, True, True),
+        (OneList, "list", True, False, True),
+        (ListOfRows, "lists", False, False, True),
+        (YieldsNumbers, "rows", True, False, False),
+        (YieldsColumns, "rows", False, False, False),
+        (YieldsAllSoFar, "rows", False, False, True),
+    ],
+)
+def test_prompts_and_tokens_come_in_many_forms(
+    factory: Any, form: str, one_row: bool, counts_prompt: bool, returns_prompt: bool
+) -> None:
+    own = found(factory)
+    assert (own.form, own.one_row, own.counts_prompt, own.returns_prompt) == (
+        form,
+        one_row,
+        counts_prompt,
+        returns_prompt,
+    )
+    for check in ("generation.keeps_prompt", "generation.greedy_is_argmax"):
+        assert verify_one(subject(factory), CHECKS[check], Settings(5)).status == "passed"
+
+
+def test_a_wrong_token_of_any_form_is_seen() -> None:
+    class Second(OneList):
+        def generate(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+            *most, last = super().generate(prompt, max_new_tokens)
+            return [*most, (last + 1) % self.head.out_features]
+
+    assert verify_one(subject(Second), CHECKS["generation.greedy_is_argmax"], Settings(5)).status == "failed"
+
+
+# --- what is a refusal, and what a mistake ----------------------------------------------------------------------------
+
+
+class AlwaysWrong(Pairs):
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        first, second = idx.shape, max_new_tokens
+        rows, length, _ = first
+        return idx[:, : rows + length + second]
+
+
+class AlwaysRefuses(Pairs):
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        if idx.shape[1] < 10**6:
+            raise RuntimeError(
+                f"no less than a million tokens: {idx.shape[1]}",
+            )
+        return idx
+
+
+def test_a_generate_that_always_fails_by_mistake_has_a_bug_and_one_that_refuses_is_none() -> None:
+    result = verify_one(subject(AlwaysWrong), CHECKS["generation.keeps_prompt"], Settings(5))
+    assert result.failure is not None
+    assert "not enough values to unpack" in result.failure.message
+    result = verify_one(subject(AlwaysRefuses), CHECKS["generation.keeps_prompt"], Settings(5))
+    assert (result.status, "no less than a million" in str(result.reason)) == ("skipped", True)
+
+
+# --- after the end ----------------------------------------------------------------------------------------------------
+
+
+class GoesOn(Pairs):
+    """Until all rows have ended; what stands after the end of one is ``fill``, or what the model goes on with."""
+
+    fill: int | None = None
+
+    def generate(self, idx: Tensor, max_new_tokens: int, eos_token_id: int = -1) -> Tensor:
+        ended = torch.zeros(len(idx), dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            tokens = self(idx)[:, -1].argmax(-1)
+            tokens = tokens if self.fill is None else tokens.masked_fill(ended, self.fill)
+            ended |= tokens == eos_token_id
+            idx = torch.cat((idx, tokens[:, None]), 1)
+            if bool(ended.all()):
+                break
+        return idx
+
+
+class FillsUp(GoesOn):
+    fill = 0
+
+
+@pytest.mark.parametrize(("factory", "status"), [(GoesOn, "failed"), (FillsUp, "passed")])
+def test_after_its_end_a_row_is_filled_up_by_one_token_where_generate_takes_no_pad(factory: Any, status: str) -> None:
+    result = verify_one(subject(factory), CHECKS["generation.eos_per_row"], Settings(40))
+    assert result.status == status, result
+    if result.failure is not None:
+        assert "must hold only one token that fills it up" in result.failure.message

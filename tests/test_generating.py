@@ -154,10 +154,10 @@ class OneRow(Pairs):
 
 
 class Yields(Pairs):
-    """As in nanochat: tokens one at a time."""
+    """Text, bit by bit."""
 
-    def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0) -> Iterator[int]:
-        yield 0
+    def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0) -> Iterator[str]:
+        yield "token"
 
 
 class OfText(Pairs):

@@ -74,8 +74,14 @@ def began(error: Exception) -> bool:
 
 
 def crashed(error: Exception) -> bool:
-    """Whether an error is a mistake in a stranger's function, rather than its refusal of what it was given."""
-    return began(error) and not isinstance(error, (NotImplementedError, ValueError, AssertionError))
+    """Whether an error is a mistake in a stranger's function, rather than its refusal of what it was given.
+
+    A refusal is a statement of its own or of a library that it calls.
+    """
+    if not began(error) or isinstance(error, (SubjectError, NotImplementedError)):
+        return False
+    *_, deepest = _not_tools(error)
+    return not (deepest.line or "").startswith(("raise", "assert"))
 
 
 def is_a_tools(frame: traceback.FrameSummary) -> bool:
@@ -84,9 +90,13 @@ def is_a_tools(frame: traceback.FrameSummary) -> bool:
     return standard_library or any(part in frame.filename for part in _TOOLS)
 
 
+def _not_tools(error: Exception) -> list[traceback.FrameSummary]:
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if not is_a_tools(frame)]
+
+
 def _own_frame(error: Exception) -> traceback.FrameSummary | None:
     """The deepest that is no tool's; of a library's only where no other is."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_a_tools(frame)]
+    frames = _not_tools(error)
     own = [frame for frame in frames if _LIBRARIES not in frame.filename]
     return next(reversed(own or frames), None)
 

@@ -19,7 +19,7 @@ from diymodel.verify.adapters import LM, Convention
 from diymodel.verify.casting import cast
 from diymodel.verify.entries import Entry, others
 from diymodel.verify.failure import crashed, refusal, said
-from diymodel.verify.generating import CAPABILITIES, MANY, Generating
+from diymodel.verify.generating import CAPABILITIES, FORMS, MANY, Generating
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import draw_weights
 
@@ -29,6 +29,7 @@ _NAMES = {
         *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
         *("max_new_token", "max_length_new", "max_generate_tokens", "max_gen_tokens", "tokens_to_generate"),
         *("max_gen_len", "gen_len", "num_steps", "n_steps", "steps", "seq_len", "max_length", "max_len", "length"),
+        *("max_returned_tokens", "total_tokens"),
     ),
     "mask": ("attention_mask", "padding_mask", "mask"),
     "lengths": ("seq_lengths", "prompt_lens", "prompt_lengths", "lengths"),
@@ -62,6 +63,7 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
 }
 _NARROWING = ("eos", "top_p", "min_p", "repetition_penalty")  # each is switched off, whatever number is its default
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
+_ALWAYS_TOTALS = ("max_returned_tokens", "total_tokens")  # litgpt's: of prompt and new tokens together
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _SECONDS = 30  # for all of a module's answers
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
@@ -108,7 +110,7 @@ def find_generating(
     lm = LM(module, config, convention)
     generating = _called(lm, Entry())
     if "new_tokens" in generating.names:
-        return _settled(_with(lm, generating), ids)
+        return _settled(_in_form(_with(lm, generating), ids), ids)
     parameters = generating.entry.parameters(module)
     lacks = "is not a method of the module"
     if parameters:
@@ -118,6 +120,7 @@ def find_generating(
         other = _with(lm, _called(lm, entry))
         if not _is_complete(other.generating, entry.parameters(module)):
             continue
+        other = _in_form(other, ids)
         if (why := _refused_alone(other, ids)) is None:
             return _settled(other, ids)
         tried.append(f", and {entry} failed on token ids: {why}")
@@ -131,6 +134,7 @@ def _called(lm: LM, entry: Entry) -> Generating:
     return Generating(
         names,
         _fixed(names, parameters),
+        counts_prompt=names.get("new_tokens") in _ALWAYS_TOTALS,
         mask_dtype=convention.mask_dtype,
         mask_marks_padding=convention.mask_marks_padding,
         entry=entry,
@@ -151,6 +155,12 @@ def _is_complete(generating: Generating, parameters: Mapping[str, inspect.Parame
 def _refused_alone(lm: LM, ids: Tensor) -> str | None:
     """What it says against two rows and against one alike."""
     return _refused(lm, ids, {}) and _refused(lm, ids[1:], {})
+
+
+def _in_form(lm: LM, ids: Tensor) -> LM:
+    """With prompts in the first form that is taken; in the usual one, where none is."""
+    forms = (_with(lm, replace(lm.generating, form=form)) for form in FORMS)
+    return next((way for way in forms if _refused_alone(way, ids) is None), lm)
 
 
 def _settled(lm: LM, ids: Tensor) -> Generating:
@@ -233,6 +243,8 @@ def _find_counting(lm: LM, ids: Tensor) -> Generating:
     T, new_tokens = ids.shape[1], 6
     found = lm.generate(ids, new_tokens)
     prompt_first = torch.equal(found[:, :T], ids)
+    if lm.generating.counts_prompt:
+        return replace(lm.generating, returns_prompt=prompt_first)
     named_total = lm.generating.names["new_tokens"] in _TOTALS
     counts, returns = {
         T + new_tokens: (False, True),

@@ -6,11 +6,12 @@ Shapes: B batch, T prompt length, N new tokens, L length of what is returned, V 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ CAPABILITIES = (
     "top_p",
     "eos",
 )
+Form = Literal["rows", "row", "list", "lists"]  # tensors (B, T) or (T,), ids in a list, or in a list a row
+FORMS: tuple[Form, ...] = get_args(Form)
 MANY = 256  # rows at once, for judging what is drawn
 
 
@@ -44,6 +47,7 @@ class Generating:
     counts_prompt: bool = False  # the number of tokens asked for includes the prompt
     returns_prompt: bool = True
     one_row: bool = False
+    form: Form = "rows"  # of the prompts
     pads_left: bool = False  # short prompts are padded on the left
     follows_padding: bool = True  # new tokens of a row padded on the right stand after its padding, not before it
     mask_dtype: torch.dtype = torch.int64
@@ -63,13 +67,14 @@ class Generating:
             torch.manual_seed(settings["seed"])
         if real is None and "pad" in settings:  # transformers takes pads in the prompt for padding unless it is told
             real = torch.ones_like(ids, dtype=torch.bool)
-        arguments = {**self.fixed, names["ids"]: ids, names["new_tokens"]: count}
+        arguments = {**self.fixed, names["ids"]: self._formed(ids), names["new_tokens"]: count}
         arguments |= {names[role]: value for role, value in settings.items() if role in names}
         if real is not None and "lengths" in names:
             arguments[names["lengths"]] = real.sum(1)
         elif real is not None and "mask" in names:
             arguments[names["mask"]] = (~real if self.mask_marks_padding else real).to(self.mask_dtype)
-        found = self._call(module, arguments)
+        found = self._call(module, arguments, len(ids))
+        found = found.to(ids.device)
         return found if self.returns_prompt else torch.cat((ids, found), 1)
 
     def new_tokens(self, found: Tensor, real: Tensor) -> list[Tensor]:
@@ -78,14 +83,46 @@ class Generating:
             return list(found[:, real.shape[1] :])
         return [row[length:] for row, length in zip(found, real.sum(1).tolist(), strict=True)]
 
-    def _call(self, module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+    def _formed(self, ids: Tensor) -> Tensor | list[int] | list[list[int]]:
+        if self.form == "rows":
+            return ids
+        if self.form == "lists":
+            return list(ids.tolist())
+        if len(ids) != 1:
+            raise SubjectError(f"{self.entry} takes one prompt at a time, and no {len(ids)} rows")
+        return ids[0] if self.form == "row" else list(ids[0].tolist())
+
+    def _call(self, module: nn.Module, arguments: Mapping[str, Any], rows: int) -> Tensor:
         with torch.no_grad(), _quiet():
-            found = self.entry.of(module)(**arguments)
-        found = getattr(found, "sequences", found)
-        if not isinstance(found, Tensor) or found.dim() != 2:
-            kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            returned = self.entry.of(module)(**arguments)
+            found = list(returned) if isinstance(returned, Iterator) else getattr(returned, "sequences", returned)
+        ids = _joined(found, rows) if isinstance(found, list) else _as_rows(found, rows)
+        if ids is None or ids.dim() != 2:
+            kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(returned).__name__
             raise SubjectError(f"{self.entry} returned {kind}: expected token ids (batch, length)")
-        return found.clone()  # no longer of inference mode
+        return ids.clone()  # no longer of inference mode
+
+
+def _joined(parts: list[Any], rows: int) -> Tensor | None:
+    """Token ids (B, L) of a list of them, a list a row, or what was yielded step by step: new tokens, or all so far."""
+    if parts and all(isinstance(part, list) for part in parts):
+        return torch.tensor(parts) if len({len(part) for part in parts}) == 1 else None
+    steps = [step for part in parts if (step := _as_rows(part, rows)) is not None]
+    if not steps or len(steps) < len(parts) or len({len(step) for step in steps}) > 1:
+        return None
+    longer = all(after.shape[1] > before.shape[1] for before, after in itertools.pairwise(steps))
+    return steps[-1] if longer else torch.cat(steps, 1)
+
+
+def _as_rows(part: Any, rows: int) -> Tensor | None:
+    """Token ids as (B, L): a number, one of each row, or all of one row."""
+    if isinstance(part, int):
+        return torch.tensor([[part]])
+    if not isinstance(part, Tensor) or part.dim() > 2 or part.is_floating_point():
+        return None
+    if part.dim() == 2:
+        return part
+    return part.reshape(1, -1) if rows == 1 else part.reshape(-1, 1)
 
 
 @contextlib.contextmanager

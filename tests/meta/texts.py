@@ -95,7 +95,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
     "forward.memory_layout": lambda v: [f"that lie in memory {v.layout} must"],
     "generation.cached_greedy_is_argmax": _must_be_likeliest,
     "generation.eos_per_row": lambda v: [
-        f"of a batch of {v.batch} must hold only pad=",
+        f"of a batch of {v.batch} must hold only ",
         *(f"after {str(row)[:-1]}" for row in v.tokens),
     ],
     "generation.follows_distribution": lambda v: [
