@@ -13,6 +13,7 @@ from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
+from diymodel.verify.first_overflow import first_overflow
 from diymodel.verify.learning import gradients_of, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import estimate_noise
@@ -44,7 +45,8 @@ def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -
         seen, expected = seen.detach().double(), wide.logits(ids).detach()  # even if forward records
     if not bool(seen.isfinite().all()):
         position = int((~seen.isfinite()).nonzero()[0][1])
-        raise CheckFailure(f"{what} must be finite, saw a NaN or infinity at position {position}")
+        where = _where_first(narrow, ids)
+        raise CheckFailure(f"{what} must be finite, saw a NaN or infinity at position {position}{where}")
     difference = (seen - expected).abs()
     largest, tolerance = float(difference.max()), _GROSS * float(expected.abs().max())
     if largest > tolerance:
@@ -54,10 +56,17 @@ def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -
         position = int((difference > tolerance).nonzero()[0][1])
         raise CheckFailure(
             f"{what} must be those of float64 with the same weights up to rounding, which explains {tolerance:.3g}, "
-            f"saw {largest:.3g}; first too far at position {position}",
+            f"saw {largest:.3g}; first too far at position {position}{_where_first(narrow, ids)}",
             largest,
             tolerance,
         )
+
+
+def _where_first(lm: LM, ids: Tensor) -> str:
+    """What to look at, if numbers overflow on the way."""
+    with torch.no_grad():
+        place = first_overflow(lm.module, lambda: lm.logits(ids))
+    return "" if place is None else f"; the first NaN or infinity comes out of {place}"
 
 
 def _row(trial: Trial, vocab_size: int, max_length: int) -> Tensor:
@@ -117,6 +126,7 @@ def zeros_finite(trial: Trial) -> None:
         position = int((~logits.isfinite()).nonzero()[0][1])
         raise CheckFailure(
             f"with embeddings of zeros the logits must be finite, saw a NaN or infinity at position {position}"
+            f"{_where_first(lm, ids)}"
         )
     if trial.subject.missing("graph") is not None:
         return
