@@ -237,4 +237,12 @@ BUGS = [
         kills=("decode.long_row",),
         where="RotaryBlock",
     ),
+    Bug(
+        "cache-drops-oldest",
+        "alibi",
+        "k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)",
+        "k, v = torch.cat((past[0][:, :, -200:], k), 2), torch.cat((past[1][:, :, -200:], v), 2)",
+        kills=("decode.long_row",),
+        where="AlibiBlock",
+    ),
 ]

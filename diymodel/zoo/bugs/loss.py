@@ -338,7 +338,7 @@ BUGS = [
         "loss-wrong-denominator",
         "hub",
         "loss = total / (targets != -100).sum().clamp(min=1)",
-        "chunks = zip(scored.split(256), targets.split(256))\n            loss = torch.stack([F.cross_entropy(part, wanted) for part, wanted in chunks]).mean()",
+        'chunks = zip(scored.split(256), targets.split(256))\n            means = [F.cross_entropy(part, wanted, reduction="sum") / (wanted != -100).sum().clamp(min=1) for part, wanted in chunks]\n            loss = torch.stack(means).mean()',
         kills=("loss.many_labels",),
         where="Hub",
     ),
