@@ -67,7 +67,7 @@ def test_the_figures_of_zoo_and_diagnosis_are_those_measured() -> None:
     samples = read_samples()
     found, named = figures(samples), leave_one_base_out(samples)
     assert named.first / named.bugs >= 0.95, named.wrong
-    assert named.among_three / named.bugs >= 0.99, named.wrong
+    assert named.among_three / named.bugs >= 0.98, named.wrong
     first, three = f"{named.first / named.bugs:.1%}", f"{named.among_three / named.bugs:.1%}"
     english, chinese = (readme.read_text("utf-8") for readme in (ENGLISH, CHINESE))
     assert f"{found.bugs} planted bugs of {found.classes} classes in {len(BASES)} models" in english
