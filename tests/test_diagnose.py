@@ -14,10 +14,11 @@ from benchmarks.diagnosis import EXAMPLES, TRIES, Try
 from diymodel.verify import check_causal_lm
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.diagnose import Signatures, known_causes, signatures
+from diymodel.verify.examination import diagnose
 from diymodel.verify.html import to_html
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Diagnosis, Report, Result
-from diymodel.verify.runner import Settings, diagnose, verify_one
+from diymodel.verify.runner import Settings, verify_one
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.symptoms import list_symptoms
 from diymodel.zoo.base import BASES

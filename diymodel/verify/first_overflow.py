@@ -40,10 +40,14 @@ def first_overflow(module: nn.Module, call: Callable[[], object]) -> str | None:
     """The operation, and the part of the module, such as "pow in layers.0.norm"; None where it cannot be told."""
     watch = _FirstOverflow()
     handles = []
+
+    def leave(*_: Any) -> None:  # what a hook returns takes the place of the output
+        watch.inside.pop()
+
     with contextlib.suppress(Exception):  # what takes no hooks, or fails by now, is told without the place
         for name, part in module.named_modules():
             handles.append(part.register_forward_pre_hook(lambda *_, name=name: watch.inside.append(name)))
-            handles.append(part.register_forward_hook(lambda *_: watch.inside.pop() and None))
+            handles.append(part.register_forward_hook(leave))
         with watch:
             call()
     for handle in handles:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from diymodel.verify.examination import Findings, examine
 from diymodel.verify.failure import SubjectError
-from diymodel.verify.parts import Findings, examine
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Result
 from diymodel.verify.runner import Settings, run_checks, run_here

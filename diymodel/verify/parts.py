@@ -8,10 +8,8 @@ Shapes: B batch, T query length, S key length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import seeded
 from diymodel.verify.report import Result
 from diymodel.verify.subject import Subject
-from diymodel.verify.symptoms import SAME, Patient, distinct_tokens, influence, observe
+from diymodel.verify.symptoms import SAME, Patient, distinct_tokens, influence
 from diymodel.verify.symptoms.cache import held
 from diymodel.verify.symptoms.decode import cached_last, seen_by_whole
 from diymodel.verify.symptoms.watched import later, weights_of
@@ -39,18 +37,6 @@ _DROPS = {"dropout", "dropout_", "native_dropout", "alpha_dropout", "feature_dro
 _DROPS |= {"bernoulli", "bernoulli_", "new_empty.bernoulli_", "uniform_", "randn_like"}
 
 Has = Callable[[Patient], bool]
-
-
-class Findings(NamedTuple):
-    """What experiments on a module that failed have shown."""
-
-    symptoms: Mapping[str, bool] = MappingProxyType({})
-    absent: frozenset[str] = frozenset()  # parts that it lacks
-
-
-def examine(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Findings:
-    """All that is asked of a module that failed."""
-    return Findings(observe(subject, results, device), absent_parts(subject, results, device))
 
 
 def absent_parts(subject: Subject, results: Iterable[Result], device: str = "cpu") -> frozenset[str]:

@@ -91,9 +91,9 @@ def _diagnosis(
     subject: Subject, verdicts: Iterable[tuple[str, Status, dict[str, Any] | None]], device: str
 ) -> list[str]:
     """What the failures look like, from the check, the verdict and the failing values of each test."""
+    from diymodel.verify.examination import diagnose
     from diymodel.verify.registry import list_checks
     from diymodel.verify.report import Failure, Report, Result
-    from diymodel.verify.runner import diagnose
     from diymodel.verify.text import diagnosis_lines
 
     checks = {check.id: check for check in list_checks()}

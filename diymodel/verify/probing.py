@@ -324,7 +324,7 @@ def _find_padding(
 
 
 def _pads_left(lm: LM, ids: Tensor) -> bool:
-    """Whether rows padded on the left give what they give alone, whatever stands at the padding."""
+    """Whether rows padded on the left give what they give alone."""
     shortest = lm.convention.shortest
     real = torch.arange(LENGTH) >= LENGTH - torch.arange(shortest, shortest + ROWS)[:, None]
     if shortest + ROWS > LENGTH or refusal(lm.logits, ids, real) is not None:

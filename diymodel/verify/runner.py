@@ -16,12 +16,11 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
+from diymodel.verify.examination import diagnose
 from diymodel.verify.failure import HARNESS, CheckFailure, Inconclusive, NotApplicable, SubjectError, is_a_tools
-from diymodel.verify.parts import Findings, examine, impossible_classes
 from diymodel.verify.randomness import constants_from_no_module, seeded
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
-from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Factory, Subject, resolve
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
@@ -31,7 +30,6 @@ PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
 CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
-DIAGNOSES = 5  # classes of bugs that a report names
 _CONVINCING = 10  # times the tolerance: a smaller difference might be rounding that was measured too small
 _SHRINKS = 400  # trials spent on making a failure smaller
 _INTO_SUBJECT = ("_call", "build")  # functions of the harness that run the subject's code
@@ -166,45 +164,6 @@ def check_causal_lm(
     report.seconds = time.perf_counter() - started
     report.refused = tuple(sorted(resolved.refused))
     return report
-
-
-def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
-    """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
-
-    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments. Where most checks
-    end in the same error, the error says it all.
-    """
-    from diymodel.verify.diagnose import signatures
-    from diymodel.verify.isolation import examine_isolated
-
-    if report.raises_everywhere:
-        return
-    look = examine_isolated if isolate else examine
-    found = Findings() if report.interrupted else look(subject, report.results, report.device)
-    report.symptoms, impossible = found.symptoms, impossible_classes(found.absent)
-    ranked = signatures().diagnose(replace(sample_of(report.results, report.symptoms), impossible=impossible))
-    report.diagnosis = tuple(ranked[:DIAGNOSES])
-    explained = {fact for found in report.likely for fact in found.evidence}
-    likely = {found.bug for found in report.likely}
-    report.unexplained = tuple(
-        result.check.id
-        for result in report.failed
-        if result.check.id not in explained and likely.isdisjoint(result.check.causes)
-    )
-    places = {found.bug: place for place, found in enumerate(ranked)}
-
-    def ordered(result: Result) -> Result:
-        if result.failure is None:
-            return result
-        named = (found for place, found in enumerate(ranked) if not place or found.beside)
-        sure = {found.bug for found in named if found.score > 0.5 and result.check.id in found.evidence}
-        causes = sorted(
-            sure.union(result.failure.likely_causes) - impossible,
-            key=lambda slug: (places.get(slug, len(places)), slug),
-        )
-        return replace(result, failure=replace(result.failure, likely_causes=tuple(causes)))
-
-    report.results = [ordered(result) for result in report.results]
 
 
 def _runner(isolate: bool) -> Callable[[Subject, Sequence[Check], Settings], Iterator[Result]]:

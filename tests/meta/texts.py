@@ -48,6 +48,10 @@ def _right_with_cache(v: Drawn) -> list[str]:
     return _with_real(v.chunks, real, "right")
 
 
+def _cut_off(v: Drawn) -> list[str]:
+    return [f"the first {v.cut} tokens must give the same logits alone as with {v.length - v.cut} more behind them"]
+
+
 def _micro_batches(v: Drawn) -> list[str]:
     scored = {(row, position) for row, position in v.live}
     counts = [sum(start <= row <= last for row, _ in scored) for start, last in _spans(v.sizes)]
@@ -69,11 +73,9 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"the logits before position {v.cut} must",
     ],
     "causality.in_training": lambda v: [f"changing the token at position {v.cut} must"],
-    "causality.long_row": lambda v: [f"the first {v.cut} of {v.length} tokens must"],
+    "causality.long_row": _cut_off,
     "causality.through_cache": lambda v: [f"on a cache of {v.prefill}, changing the token at position {v.cut} must"],
-    "causality.truncation": lambda v: [
-        f"the first {v.cut} tokens must give the same logits alone as with {v.length - v.cut} more behind them"
-    ],
+    "causality.truncation": _cut_off,
     "checkpoint.wrapped": lambda v: [f"a checkpoint of a module in {v.wrapper} must load"],
     "context.overlong_refused": lambda v: [
         f"{v.config.max_seq_len + 1} tokens are more than max_seq_len={v.config.max_seq_len} and must",

@@ -63,7 +63,11 @@ def edit(trial: Trial) -> None:
 )
 def truncation(trial: Trial) -> None:
     lm = trial.model()
-    ids = trial.tokens(lm, min_length=2)
+    must_not_need_what_follows(trial, lm, trial.tokens(lm, min_length=2))
+
+
+def must_not_need_what_follows(trial: Trial, lm: LM, ids: Tensor) -> None:
+    """Fail unless the logits stand as they are when what follows them is cut off somewhere."""
     cut = trial.draw("cut", st.integers(1, ids.shape[1] - 1))
     what = f"the first {cut} tokens must give the same logits alone as with {ids.shape[1] - cut} more behind them"
     trial.same(lm.logits(ids[:, :cut]), lm.logits(ids)[:, :cut], what, lm, lambda: lm.logits(ids)[:, :cut])

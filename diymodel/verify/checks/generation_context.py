@@ -36,7 +36,7 @@ def past_context(trial: Trial) -> None:
     if not torch.equal(found[:, :T], ids):
         raise CheckFailure(f"{what} keep the prompt {ids.tolist()}, saw {found.tolist()}")
     kept = (longest, longest - 1, found.shape[1])  # a crop, one that leaves room for the next token, or no limit at all
-    what += " refuse, or take the likeliest token after the last that it may see"
+    what += f" refuse, or take the likeliest token after the last {longest} (or {longest - 1}, or all)"
     wrong = [_wrong_with(trial, lm, found, seen, what) for seen in kept]
     if all(wrong):
         raise next(failure for failure in wrong if failure)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import IGNORED, LM
+from diymodel.verify.checks.causality import must_not_need_what_follows
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of
 from diymodel.verify.learning import gradients_of, next_token_loss, trainable
 from diymodel.verify.registry import check
@@ -45,10 +46,7 @@ def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
     causes=("mask-dropped-on-fast-path", "chunk-size-changes-logits", "statistic-over-sequence", "bidirectional-mask"),
 )
 def causality_of_a_long_row(trial: Trial) -> None:
-    lm, ids = _long(trial)
-    cut = trial.draw("cut", st.integers(1, ids.shape[1] - 1))
-    what = f"the first {cut} of {ids.shape[1]} tokens must give the same logits without the others"
-    trial.same(lm.logits(ids[:, :cut]), lm.logits(ids)[:, :cut], what, lm, lambda: lm.logits(ids)[:, :cut])
+    must_not_need_what_follows(trial, *_long(trial))
 
 
 @check(

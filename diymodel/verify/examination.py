@@ -1,0 +1,67 @@
+"""What is done with a module that failed: experiments, and what they and the verdicts mean, written into the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+from diymodel.verify.parts import absent_parts, impossible_classes
+from diymodel.verify.report import Report, Result
+from diymodel.verify.samples import sample_of
+from diymodel.verify.subject import Subject
+from diymodel.verify.symptoms import observe
+
+_SHOWN = 5  # classes of bugs that a report names
+
+
+class Findings(NamedTuple):
+    """What experiments on a module that failed have shown."""
+
+    symptoms: Mapping[str, bool] = MappingProxyType({})
+    absent: frozenset[str] = frozenset()  # parts that it lacks
+
+
+def examine(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Findings:
+    """All that is asked of a module that failed."""
+    return Findings(observe(subject, results, device), absent_parts(subject, results, device))
+
+
+def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
+    """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
+
+    A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments. Where most checks
+    end in the same error, the error says it all.
+    """
+    from diymodel.verify.diagnose import signatures
+    from diymodel.verify.isolation import examine_isolated
+
+    if report.raises_everywhere:
+        return
+    look = examine_isolated if isolate else examine
+    found = Findings() if report.interrupted else look(subject, report.results, report.device)
+    report.symptoms, impossible = found.symptoms, impossible_classes(found.absent)
+    ranked = signatures().diagnose(replace(sample_of(report.results, report.symptoms), impossible=impossible))
+    report.diagnosis = tuple(ranked[:_SHOWN])
+    explained = {fact for found in report.likely for fact in found.evidence}
+    likely = {found.bug for found in report.likely}
+    report.unexplained = tuple(
+        result.check.id
+        for result in report.failed
+        if result.check.id not in explained and likely.isdisjoint(result.check.causes)
+    )
+    places = {found.bug: place for place, found in enumerate(ranked)}
+
+    def ordered(result: Result) -> Result:
+        if result.failure is None:
+            return result
+        named = (found for place, found in enumerate(ranked) if not place or found.beside)
+        sure = {found.bug for found in named if found.score > 0.5 and result.check.id in found.evidence}
+        causes = sorted(
+            sure.union(result.failure.likely_causes) - impossible,
+            key=lambda slug: (places.get(slug, len(places)), slug),
+        )
+        return replace(result, failure=replace(result.failure, likely_causes=tuple(causes)))
+
+    report.results = [ordered(result) for result in report.results]
