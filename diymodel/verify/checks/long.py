@@ -106,7 +106,7 @@ def loss_of_many_labels(trial: Trial) -> None:
     "gradients.long_row_finite",
     title="in float32 the gradients of a long row are finite",
     step="1.2",
-    needs=("gradient",),
+    needs=("graph",),
     causes=("exp-before-mask", "masked-row-nan"),
 )
 def gradients_of_a_long_row(trial: Trial) -> None:
