@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diymodel import DIYForCausalLM, quantize_int8
 from diymodel.int8 import Int8Linear
-from diymodel.verify import Subject, check_causal_lm
+from diymodel.verify import Subject, check_causal_lm, list_checks
+from diymodel.verify.runner import Settings, run_checks
 from tests.test_compiled import CONFIG, counted, prompts, sharp_model
 
 __all__ = ["counted"]
@@ -148,10 +149,9 @@ SUBJECT = Subject(
 
 @pytest.mark.slow
 def test_the_harness_passes_a_quantised_model() -> None:
-    report = check_causal_lm(SUBJECT, profile="quick")
-    wrong = [result for result in report.results if result.status not in ("passed", "skipped")]
-    assert not wrong
-    assert sum(result.status == "passed" for result in report.results) >= 65
+    results = list(run_checks(SUBJECT, list_checks(), Settings(4, optional=False)))
+    assert [result for result in results if result.status not in ("passed", "skipped")] == []
+    assert sum(result.status == "passed" for result in results) >= 70
 
 
 @pytest.mark.slow
