@@ -1,7 +1,8 @@
 """How often the harness cries wolf: every check on correct models, over many seeds.
 
-Each (subject, profile, seed) is one run of the whole list of checks. Finished runs are kept in the result file at once,
-and are not done again, so a measurement can be interrupted and go on, on this machine or on another.
+Each (subject, profile, seed) is one run of the whole list of checks, or with ``--only`` of those that are new. Finished
+runs are kept in the result file at once, and are not done again, so a measurement can be interrupted and go on, on this
+machine or on another.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from diymodel.zoo.base import BASES
 ZOO = "zoo:"
 
 
-def run(subject: str, profile: str, seed: int) -> dict[str, Any]:
+def run(subject: str, profile: str, seed: int, only: tuple[str, ...]) -> dict[str, Any]:
     """One run: how many trials decided something, and which checks failed; none should."""
     torch.set_num_threads(1)
     found = BASES[subject.removeprefix(ZOO)].subject() if subject.startswith(ZOO) else subject
-    report = check_causal_lm(found, profile=profile, seed=seed, check_seconds=600.0)
+    report = check_causal_lm(found, profile=profile, seed=seed, only=only, check_seconds=600.0)
     return {
         "subject": subject,
         "profile": profile,
         "seed": seed,
+        **({"only": list(only)} if only else {}),
         "trials": sum(result.examples for result in report.results if result.status == "passed"),
         "statuses": dict(Counter(result.status for result in report.results)),
         "alarms": [f"{result.check.id}: {_said(result)}" for result in report.failed],
@@ -64,6 +66,7 @@ def main() -> int:
     parser.add_argument("subjects", nargs="+", help=f"what diymodel verify takes, {ZOO}NAME, or {ZOO}all")
     parser.add_argument("--profile", choices=PROFILES, default="standard")
     parser.add_argument("--seeds", type=int, default=20, help="seeds 0 to N - 1 (default: 20)")
+    parser.add_argument("--only", action="append", default=[], help="glob of the ids of new checks (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--json", type=Path, required=True, help="result file; what it holds already is not run again")
     args = parser.parse_args()
@@ -71,8 +74,9 @@ def main() -> int:
         name for given in args.subjects for name in ([ZOO + n for n in BASES] if given == ZOO + "all" else [given])
     ]
     document = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {"runs": []}
-    done = {(one["subject"], one["profile"], one["seed"]) for one in document["runs"]}
-    wanted = [(s, args.profile, seed) for seed, s in itertools.product(range(args.seeds), subjects)]
+    only = tuple(sorted(args.only))
+    done = {(one["subject"], one["profile"], one["seed"], tuple(one.get("only", ()))) for one in document["runs"]}
+    wanted = [(s, args.profile, seed, only) for seed, s in itertools.product(range(args.seeds), subjects)]
     context = multiprocessing.get_context("spawn")  # a child that has called backward cannot be forked again
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool:
         futures = [pool.submit(run, *key) for key in wanted if key not in done]
