@@ -179,10 +179,11 @@ class NoDropout(Repair):
 
 
 def over_keys(scores: Tensor, axis: Any, length: int) -> bool:
-    """Whether a softmax over an axis is that of an attention in a call of T tokens."""
+    """Whether a softmax over an axis is that of an attention in a call of T tokens, which a module may have padded."""
     if scores.dim() < 3 or axis not in (-1, scores.dim() - 1):
         return False
-    return scores.shape[-2] == length <= scores.shape[-1]
+    queries, keys = scores.shape[-2:]
+    return queries == length <= keys or queries == keys > length
 
 
 def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,7 @@ def eos_per_row(trial: Trial) -> None:
     needs=("greedy", "generate_batch", "generate_padded"),
     causes=(
         "continues-from-pad",
+        "padding-mask-ignored",
         "padding-mask-lost-in-decode",
         "padded-batch-shared-position",
         "position-ids-ignored",

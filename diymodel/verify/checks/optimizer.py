@@ -8,8 +8,6 @@ from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
-from torch.optim import Optimizer
-
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of, said
 from diymodel.verify.learning import trainable
 from diymodel.verify.registry import check
@@ -47,7 +45,7 @@ def optimizer_is_complete(trial: Trial) -> None:
         raise NotApplicable(f"{name} makes no optimizer of usual settings: {said(error)}") from error
     optimizers = list(_optimizers(made))
     if not optimizers:
-        raise NotApplicable(f"{name} returned {type(made).__name__}, in which there is no optimizer of torch")
+        raise NotApplicable(f"{name} returned {type(made).__name__}, in which there is no optimizer")
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     forgotten = [
         learns
@@ -68,9 +66,9 @@ def _call(method: Callable[..., Any]) -> Any:
     return method(**{name: known[name] for name in needed if name in known})
 
 
-def _optimizers(made: Any) -> Iterable[Optimizer]:
-    """Alone, or in containers with what else a training loop asks for."""
-    if isinstance(made, Optimizer):
+def _optimizers(made: Any) -> Iterable[Any]:
+    """Alone, or in containers with what else a training loop asks for; whatever has groups as torch's have is one."""
+    if isinstance(getattr(made, "param_groups", None), list):
         yield made
     elif isinstance(made, Mapping):
         yield from _optimizers(list(made.values()))

@@ -99,7 +99,27 @@ def _reads_the_padding(patient: Patient) -> bool | None:
     lm = patient.lm()
     if setting(patient, lm) is not True:
         return None
+    return _reads_its_padding(lm, drawn_prompts(patient, lm, padded=True))
+
+
+@symptom(
+    "generation.reads_padding_on_the_left",
+    "with other tokens at padding in front of the prompts, other tokens are generated",
+    "换掉提示词前面 padding 位置上的 token，生成的结果就变了",
+    PADDED,
+    ("padding-mask-ignored", "padding-mask-lost-in-decode"),
+)
+def _reads_padding_on_the_left(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if "mask" not in lm.generating.names or setting(patient, lm) is not True:
+        return None
     prompts = drawn_prompts(patient, lm, padded=True)
+    real = prompts.real.flip(1) if bool(prompts.real[:, 0].all()) else prompts.real
+    return _reads_its_padding(lm, prompts._replace(real=real))
+
+
+def _reads_its_padding(lm: LM, prompts: Prompts) -> bool:
+    """Whether other tokens at the padding make generate write others."""
     other = prompts._replace(ids=prompts.ids.where(prompts.real, prompts.ids.roll(1, 0)))
     seen, plain = (lm.generating.new_tokens(write(lm, each, padded=True), each.real) for each in (other, prompts))
     return any(not one[: prompts.new].equal(two[: prompts.new]) for one, two in zip(seen, plain, strict=True))
@@ -119,8 +139,8 @@ def _goes_on_after_the_padding(patient: Patient) -> bool | None:
         return None
     found = lm.generating.new_tokens(write(lm, prompts, padded=True), prompts.real)
     firsts = torch.stack([new[0] for new in found])
-    behind = (lm.logits(prompts.ids, real)[:, -1].argmax(-1) for real in (prompts.real, None))
-    return any(firsts.equal(likeliest) for likeliest in behind)
+    masks = (prompts.real,) if "mask" in lm.generating.names else (prompts.real, None)
+    return any(firsts.equal(lm.logits(prompts.ids, real)[:, -1].argmax(-1)) for real in masks)
 
 
 @symptom(

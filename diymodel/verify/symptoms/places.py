@@ -15,6 +15,7 @@ from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tok
 from diymodel.verify.symptoms.leaks import leaks_of
 from diymodel.verify.symptoms.watched import later, weights_of, weights_of_failures
 
+_BY_VALUE = {"causality.edit", "causality.truncation"}
 _LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
 
 
@@ -73,6 +74,8 @@ def _in_gradients_only(patient: Patient) -> bool | None:
     failure = patient.failed["causality.gradient"].failure
     if failure is None or failure.max_abs_diff is None:
         return None
+    if patient.failed.keys() & _BY_VALUE:
+        return False
     lm = patient.lm()
     return max(leak for row in leaks_of(lm, distinct_tokens(lm)) for leak in row) <= SAME
 

@@ -273,6 +273,14 @@ BUGS = [
         where="Scribe",
     ),
     Bug(
+        "padding-mask-ignored",
+        "scribe",
+        "self(fed, mask, None, cache, use_cache)",
+        "self(fed, None, None, cache, use_cache)",
+        kills=("generation.padded_prompt",),
+        where="Scribe",
+    ),
+    Bug(
         "padding-mask-lost-in-decode",
         "scribe",
         "self(fed, mask, None, cache, use_cache)",
