@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "COMPILES_PROPERTIES",
     "FUSED_DEVICES",
     "TORCH",
+    "DispatchMode",
     "SDPBackend",
     "attention",
     "attention_backends",
@@ -47,6 +49,24 @@ TORCH = parse_version(torch.__version__)
 COMPILES_PROPERTIES = TORCH >= (2, 3)  # whether torch.compile follows properties of a module
 
 FUSED_DEVICES = ("cpu", "cuda", "mps") if TORCH >= (2, 4) else ("cuda",)  # where AdamW has a fused kernel
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sees every operation below autograd.
+
+    Newer torch imports its compiler at the first of them, for seconds, to keep the mode out of what is compiled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
 
 if TYPE_CHECKING or TORCH >= (2, 3):
     from torch.compiler import is_compiling

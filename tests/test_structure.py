@@ -18,7 +18,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.sta
 # From the ground up: a module may import those in earlier rows only.
 LAYERS = [
     {"config", "_files", "_compat", "_machine"},
-    {"_attributes", "_run", "devices"},
+    {"_attributes", "_run", "counting", "devices"},
     {"cost", "inputs", "weights", "loss", "cache", "linear", "data", "plot", "hf_form"},
     {"compiled"},
     {"generate"},
@@ -55,7 +55,9 @@ def test_the_harness_knows_the_model_in_one_place_only() -> None:
     bridge = {"model", "loss", "cache", "checkpoint"}
     for path in (PACKAGE / "verify").rglob("*.py"):
         imports = re.findall(r"from diymodel\.(\w+)", path.read_text(encoding="utf-8"))
-        allowed = {"config", "verify", "_files", "_compat"} | (bridge if path.name == "adapters.py" else set())
+        allowed = {"config", "verify", "counting", "_files", "_compat"} | (
+            bridge if path.name == "adapters.py" else set()
+        )
         assert set(imports) <= allowed, f"{path.name} imports {set(imports) - allowed}"
 
 
@@ -84,6 +86,17 @@ def test_public_names_are_lazy_and_resolve() -> None:
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, diymodel.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_counting_flops_does_not_import_the_compiler() -> None:
+    """It takes seconds, of the minute in which a stranger gets a verdict."""
+    code = (
+        "import sys; from diymodel.verify import check_causal_lm; "
+        "report = check_causal_lm('tests/examples/my_model.py:LM', profile='quick', only=['decode.cost']); "
+        "print(report.verdict, 'torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert run.stdout.split() == ["passed", "False"]
 
 
 def test_model_reads_in_one_sitting() -> None:

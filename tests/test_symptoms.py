@@ -302,6 +302,31 @@ def test_nothing_is_said_of_positions_whose_logits_are_not_given() -> None:
     assert [list_symptoms()[id].ask(patient) for id in asked] == [None, None, None]
 
 
+class FillsUp(nn.Module):
+    """Rows are filled up to one length, as for a compiler that wants fixed shapes, and attention has no mask."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        d, self.longest = config.hidden_size, config.max_seq_len
+        self.embed, self.qkv = nn.Embedding(config.vocab_size, d), nn.Linear(d, 3 * d)
+        self.head = nn.Linear(d, config.vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        T = input_ids.shape[1]
+        x = self.embed(F.pad(input_ids, (0, self.longest - T)))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        logits: Tensor = self.head(x + (q @ k.mT).softmax(-1) @ v)[:, :T]
+        return logits
+
+
+def test_attention_over_rows_that_are_filled_up_is_attention() -> None:
+    check = next(check for check in list_checks() if check.id == "causality.edit")
+    subject = Subject(FillsUp)
+    seen = observe(subject, [verify_one(subject, check, Settings(PROFILES["quick"]))])
+    assert seen["repair.causal_attention"]
+    assert not seen["leak.without_attention"]
+
+
 @pytest.mark.parametrize("id", LIVE)
 def test_symptoms_show_as_they_were_measured(id: str) -> None:
     bug = next(bug for bug in list_bugs() if bug.id == id)

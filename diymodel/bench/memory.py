@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from diymodel._compat import DispatchMode
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -31,9 +32,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return watch.peak
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._bytes: Any = WeakIdKeyDictionary()  # storage -> bytes, 0 for those that were there before
         self.peak = 0
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from diymodel.bench.counting import Flops, count_flops
 from diymodel.bench.decoders import Decoder, kv_bytes
 from diymodel.bench.figures import Fit, Spread
+from diymodel.counting import Flops, count_flops
 
 ANCHORS = (2, 3, 4)  # lengths that determine a cost of degree 2; every other length counted then checks it
 THEORY = {  # exponents of the totals

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from diymodel._compat import DispatchMode
 from diymodel.verify.randomness import reseed, seeded
 
 HEALTHY_TRIALS, FALSE_ALARMS = 730_000, 0  # of correct models, as measured: benchmarks/results/false_alarms.json
@@ -39,11 +39,11 @@ def noise_factor(dtype: torch.dtype) -> int:
     return 16 if dtype in (torch.float64, torch.float32) else 4
 
 
-class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Results(DispatchMode):
     """Notes whether an operation gives float32."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.float32 = False
 
     def __torch_dispatch__(

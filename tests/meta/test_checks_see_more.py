@@ -143,6 +143,19 @@ CHANGED = [
         {'Settings(**content["config"])': 'Settings(**{**content["config"], "dropout": 0.0})'},
         "a setting that eval mode does not show is lost",
     ),
+    Changed(
+        "training.optimizer_is_complete",
+        "passed",
+        "parallel",
+        {
+            "def configure_optimizers(self, train_config: Any) -> torch.optim.Optimizer:": "def setup_optimizers(self, "
+            "weight_decay: float) -> Any:\n        from types import SimpleNamespace\n\n"
+            "        train_config = SimpleNamespace(weight_decay=weight_decay)",
+            "return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas)": "return "
+            '[torch.optim.AdamW(groups[:1]), SimpleNamespace(param_groups=groups[1:], step=None), "cosine"]',
+        },
+        "two optimizers, and one of them no subclass of torch's",
+    ),
 ]
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from diymodel._compat import SDPBackend, sdpa_kernel
+from diymodel.counting import count_flops
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import check
@@ -202,12 +201,9 @@ def cost(trial: Trial) -> None:
 
 def _step_flops(lm: LM, ids: Tensor) -> int:
     """FLOPs of the cached step for the last token."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the only backend whose attention is counted on CPU
+    with torch.no_grad():
         _, past = lm.extend(ids[:, :-1])
-        with FlopCounterMode(display=False) as counter:
-            lm.extend(ids[:, -1:], past)
-    total: int = counter.get_total_flops()
-    return total
+    return count_flops(lambda: lm.extend(ids[:, -1:], past), lm.module).total
 
 
 def _tensors(past: object, depth: int = 8) -> list[torch.Tensor]:

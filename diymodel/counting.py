@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from diymodel._compat import SDPBackend, sdpa_kernel
+from diymodel._compat import DispatchMode, SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ def count_flops(run: Callable[[], object], module: nn.Module) -> Flops:
     return Flops(counter.linear, counter.attention)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(DispatchMode):
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         packed = [b for b in module.buffers() if b.dtype in (torch.int8, torch.uint8) and b.dim() >= 2]
         self._weights = {_storage(tensor) for tensor in (*module.parameters(), *packed)}
         self._made: list[Tensor] = []  # kept, so that no other storage gets the address of one

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from benchmarks.conftest import exponents
 from diymodel import DIYConfig
 from diymodel.bench.caches import ConcatenatedDecoder, MaskedDecoder
-from diymodel.bench.counting import Flops, count_flops
 from diymodel.bench.decode import cached_step, step_peak
 from diymodel.bench.decoders import Benched, OwnDecoder
 from diymodel.bench.figures import Fit
@@ -32,6 +31,7 @@ from diymodel.bench.scaling import (
 )
 from diymodel.bench.shapes import SHAPES
 from diymodel.cost import decode_flops, kv_bytes_per_token, num_parameters, prefill_flops
+from diymodel.counting import Flops, count_flops
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 TINY = DIYConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, max_seq_len=128, dropout=0.0)
