@@ -44,7 +44,7 @@ def measure(name: str) -> Sample:
     with mutation.patch(), torch.random.fork_rng():
         subject = resolve(None)
         results = [verify_one(subject, check, settings) for check in list_checks()]
-        return sample_of(results, observe(subject, results), name, _class(name), OURS)
+        return sample_of(results, dict(observe(subject, results)), name, _class(name), OURS)
 
 
 def ranks(samples: Iterable[Sample]) -> dict[str, list[str]]:

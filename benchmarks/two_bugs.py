@@ -77,7 +77,7 @@ def measure(index: int) -> Sample:
     except SubjectError:
         return Sample(*names, {check.id: "skipped" for check in list_checks()}, {})
     results = [verify_one(found, check, settings) for check in list_checks()]
-    return sample_of(results, observe(found, results), *names)
+    return sample_of(results, dict(observe(found, results)), *names)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.diagnosis import EXAMPLES
+from diymodel.verify.isolation import examine_isolated
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks, select_checks
 from diymodel.verify.report import Failure, Result
@@ -168,7 +170,7 @@ def test_what_decides_that_a_strangers_dropout_goes_on(tmp_path: Path, new: str,
     path.write_text((EXAMPLES / "nano_gpt.py").read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     subject, checks = resolve(f"{path}:GPT"), {check.id: check for check in list_checks()}
     result = verify_one(subject, checks["modes.dropout_off_in_eval"], Settings(PROFILES["quick"], shrink=False))
-    seen = observe(subject, [result])
+    seen = dict(observe(subject, [result]))
     asked = ("modes.dropout_is_told_none", "modes.decided_earlier", "modes.dropout_is_told_to_train")
     assert [name for name in asked if seen[name]] == [id]
 
@@ -220,7 +222,7 @@ def test_an_expert_that_few_tokens_leave_out_is_no_module_that_is_never_called(
     weigh: Callable[[Tensor], Tensor], yes: list[str]
 ) -> None:
     failed = told("gradients.reach_every_parameter")
-    seen = observe(Subject(lambda config: Routed(config, weigh)), failed.values())
+    seen = dict(observe(Subject(lambda config: Routed(config, weigh)), failed.values()))
     asked = ("gradients.module_not_called", "gradients.none_at_the_router", "gradients.position_table_not_used")
     assert [id for id in asked if seen[id]] == yes
 
@@ -255,7 +257,7 @@ def test_a_dropout_that_goes_on_is_nothing_that_is_remembered_and_no_leak() -> N
     subject, checks = Subject(AlwaysDrops), {check.id: check for check in list_checks()}
     settings = Settings(PROFILES["quick"], shrink=False)
     failed = ("forward.deterministic", "batch.row_alone", "causality.edit", "gradients.accumulate")
-    seen = observe(subject, [verify_one(subject, checks[id], settings) for id in failed])
+    seen = dict(observe(subject, [verify_one(subject, checks[id], settings) for id in failed]))
     dropout = {"modes.dropout_is_told_none", "repair.no_dropout"}
     assert {id for id, answer in seen.items() if answer} == dropout
     assert {"state.old_weights_remembered", "state.earlier_call_matters", "batch.other_rows_matter"} <= seen.keys()
@@ -322,7 +324,7 @@ class FillsUp(nn.Module):
 def test_attention_over_rows_that_are_filled_up_is_attention() -> None:
     check = next(check for check in list_checks() if check.id == "causality.edit")
     subject = Subject(FillsUp)
-    seen = observe(subject, [verify_one(subject, check, Settings(PROFILES["quick"]))])
+    seen = dict(observe(subject, [verify_one(subject, check, Settings(PROFILES["quick"]))]))
     assert seen["repair.causal_attention"]
     assert not seen["leak.without_attention"]
 
@@ -333,7 +335,7 @@ def test_symptoms_show_as_they_were_measured(id: str) -> None:
     measured = next(found for found in SAMPLES if found.bug == id)
     subject, checks = bug.subject(), {check.id: check for check in list_checks()}
     settings = Settings(PROFILES["quick"], shrink=False)
-    seen = observe(subject, [verify_one(subject, checks[killer], settings) for killer in measured.killers])
+    seen = dict(observe(subject, [verify_one(subject, checks[killer], settings) for killer in measured.killers]))
     assert seen == measured.symptoms
 
 
@@ -341,7 +343,7 @@ def test_a_module_that_raises_has_no_symptoms() -> None:
     subject = resolve(None)
     check = next(check for check in list_checks() if check.id == "causality.edit")
     passed = verify_one(subject, check, Settings(PROFILES["quick"]))
-    assert observe(subject, [passed]) == {}
+    assert dict(observe(subject, [passed])) == {}
 
 
 def test_an_experiment_that_takes_too_long_is_left_out_and_the_others_go_on() -> None:
@@ -351,11 +353,23 @@ def test_an_experiment_that_takes_too_long_is_left_out_and_the_others_go_on() ->
 
     subject = resolve(f"{EXAMPLES / 'broken_model.py'}:LM")
     found = [verify_one(subject, check, Settings(10)) for check in select_checks(["decode.cached_equals_full"])]
-    expected = observe(subject, found)
+    expected = dict(observe(subject, found))
     first = next(id for id, shows in expected.items() if shows)
     slow = {**list_symptoms(), first: replace(list_symptoms()[first], ask=forever)}
     with (
         mock.patch("diymodel.verify.symptoms.list_symptoms", return_value=slow),
         mock.patch("diymodel.verify.symptoms._SECONDS", 3.0),
     ):
-        assert observe(subject, found) == {id: shows for id, shows in expected.items() if id != first}
+        assert dict(observe(subject, found)) == {id: shows for id, shows in expected.items() if id != first}
+
+
+def test_what_was_found_before_an_experiment_crashes_is_kept() -> None:
+    subject = resolve(f"{EXAMPLES / 'broken_model.py'}:LM")
+    found = [verify_one(subject, check, Settings(10)) for check in select_checks(["decode.cached_equals_full"])]
+    expected = list(observe(subject, found))
+    before, (last, _) = dict(expected[:3]), expected[3]
+    crashing = {**list_symptoms(), last: replace(list_symptoms()[last], ask=lambda _: os._exit(1))}
+    with mock.patch("diymodel.verify.symptoms.list_symptoms", return_value=crashing):
+        *_, findings = examine_isolated(subject, found)
+    assert findings.symptoms == before
+    assert findings.absent

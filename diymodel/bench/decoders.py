@@ -18,6 +18,7 @@ from diymodel.config import DIYConfig
 from diymodel.model import DIYForCausalLM
 from diymodel.verify.adapters import LM, Convention
 from diymodel.verify.failure import said
+from diymodel.verify.held import tensors_in, tensors_on
 from diymodel.verify.subject import OWN, Subject, resolve
 
 _LAST_ONLY = ("logits_to_keep", "num_logits_to_keep")  # parameters of forward: logits of the last so many positions
@@ -175,10 +176,7 @@ def kv_bytes(module: nn.Module, past: Any) -> int | None:
     Found are the floating-point tensors of at least three dimensions in nested lists, tuples, mappings and objects, or
     else in what the modules hold beside their parameters.
     """
-    kept = _large(_tensors(past, depth=6))
-    if not kept:
-        held = [value for part in module.modules() for name, value in vars(part).items() if not name.startswith("_")]
-        kept = _large([*module.buffers(), *_tensors(held, depth=4)])
+    kept = _large(tensors_in(past)) or _large(tensors_on(module))
     return sum(tensor.nbytes for tensor in kept) or None
 
 
@@ -186,17 +184,3 @@ def _large(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Each once, of those that may be keys or values."""
     once = {id(tensor): tensor for tensor in tensors}.values()
     return [tensor for tensor in once if tensor.is_floating_point() and tensor.dim() >= 3]
-
-
-def _tensors(value: Any, depth: int) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if depth == 0 or isinstance(value, (nn.Module, str, type)):
-        return []
-    if isinstance(value, Mapping):
-        parts = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        parts = list(value)
-    else:
-        parts = list(getattr(value, "__dict__", {}).values())
-    return [tensor for part in parts for tensor in _tensors(part, depth - 1)]

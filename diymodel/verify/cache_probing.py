@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention, NewCache, Past
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
+from diymodel.verify.held import tensors_in, tensors_on
 from diymodel.verify.signature import has_no
 
 _MAKERS = (
@@ -127,7 +128,7 @@ def _find_new_cache(
             if begun is not None and crashed(error):
                 crashing = crashing or replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache))
         else:
-            if way.new_cache is one_none_a_layer and not list(_tensors(past.cache)):
+            if way.new_cache is one_none_a_layer and not tensors_in(past.cache):
                 continue  # it was passed over
             changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
             way = replace(way, cache_is_value=not changed and _is_value(past.cache))
@@ -194,7 +195,7 @@ def _new_part(begun: Past, later: Past) -> int | None:
         begun: after a call with several tokens.
         later: after one more.
     """
-    first, second = ([t for t in _tensors(past.cache) if t.dim()] for past in (begun, later))
+    first, second = ([t for t in tensors_in(past.cache) if t.dim()] for past in (begun, later))
     if [t.dim() for t in first] != [t.dim() for t in second]:
         return None
     pairs = list(zip(first, second, strict=True))
@@ -222,7 +223,7 @@ def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, 
 
     def after(tokens: Tensor) -> list[Tensor]:
         LM(module, config, convention).extend(tokens)
-        return [tensor.clone() for tensor in _tensors(_attributes(module))]
+        return [tensor.clone() for tensor in tensors_on(module)]
 
     try:
         first, second = after(ids), after((ids + 1) % config.vocab_size)
@@ -321,27 +322,8 @@ def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, id
     """Whether what is kept between calls has less precision than the module: rounding of that size is then no bug."""
     lm = LM(module, config, convention)
     lm.logits(ids)  # what it makes in any first call, such as a table of positions, is no cache
-    before = [(kept, kept.clone()) for kept in _tensors(_attributes(module))]
+    before = [(kept, kept.clone()) for kept in tensors_on(module)]
     _, past = lm.extend(ids)
     same = {id(kept) for kept, copy in before if torch.equal(kept, copy)}
-    kept = [*_tensors(past.cache), *(kept for kept in _tensors(_attributes(module)) if id(kept) not in same)]
+    kept = [*tensors_in(past.cache), *(kept for kept in tensors_on(module) if id(kept) not in same)]
     return any(t.is_floating_point() and t.dtype.itemsize < convention.dtype.itemsize for t in kept)
-
-
-def _attributes(module: nn.Module) -> list[Any]:
-    """What the parts of a module hold besides parameters and parts."""
-    hidden = ("_parameters", "_modules")
-    return [value for part in module.modules() for name, value in vars(part).items() if name not in hidden]
-
-
-def _tensors(value: Any, depth: int = 4) -> Iterable[Tensor]:
-    """The tensors in containers, and in the attributes of what is no module."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        items: Iterable[Any] = value.values()
-    elif isinstance(value, (list, tuple, set)):
-        items = value
-    else:
-        items = vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ()
-    return [tensor for item in items for tensor in _tensors(item, depth - 1)] if depth else []

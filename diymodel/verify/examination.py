@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -23,9 +23,13 @@ class Findings(NamedTuple):
     absent: frozenset[str] = frozenset()  # parts that it lacks
 
 
-def examine(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Findings:
-    """All that is asked of a module that failed."""
-    return Findings(observe(subject, results, device), absent_parts(subject, results, device))
+def examine(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Iterator[Findings]:
+    """What is known of a module that failed after each of the experiments, the last time after all."""
+    found = Findings({}, absent_parts(subject, results, device))
+    yield found
+    for id, answer in observe(subject, results, device):
+        found = found._replace(symptoms={**found.symptoms, id: answer})
+        yield found
 
 
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
@@ -39,8 +43,10 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
 
     if report.raises_everywhere:
         return
-    look = examine_isolated if isolate else examine
-    found = Findings() if report.interrupted else look(subject, report.results, report.device)
+    found = Findings()
+    if not report.interrupted:
+        look = examine_isolated if isolate else examine
+        *_, found = look(subject, report.results, report.device)
     report.symptoms, impossible = found.symptoms, impossible_classes(found.absent)
     ranked = signatures().diagnose(replace(sample_of(report.results, report.symptoms), impossible=impossible))
     report.diagnosis = tuple(ranked[:_SHOWN])

@@ -84,16 +84,18 @@ def _probed(subject: Subject) -> bool:
         return False
 
 
-def examine_isolated(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Findings:
-    """As :func:`examine`, in a child of its own; nothing where that crashes or hangs."""
-    with _child(lambda sender: sender.send(examine(subject, results, device))) as (_, receiver):
-        if not receiver.poll(_OBSERVE_SECONDS):
-            return Findings()
-        try:
-            found: Findings = receiver.recv()
-        except EOFError:
-            return Findings()
-        return found
+def examine_isolated(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Iterator[Findings]:
+    """As :func:`examine`, in a child of its own; no more than what was found before that crashes or hangs."""
+
+    def work(sender: Connection) -> None:
+        for found in examine(subject, results, device):
+            sender.send(found)
+
+    yield Findings()
+    until = time.monotonic() + _OBSERVE_SECONDS
+    with _child(work) as (_, receiver), contextlib.suppress(EOFError):
+        while receiver.poll(max(until - time.monotonic(), 0.0)):
+            yield receiver.recv()
 
 
 def _in_child(subject: Subject, checks: Sequence[Check], settings: Settings, run: _Run) -> Iterator[Result]:

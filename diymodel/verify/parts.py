@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.catalogue import list_bug_classes
+from diymodel.verify.held import tensors_of
 from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import seeded
 from diymodel.verify.report import Result
 from diymodel.verify.subject import Subject
 from diymodel.verify.symptoms import SAME, Patient, distinct_tokens, influence
-from diymodel.verify.symptoms.cache import held
 from diymodel.verify.symptoms.decode import cached_last, seen_by_whole
 from diymodel.verify.symptoms.watched import later, weights_of
 from diymodel.verify.timing import OutOfTime, time_limit
@@ -156,7 +156,7 @@ def _carries(patient: Patient) -> bool:
 
     def shapes(length: int) -> list[tuple[int, ...]]:
         cache = lm.extend(ids[:, :length])[1]
-        return [tuple(x.shape) for x in held(lm, cache) if x.is_floating_point() and x.dim() > 2]
+        return [tuple(x.shape) for x in tensors_of(lm, cache) if x.is_floating_point() and x.dim() > 2]
 
     short, long = _LENGTH - 2, _LENGTH
     before, after = shapes(short), shapes(long)

@@ -5,7 +5,6 @@ Shapes: T query length, S key length (cached + T).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diymodel.verify.held import tensors_in
 from diymodel.verify.repairs import SOFTMAX, attention_inputs, dimension, over_keys
 from diymodel.verify.repairs_layers import CHOICES
 
@@ -212,7 +212,7 @@ class Overflows(Watcher):
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if self.first is not None:
             return
-        given = [tensor for tensor in _tensors((args, tuple(kwargs.values()))) if tensor.dtype in _HALF]
+        given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.dtype in _HALF]
         if not given:
             return
         name = getattr(function, "__name__", "")
@@ -229,11 +229,3 @@ class Overflows(Watcher):
                 self.first = "square"
             elif name in _SCORES:
                 self.first = "scores"
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)

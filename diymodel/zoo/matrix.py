@@ -26,7 +26,7 @@ def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
     subject, settings = bug.subject(), Settings(PROFILES[profile], seed, shrink=False)
     wanted = replace(settings, optional=False)
     results = [verify_one(subject, check, settings if check.id in bug.kills else wanted) for check in list_checks()]
-    return sample_of(results, observe(subject, results), bug.id, bug.slug, bug.base)
+    return sample_of(results, dict(observe(subject, results)), bug.id, bug.slug, bug.base)
 
 
 def extend(

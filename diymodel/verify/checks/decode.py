@@ -11,6 +11,7 @@ from torch import Tensor
 from diymodel.counting import count_flops
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.held import tensors_of, tensors_on
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -149,10 +150,11 @@ def unrelated_call(trial: Trial) -> None:
 def no_graph(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
+    learned = [tensor for tensor in tensors_on(lm.module) if tensor.requires_grad]  # kept beside the parameters
     with torch.no_grad():
         _, past = lm.extend(ids)
-    for tensor in _tensors(past.cache):
-        if tensor.requires_grad:
+    for tensor in tensors_of(lm, past):
+        if tensor.requires_grad and not any(tensor is known for known in learned):
             raise CheckFailure("a cache made under torch.no_grad() must hold plain tensors, saw one that requires grad")
 
 
@@ -204,16 +206,3 @@ def _step_flops(lm: LM, ids: Tensor) -> int:
     with torch.no_grad():
         _, past = lm.extend(ids[:, :-1])
     return count_flops(lambda: lm.extend(ids[:, -1:], past), lm.module).total
-
-
-def _tensors(past: object, depth: int = 8) -> list[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts, and in what objects hold."""
-    if isinstance(past, torch.Tensor):
-        return [past]
-    if hasattr(past, "values") and callable(past.values):
-        parts = past.values()
-    elif isinstance(past, (list, tuple)):
-        parts = past
-    else:
-        parts = vars(past).values() if hasattr(past, "__dict__") and not callable(past) else ()
-    return [tensor for part in parts for tensor in _tensors(part, depth - 1)] if depth else []

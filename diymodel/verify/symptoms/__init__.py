@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,12 +151,14 @@ def list_symptoms() -> dict[str, Symptom]:
     return dict(_SYMPTOMS)
 
 
-def observe(subject: Subject, results: Iterable[Result], device: str = "cpu") -> dict[str, bool]:
-    """The answers to the questions that the failures raise, by id; those that the module cannot answer are left out."""
+def observe(subject: Subject, results: Iterable[Result], device: str = "cpu") -> Iterator[tuple[str, bool]]:
+    """The answers to the questions that the failures raise, with their ids, as they come.
+
+    Those that the module cannot answer are left out.
+    """
     failed = {result.check.id: result for result in results if result.status == "failed"}
-    answers: dict[str, bool] = {}
     if not any(result.failure is not None for result in failed.values()):
-        return answers
+        return
     patient = Patient(subject, failed, device)
     for found in list_symptoms().values():
         if not any(fnmatch.fnmatchcase(id, glob) for id in failed for glob in found.when):
@@ -167,8 +169,7 @@ def observe(subject: Subject, results: Iterable[Result], device: str = "cpu") ->
         except (Exception, OutOfTime):  # the module is broken: that it raises or hangs here says nothing more
             continue
         if answer is not None:
-            answers[found.id] = answer
-    return answers
+            yield found.id, answer
 
 
 # --- what the experiments share --------------------------------------------------------------------------------------

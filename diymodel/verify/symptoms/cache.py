@@ -6,41 +6,17 @@ Shapes: T query length.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from diymodel.verify.adapters import LM, Past
+from diymodel.verify.held import tensors_in, tensors_of
 from diymodel.verify.repairs import CachedKeysAsHeld
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 from diymodel.verify.symptoms.decode import right_once
 
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-def _tensors(cache: Any) -> Iterator[Tensor]:
-    if isinstance(cache, Tensor):
-        yield cache
-    elif isinstance(cache, dict):
-        for value in cache.values():
-            yield from _tensors(value)
-    elif isinstance(cache, (list, tuple)):
-        for value in cache:
-            yield from _tensors(value)
-    elif hasattr(cache, "__dict__"):
-        yield from _tensors(vars(cache))
-
-
-def held(lm: LM, past: Past) -> list[Tensor]:
-    """The tensors in a cache, wherever it is."""
-    if not lm.convention.cache_on_module:
-        return list(_tensors(past.cache))
-    attributes = [vars(part) for part in lm.module.modules()]
-    plain = [value for every in attributes for name, value in every.items() if name != "_parameters"]
-    return [tensor for value in plain if isinstance(value, (Tensor, dict, list, tuple)) for tensor in _tensors(value)]
 
 
 class _Step(NamedTuple):
@@ -56,9 +32,9 @@ def _after_a_step(patient: Patient) -> _Step | None:
     if lm.convention.cache_on_module or patient.subject.missing("cache_value") is not None:
         return None  # an object may change under its holder's hands
     _, past = lm.extend(ids[:, :4])
-    tensors, entries = list(_tensors(past.cache)), _entries(past.cache)
+    tensors, entries = tensors_in(past.cache), _entries(past.cache)
     lm.extend(ids[:, 4:5], past)
-    return _Step(_others(tensors, list(_tensors(past.cache))), _others(entries, _entries(past.cache)))
+    return _Step(_others(tensors, tensors_in(past.cache)), _others(entries, _entries(past.cache)))
 
 
 def _entries(cache: Any) -> list[Any]:
@@ -129,7 +105,7 @@ def _right_with_keys_as_held(patient: Patient) -> bool | None:
         lm.around = None
         logits, past = lm.extend(ids[:, :3])
         for t in range(3, ids.shape[1]):
-            lm.around = partial(CachedKeysAsHeld, held=held(lm, past)) if repaired else None
+            lm.around = partial(CachedKeysAsHeld, held=tensors_of(lm, past)) if repaired else None
             logits, past = lm.extend(ids[:, t : t + 1], past)
         lm.around = None
         return not apart(logits[:, -1], lm.logits(ids)[:, -1]) <= SAME

@@ -297,6 +297,14 @@ BUGS = [
     ),
     Bug(
         "cache-keeps-graph",
+        "onmodule",
+        "    def forward(self, idx",
+        "    @torch.enable_grad()\n    def forward(self, idx",
+        kills=("decode.no_graph",),
+        where="OnModule",
+    ),
+    Bug(
+        "cache-keeps-graph",
         "parallel",
         "    def forward(self, tokens",
         "    @torch.enable_grad()\n    def forward(self, tokens",
