@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diymodel._compat import TORCH
 from diymodel.verify import Subject, SubjectError, check_causal_lm
-from diymodel.verify.masks import CausalMask
-from diymodel.verify.outputs import read_output
+from diymodel.verify.calling.masks import CausalMask
+from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.registry import select_checks
 from diymodel.verify.runner import Settings, run_checks
 from diymodel.verify.subject import resolve

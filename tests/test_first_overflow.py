@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.first_overflow import first_overflow
+from diymodel.verify.experiments.first_overflow import first_overflow
 
 LARGE = torch.full((3,), 300.0, dtype=torch.float16)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.generating import CAPABILITIES, Generating
+from diymodel.verify.calling.generating import CAPABILITIES, Generating
 from diymodel.verify.registry import Check, list_checks
 from diymodel.verify.runner import Settings, verify_one
 from diymodel.verify.subject import Subject, resolve

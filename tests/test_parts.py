@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diymodel.verify import check_causal_lm
 from diymodel.verify.catalogue import bug_class, list_bug_classes
 from diymodel.verify.diagnose import signatures
-from diymodel.verify.parts import PARTS, absent_parts
+from diymodel.verify.experiments.parts import PARTS, absent_parts
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Failure, Result
 from diymodel.verify.samples import Sample, read_samples

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
-from diymodel.verify.handing import Calls, handed, right_mask, right_positions
-from diymodel.verify.repairs import (
+from diymodel.verify.experiments.handing import Calls, handed, right_mask, right_positions
+from diymodel.verify.experiments.repairs import (
     CachedKeysAsHeld,
     CausalAttention,
     NoDropout,
@@ -22,9 +22,15 @@ from diymodel.verify.repairs import (
     Repair,
     SoftmaxOverKeys,
 )
-from diymodel.verify.repairs_layers import ROUTINGS, GateAndUpExchanged, OtherActivation, OtherRouting, ScaledScores
+from diymodel.verify.experiments.repairs_layers import (
+    ROUTINGS,
+    GateAndUpExchanged,
+    OtherActivation,
+    OtherRouting,
+    ScaledScores,
+)
+from diymodel.verify.experiments.watchers import AttentionWeights, Choices, Overflows, SoftmaxesOverQueries
 from diymodel.verify.symptoms import distinct_tokens
-from diymodel.verify.watchers import AttentionWeights, Choices, Overflows, SoftmaxesOverQueries
 from diymodel.zoo.base import BASES
 
 REPAIRS = (CausalAttention, NoDropout, PositionsAfterTheCache, PositionsOfTokensSeen, SoftmaxOverKeys)

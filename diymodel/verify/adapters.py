@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.entries import Entry
+from diymodel.verify.calling.entries import Entry
+from diymodel.verify.calling.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
+from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
 from diymodel.verify.failure import NotApplicable, SubjectError, said
-from diymodel.verify.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
-from diymodel.verify.outputs import Output, joined, read_output, unflattened
 
 if TYPE_CHECKING:
-    from diymodel.verify.generating import Generating
+    from diymodel.verify.calling.generating import Generating
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, T, V) and unshifted labels (B, T)
 NewCache = Callable[

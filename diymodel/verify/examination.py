@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from diymodel.verify.parts import absent_parts, impossible_classes
+from diymodel.verify.experiments.parts import absent_parts, impossible_classes
 from diymodel.verify.report import Report, Result
 from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Subject

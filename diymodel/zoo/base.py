@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from diymodel.verify.generating import CAPABILITIES as GENERATING
+from diymodel.verify.calling.generating import CAPABILITIES as GENERATING
 from diymodel.verify.subject import Subject
 
 NO_GENERATION = frozenset({*GENERATING, "strict_generation", "generate_eval"})

@@ -28,7 +28,7 @@ class BugClass:
     symptom: str  # what shows in training and in generation
     symptom_zh: str
     seen: tuple[str, ...]  # issues and pull requests, as "owner/name#number"
-    needs: tuple[str, ...] = ()  # parts of verify/parts.py: in a module without one of them it cannot be
+    needs: tuple[str, ...] = ()  # parts of verify/experiments/parts.py: in a module without one of them it cannot be
     left_out: str = ""  # why the zoo has no such model
 
     def text(self, lang: str) -> BugText:

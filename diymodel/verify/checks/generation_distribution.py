@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.calling.generating import MANY
 from diymodel.verify.checks.generation_sampling import ACCIDENT
 from diymodel.verify.failure import CheckFailure, NotApplicable, crashed, said
-from diymodel.verify.generating import MANY
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 

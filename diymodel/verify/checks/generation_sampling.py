@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.calling.generating import MANY
 from diymodel.verify.checks.generation import must_be_likeliest
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, said
-from diymodel.verify.generating import MANY
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 

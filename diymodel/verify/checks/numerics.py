@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
+from diymodel.verify.experiments.first_overflow import first_overflow
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
-from diymodel.verify.first_overflow import first_overflow
 from diymodel.verify.learning import gradients_of, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import estimate_noise

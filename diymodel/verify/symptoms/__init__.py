@@ -24,10 +24,10 @@ from torch import Tensor
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
+from diymodel.verify.calling.outputs import Output
+from diymodel.verify.experiments.repairs import RepairOf
 from diymodel.verify.failure import CheckFailure
-from diymodel.verify.outputs import Output
 from diymodel.verify.randomness import reseed, seeded
-from diymodel.verify.repairs import RepairOf
 from diymodel.verify.report import Result
 from diymodel.verify.subject import Subject
 from diymodel.verify.timing import OutOfTime, time_limit

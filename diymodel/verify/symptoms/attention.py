@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diymodel.verify.experiments.watchers import NaNsGiven, SoftmaxesOverQueries
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.watched import fail_again, later, weights_of, weights_of_failures
-from diymodel.verify.watchers import NaNsGiven, SoftmaxesOverQueries
 
 _FAINT = 4.0  # nats: what is hidden by a moderate number is fainter still, what is not hidden hardly is
 _UNEQUAL = 1e-6  # of weights

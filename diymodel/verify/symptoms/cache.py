@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diymodel.verify.experiments.repairs import CachedKeysAsHeld
 from diymodel.verify.held import tensors_in, tensors_of
-from diymodel.verify.repairs import CachedKeysAsHeld
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 from diymodel.verify.symptoms.decode import right_once
 

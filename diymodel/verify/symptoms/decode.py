@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.experiments.watchers import ZeroRows
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
-from diymodel.verify.watchers import ZeroRows
 
 DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
 _PREFILL = LENGTH - 3

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.repairs import RepairOf
-from diymodel.verify.repairs_layers import (
+from diymodel.verify.experiments.repairs import RepairOf
+from diymodel.verify.experiments.repairs_layers import (
     ACTIVATIONS,
     ROUTINGS,
     GateAndUpExchanged,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diymodel.verify.handing import Arguments, Calls, fed_to_cache, handed, right_mask, right_positions
+from diymodel.verify.experiments.handing import Arguments, Calls, fed_to_cache, handed, right_mask, right_positions
 from diymodel.verify.symptoms import Patient, symptom
 from diymodel.verify.symptoms.continuation import PADDED, drawn_prompts, parts_at, setting, write
 

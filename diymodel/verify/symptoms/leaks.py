@@ -12,10 +12,10 @@ from torch import Tensor
 
 from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
+from diymodel.verify.experiments.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
+from diymodel.verify.experiments.watchers import SoftmaxesOverQueries
 from diymodel.verify.learning import training_undone
-from diymodel.verify.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
-from diymodel.verify.watchers import SoftmaxesOverQueries
 
 _LEAKS = ("causality.*",)
 _LONG = 9  # enough tokens that what a convolution sees of them ends before they do

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diymodel.verify.adapters import LM, Around
+from diymodel.verify.experiments.repairs import NoDropout
 from diymodel.verify.learning import trained_call
-from diymodel.verify.repairs import NoDropout
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.saving import hidden_parameters
 from diymodel.verify.symptoms.switches import DROPS, modes_of

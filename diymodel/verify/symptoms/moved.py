@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from diymodel.verify.repairs import PositionsAfterTheCache, PositionsOfTokensSeen, Repair, RepairOf
+from diymodel.verify.experiments.repairs import PositionsAfterTheCache, PositionsOfTokensSeen, Repair, RepairOf
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.decode import DECODE, wrong
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
+from diymodel.verify.experiments.watchers import Overflows
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.trial import Trial
-from diymodel.verify.watchers import Overflows
 
 _LARGE = "numerics.large_activations_finite"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
-from diymodel.verify.handing import Arguments, handed
+from diymodel.verify.experiments.handing import Arguments, handed
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, changed, distinct_tokens, symptom
 
 _PADDING = ("padding.*",)

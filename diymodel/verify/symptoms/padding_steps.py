@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.handing import Arguments, handed
+from diymodel.verify.experiments.handing import Arguments, handed
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
 from diymodel.verify.symptoms.padding import (
     ROWS,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diymodel.verify.experiments.repairs import SoftmaxOverKeys
 from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import reseed
-from diymodel.verify.repairs import SoftmaxOverKeys
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.symptoms.leaks import leaks_of
 from diymodel.verify.symptoms.watched import later, weights_of, weights_of_failures

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from diymodel.verify.handing import handed
+from diymodel.verify.experiments.handing import handed
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 
 _ROUNDED = 0.02  # of the largest logit: as far as angles in a half type move them

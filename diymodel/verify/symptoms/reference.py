@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.experiments.watchers import Choices
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
-from diymodel.verify.watchers import Choices
 
 _REFERENCE = ("reference.*",)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diymodel.verify.experiments.watchers import Choices
 from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
-from diymodel.verify.watchers import Choices
 
 _DRAWS = 3
 _ROWS = 16

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM, Around
+from diymodel.verify.experiments.watchers import AttentionWeights
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.randomness import seeded
 from diymodel.verify.symptoms import Patient
 from diymodel.verify.trial import Trial
-from diymodel.verify.watchers import AttentionWeights
 
 
 def weights_of(lm: LM, call: Callable[[], object]) -> list[Tensor]:

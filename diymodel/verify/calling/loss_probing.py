@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import IGNORED, LM, Convention
+from diymodel.verify.calling.signature import has_no
 from diymodel.verify.failure import SubjectError, refusal, said
-from diymodel.verify.signature import has_no
 
 LABELS_SHIFTED = ("targets", "target")  # nanoGPT's name for labels that its caller shifts
 _SCALARS = 4  # that forward may return: a loss and what it is made of

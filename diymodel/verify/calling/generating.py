@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diymodel.verify.entries import Entry
+from diymodel.verify.calling.entries import Entry
 from diymodel.verify.failure import SubjectError
 
 CAPABILITIES = (

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention, NewCache, Past
+from diymodel.verify.calling.signature import has_no
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
 from diymodel.verify.held import tensors_in, tensors_on
-from diymodel.verify.signature import has_no
 
 _MAKERS = (
     "setup_caches",

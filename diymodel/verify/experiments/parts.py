@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.catalogue import list_bug_classes
+from diymodel.verify.experiments.watchers import AttentionWeights, Choices
+from diymodel.verify.experiments.watchers_of_places import Calls, Operand, PlaceOperands
 from diymodel.verify.held import tensors_of
 from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import seeded
@@ -24,8 +26,6 @@ from diymodel.verify.symptoms import SAME, Patient, distinct_tokens, influence
 from diymodel.verify.symptoms.decode import cached_last, seen_by_whole
 from diymodel.verify.symptoms.watched import later, weights_of
 from diymodel.verify.timing import OutOfTime, time_limit
-from diymodel.verify.watchers import AttentionWeights, Choices
-from diymodel.verify.watchers_of_places import Calls, Operand, PlaceOperands
 
 _SECONDS = 20  # for one part
 _LENGTH = 7  # as much as nothing else is

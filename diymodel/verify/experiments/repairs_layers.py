@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diymodel.verify.repairs import SOFTMAX, Repair, attention_inputs, dimension, over_keys
+from diymodel.verify.experiments.repairs import SOFTMAX, Repair, attention_inputs, dimension, over_keys
 
 Rule = Callable[[Tensor], Tensor]
 _SIGMOID = (torch.sigmoid, Tensor.sigmoid, F.sigmoid)

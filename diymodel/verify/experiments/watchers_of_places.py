@@ -11,8 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from diymodel.verify.repairs import attention_inputs
-from diymodel.verify.watchers import Watcher
+from diymodel.verify.experiments.repairs import attention_inputs
+from diymodel.verify.experiments.watchers import Watcher
 
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "addcmul", "matmul", "__matmul__", "bmm"}
 _PRODUCTS |= {"einsum", "div", "__truediv__"}

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, ROLES, Convention
-from diymodel.verify.cache_probing import (
+from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
     cache_on_module,
     find_cache,
     is_narrower,
     one_none_a_layer,
 )
-from diymodel.verify.casting import cast
-from diymodel.verify.failure import SubjectError, refusal, said_where
-from diymodel.verify.loss_probing import LABELS_SHIFTED, find_loss
-from diymodel.verify.masks import CAUSAL_MASKS
-from diymodel.verify.signature import (
+from diymodel.verify.calling.loss_probing import LABELS_SHIFTED, find_loss
+from diymodel.verify.calling.masks import CAUSAL_MASKS
+from diymodel.verify.calling.signature import (
     NAMES,
     has_no,
     logits_switches,
@@ -33,8 +31,10 @@ from diymodel.verify.signature import (
     parameters,
     required_parameters,
 )
+from diymodel.verify.calling.uncallable import LENGTH, ROWS, Tried, sample_ids, uncallable, wrong_logits
+from diymodel.verify.casting import cast
+from diymodel.verify.failure import SubjectError, refusal, said_where
 from diymodel.verify.trial import draw_weights
-from diymodel.verify.uncallable import LENGTH, ROWS, Tried, sample_ids, uncallable, wrong_logits
 
 _PERHAPS_CAUSAL = ("mask", *NAMES["causal"])  # names of masks (T, S) as well
 _AFTER = ("input_not_include_cache",)  # x-transformers: True where a call on a cache gets the new tokens only

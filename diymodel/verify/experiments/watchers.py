@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diymodel.verify.experiments.repairs import SOFTMAX, attention_inputs, dimension, over_keys
+from diymodel.verify.experiments.repairs_layers import CHOICES
 from diymodel.verify.held import tensors_in
-from diymodel.verify.repairs import SOFTMAX, attention_inputs, dimension, over_keys
-from diymodel.verify.repairs_layers import CHOICES
 
 _HALF = (torch.float16, torch.bfloat16)
 _SQUARES = {
