@@ -1,10 +1,11 @@
-"""What the README shows of the diagnosis: a run that fails, three bugs in models outside the zoo, one lesson.
+"""What the README shows of the diagnosis: a run that fails, four bugs in models outside the zoo, one lesson.
 
 python -m benchmarks.diagnosis benchmarks/results/diagnosis.txt
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -73,9 +74,12 @@ def shown() -> Iterator[str]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     text = "\n".join(line.rstrip() for part in shown() for line in part.splitlines())
-    replace_text(sys.argv[1], f"{text}\n".replace(f"{ROOT}/", ""))
+    replace_text(args.file, f"{text}\n".replace(f"{ROOT}/", ""))
     return 0
 
 

@@ -79,5 +79,8 @@ class _Counter(DispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
+    try:
+        address: int = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return id(tensor)
     return address

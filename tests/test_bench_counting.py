@@ -101,6 +101,12 @@ def test_a_weight_stays_a_weight_when_it_is_cast_or_unpacked_and_a_cache_is_none
     assert flops == Flops(linear=2 * 2 * (2 * 3 * 4 * 6), attention=2 * (2 * 3 * 6 * 3))
 
 
+def test_a_sparse_weight_which_has_no_storage_hinders_nothing() -> None:
+    dense, sparse = nn.Linear(4, 4, bias=False), nn.Parameter(torch.eye(4).to_sparse())
+    module, x = nn.ParameterList([*dense.parameters(), sparse]), torch.ones(4, 4)
+    assert count_flops(lambda: dense(torch.sparse.mm(sparse, x)), module) == Flops(2 * 4 * 4 * 4, 0)
+
+
 def test_peak_memory_is_of_what_lives_at_once() -> None:
     x = torch.ones(1000)
 
