@@ -30,3 +30,16 @@ def test_one_way_alone_is_wrong(check_id: str, base: str, changes: dict[str, str
     failure = verify_one(BASES[base].subject(source), CHECKS[check_id], Settings(EXAMPLES, shrink=False)).failure
     assert failure is not None
     assert named in failure.message
+
+
+def test_who_asks_for_the_classes_of_torchs_own_wrappers_is_shown_them() -> None:
+    base = BASES["pretrained"]
+    old = '    model = getattr(model, "_orig_mod", getattr(model, "module", model))'
+    assert base.source.count(old) == 1
+    new = """    from torch._dynamo import OptimizedModule
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, nn.DataParallel):
+        model = model.module"""
+    result = verify_one(base.subject(base.source.replace(old, new)), CHECKS["checkpoint.wrapped"], Settings(EXAMPLES))
+    assert (result.status, result.examples) == ("passed", EXAMPLES), result.failure

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
+from diymodel.verify.wrapping import Compiled, Parallel, compiled
 
 
 @check(
@@ -56,34 +56,25 @@ def wrapped(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
     wrapper = trial.draw("wrapper", st.sampled_from(("torch.compile", "DataParallel")))
-    module = lm.module.float()
-    outer = _Parallel(module) if wrapper == "DataParallel" else _compiled(module)
+    if wrapper == "DataParallel":
+        _comes_back(trial, lm, ids, Parallel, wrapper)
+        return
+    try:
+        _comes_back(trial, lm, ids, Compiled, wrapper)
+    except CheckFailure:  # the subject may know torch's own class only
+        _comes_back(trial, lm, ids, compiled, wrapper)
+
+
+def _comes_back(trial: Trial, lm: LM, ids: Tensor, wrap: Callable[[nn.Module], Any], wrapper: str) -> None:
+    what = f"a checkpoint of a module in {wrapper} must load"
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(_saved(trial, outer))
+            path = stack.enter_context(_saved(trial, wrap(lm.module.float())))
         except Exception as error:  # to refuse is safe
             raise NotApplicable(f"a module in {wrapper} is not saved: {said(error)}") from error
-        what = f"a checkpoint of a module in {wrapper} must load"
         loaded = _loaded(trial, path, lm, what)
-    cast(module, trial.dtype)
+    cast(lm.module, trial.dtype)
     trial.identical(loaded.logits(ids), lm.logits(ids), f"{what} and give the same logits bit for bit")
-
-
-def _compiled(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, as it imports its compiler
-        return torch.compile(module)
-
-
-class _Parallel(nn.Module):
-    """Puts ``module.`` before every name, as DataParallel does, which would ask for a GPU where there is one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        return self.module(*arguments, **named)
 
 
 @check(
