@@ -18,13 +18,13 @@ from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
 from diymodel.verify.examination import diagnose
 from diymodel.verify.failure import HARNESS, CheckFailure, Inconclusive, NotApplicable, SubjectError, is_a_tools
-from diymodel.verify.randomness import constants_from_no_module, seeded
+from diymodel.verify.randomness import constants_from_no_module
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Failure, Report, Result, Status
 from diymodel.verify.subject import Factory, Subject, resolve
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
-from diymodel.verify.trial import DTYPES, SEED, Trial
+from diymodel.verify.trial import DTYPES, Trial
 
 PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
 CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
@@ -296,8 +296,8 @@ class _Run:
         """One, with the global random state and gradient mode as they were afterwards."""
         self.count += 1
         try:
-            with seeded(SEED), time_limit(self.settings.check_seconds):
-                self.check.function(trial)
+            with time_limit(self.settings.check_seconds):
+                trial.run(self.check.function)
         except (UnsatisfiedAssumption, StopTest):  # the subject refused the configuration, or Hypothesis the draw
             self.count -= 1
             raise

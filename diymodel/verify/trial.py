@@ -34,9 +34,7 @@ T = TypeVar("T")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 8
 MAX_ROWS = 3
-SEED = (
-    1  # of what a trial draws from torch; not that of the constructor, or a second module would be a copy of the first
-)
+_SEED = 1  # not that of the constructor, or a second module would be a copy of the first
 
 
 class Trial:
@@ -73,6 +71,11 @@ class Trial:
     def replaying(cls, subject: Subject, values: Mapping[str, Any], device: str = "cpu") -> Trial:
         """A trial on recorded values, in the dtype that they name, if they name one."""
         return cls(subject, None, values, DTYPES.get(values.get("dtype", "")), device)
+
+    def run(self, check: Callable[[Trial], object]) -> None:
+        """The check, on what every trial finds as torch's random state; afterwards that is as it was before."""
+        with seeded(_SEED):
+            check(self)
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 

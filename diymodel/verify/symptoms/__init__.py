@@ -23,7 +23,7 @@ from hypothesis.errors import HypothesisDeprecationWarning
 from torch import Tensor
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM
+from diymodel.verify.adapters import LM, Around
 from diymodel.verify.calling.outputs import Output
 from diymodel.verify.experiments.repairs import RepairOf
 from diymodel.verify.failure import CheckFailure
@@ -93,22 +93,30 @@ class Patient:
         """Whether the failing trials of these checks pass with dropout 0; None where one passes as it is."""
         return self._all_pass(ids, None, dropout=0.0)
 
-    def _all_pass(self, ids: Iterable[str], repair: RepairOf | None, **fixed: Any) -> bool | None:
+    def _all_pass(self, ids: Iterable[str], around: Around | None, **fixed: Any) -> bool | None:
         known = [result for id, result in self.failed.items() if id in ids and result.failure is not None]
-        if not known or any(self._passes(result, None) for result in known):
+        if not known or any(self.passes_now(result) for result in known):
             return None
-        return all(self._passes(result, repair, **fixed) for result in known)
+        return all(self.passes_now(result, around, config=fixed) for result in known)
 
-    def _passes(self, result: Result, repair: RepairOf | None, **fixed: Any) -> bool:
+    def passes_now(
+        self, result: Result, around: Around | None = None, config: Mapping[str, Any] | None = None, **changed: Any
+    ) -> bool:
+        """Whether the failing trial of a check passes now.
+
+        Args:
+            around: what its calls happen in.
+            config: fields of its configuration that are changed.
+            changed: others of its values.
+        """
         assert result.failure is not None
-        values = result.failure.values
-        if fixed:
-            values = {**values, "config": {**values["config"], **fixed}}
+        values = {**result.failure.values, **changed}
+        if config:
+            values["config"] = {**values["config"], **config}
         trial = Trial.replaying(self.subject, values, self.device)
-        trial.around = repair
+        trial.around = around
         try:
-            with seeded():
-                result.check.function(trial)
+            trial.run(result.check.function)
         except CheckFailure:
             return False
         return True

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from diymodel.verify.failure import CheckFailure
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
-from diymodel.verify.trial import Trial
 
 _FOLLOWS = "generation.follows_distribution"
 _ROWS = 64
@@ -27,12 +25,7 @@ def _right_at_temperature_1(patient: Patient) -> bool | None:
     result = patient.failed[_FOLLOWS]
     if result.failure is None or result.failure.values.get("temperature", 1.0) == 1:
         return None if result.failure is None else False
-    values = {**result.failure.values, "temperature": 1.0}
-    try:
-        result.check.function(Trial.replaying(patient.subject, values, patient.device))
-    except CheckFailure:
-        return False
-    return True
+    return patient.passes_now(result, temperature=1.0)
 
 
 @symptom(
