@@ -62,6 +62,10 @@ class Checkpoint(NamedTuple):
     state_dict: dict[str, Tensor]  # complete, of one floating dtype, on the CPU
     training: dict[str, Any] | None  # as it was given to save_checkpoint
 
+    def model(self, device: str | torch.device = "cpu") -> DIYForCausalLM:
+        """The model, in eval mode, on ``device`` and in the dtype it was saved in."""
+        return _build(self.config, self.state_dict, device)
+
 
 def save_checkpoint(path: _StrPath, model: nn.Module, training: dict[str, Any] | None = None) -> None:
     """Write the model, and what a training run needs to go on, to one file.
@@ -101,8 +105,7 @@ def load_checkpoint(
         FileNotFoundError: there is nothing at ``path``.
         ValueError: as :func:`read_checkpoint`, or its configuration is not ``expected``; names each field that differs.
     """
-    config, state_dict, _ = read_checkpoint(path, expected)
-    return _build(config, state_dict, device)
+    return read_checkpoint(path, expected).model(device)
 
 
 def read_checkpoint(path: _StrPath, expected: DIYConfig | None = None) -> Checkpoint:

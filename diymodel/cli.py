@@ -311,7 +311,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 def _load(path: Path) -> tuple[DIYForCausalLM, Tokenizer]:
     """Model and tokenizer of a run directory, a checkpoint file or a Hugging Face directory."""
-    from diymodel.checkpoint import load_checkpoint, load_pretrained, read_checkpoint
+    from diymodel.checkpoint import load_pretrained, read_checkpoint
     from diymodel.data import JsonTokenizer, tokenizer_from_dict
     from diymodel.train import CHECKPOINT_NAME
 
@@ -326,10 +326,10 @@ def _load(path: Path) -> tuple[DIYForCausalLM, Tokenizer]:
         return load_pretrained(path), JsonTokenizer(text, _eos_token(path), add_special_tokens=True)
     if path.is_dir():
         path = path / CHECKPOINT_NAME
-    training = read_checkpoint(path).training
-    if not training or "tokenizer" not in training:
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.training or "tokenizer" not in checkpoint.training:
         raise ValueError(f"{path} has no tokenizer in it: `diymodel train` did not write it")
-    return load_checkpoint(path), tokenizer_from_dict(training["tokenizer"])
+    return checkpoint.model(), tokenizer_from_dict(checkpoint.training["tokenizer"])
 
 
 def _eos_token(directory: Path) -> str | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def measure_run(subject: str, profile: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_core(rounds: int, turns: int = 10**6) -> Spread:
+    """Nanoseconds for a turn of an empty Python loop, by which seconds compare with those of another machine."""
+    return Spread.of([timeit.timeit(number=turns) * 1e9 / turns for _ in range(rounds)])
+
+
 def measure_trials(rounds: int, examples: int = 400) -> Spread:
     """Trials a second of "cached equals uncached" on our model: draw, build, prefill, decode, compare."""
     from diymodel.verify.registry import select_checks
@@ -77,6 +83,8 @@ def measure_plugin(rounds: int) -> Spread:
 def run(document: dict[str, Any], subjects: Sequence[str], quick: bool, path: Path | None) -> None:
     """Measure, print and write."""
     rounds = 1 if quick else 3
+    document["python_loop_ns"] = (core := measure_core(9))
+    print(f"this core: {core.median:.0f} ns for a turn of an empty Python loop", flush=True)
     document["runs"] = {}
     for subject in subjects:
         for profile in ("quick",) if quick else ("quick", "standard"):
