@@ -39,7 +39,7 @@ def pairs() -> tuple[tuple[Bug, Bug], ...]:
 
 
 def _of(base: str) -> Iterator[tuple[Bug, Bug]]:
-    bugs = [bug for bug in list_bugs() if bug.base == base]
+    bugs = sorted((bug for bug in list_bugs() if bug.base == base), key=lambda bug: bug.id)  # wherever it is written
     every = [pair for pair in itertools.combinations(bugs, 2) if pair[0].slug != pair[1].slug]
     for one, other in sorted(every, key=_by_chance):
         try:
