@@ -39,20 +39,21 @@ def measure_run(subject: str, profile: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = ("diymodel", "verify", subject, "--profile", profile, "--json", str(report))
-        seconds = [command_seconds(*command) for _ in range(rounds)]
+        timed = [(command_seconds(*command), loop_ns()) for _ in range(rounds)]
         checks = json.loads(report.read_text(encoding="utf-8"))["checks"]
     slowest = sorted(checks, key=lambda check: -check["seconds"])[:5]
     return {
-        "seconds": Spread.of(seconds),
+        "seconds": Spread.of([seconds for seconds, _ in timed]),
+        "python_loop_ns": Spread.of([ns for _, ns in timed]),  # of the core as it was then
         "checks": len(checks),
         "trials": sum(check["examples"] for check in checks),
         "slowest": {check["id"]: check["seconds"] for check in slowest},
     }
 
 
-def measure_core(rounds: int, turns: int = 10**6) -> Spread:
-    """Nanoseconds for a turn of an empty Python loop, by which seconds compare with those of another machine."""
-    return Spread.of([timeit.timeit(number=turns) * 1e9 / turns for _ in range(rounds)])
+def loop_ns(turns: int = 10**7) -> float:
+    """Nanoseconds for a turn of an empty Python loop, by which seconds compare with those of another core."""
+    return timeit.timeit(number=turns) * 1e9 / turns
 
 
 def measure_trials(rounds: int, examples: int = 400) -> Spread:
@@ -83,14 +84,16 @@ def measure_plugin(rounds: int) -> Spread:
 def run(document: dict[str, Any], subjects: Sequence[str], quick: bool, path: Path | None) -> None:
     """Measure, print and write."""
     rounds = 1 if quick else 3
-    document["python_loop_ns"] = (core := measure_core(9))
-    print(f"this core: {core.median:.0f} ns for a turn of an empty Python loop", flush=True)
     document["runs"] = {}
     for subject in subjects:
         for profile in ("quick",) if quick else ("quick", "standard"):
             document["runs"][f"{subject} {profile}"] = found = measure_run(subject, profile, rounds)
-            seconds = seconds_text(found["seconds"].median)
-            print(f"verify {subject} --profile {profile}: {seconds}, {found['trials']} trials", flush=True)
+            seconds, core = seconds_text(found["seconds"].median), f"{found['python_loop_ns'].median:.1f} ns"
+            print(
+                f"verify {subject} --profile {profile}: {seconds}, {found['trials']} trials, on a core that takes {core} "
+                "for a turn of an empty Python loop",
+                flush=True,
+            )
     document["trials_per_second"] = {CACHED: (trials := measure_trials(rounds))}
     print(f"{CACHED}: {trials.median:.0f} trials a second", flush=True)
     document["ratios"] = {"pytest_collect_with_plugin/without": (plugin := measure_plugin(3 * rounds))}
