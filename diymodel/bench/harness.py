@@ -89,11 +89,8 @@ def run(document: dict[str, Any], subjects: Sequence[str], quick: bool, path: Pa
         for profile in ("quick",) if quick else ("quick", "standard"):
             document["runs"][f"{subject} {profile}"] = found = measure_run(subject, profile, rounds)
             seconds, core = seconds_text(found["seconds"].median), f"{found['python_loop_ns'].median:.1f} ns"
-            print(
-                f"verify {subject} --profile {profile}: {seconds}, {found['trials']} trials, on a core that takes {core} "
-                "for a turn of an empty Python loop",
-                flush=True,
-            )
+            where = f"on a core that takes {core} for a turn of an empty Python loop"
+            print(f"verify {subject} --profile {profile}: {seconds}, {found['trials']} trials, {where}", flush=True)
     document["trials_per_second"] = {CACHED: (trials := measure_trials(rounds))}
     print(f"{CACHED}: {trials.median:.0f} trials a second", flush=True)
     document["ratios"] = {"pytest_collect_with_plugin/without": (plugin := measure_plugin(3 * rounds))}
