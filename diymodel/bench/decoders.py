@@ -118,7 +118,7 @@ class Benched:
         self.config: Any = config if not self._subject.directory else self._subject.directory()[1]
         self.no_cache_reason = None if self.is_own else self._subject.missing("cache")
         self.always_cached = not self.is_own and self._subject.convention.always_cached
-        self.called_as = "its own generate" if self.is_own else self._subject.convention.describe()
+        self.called_as = "its own generate" if self.is_own else self._subject.describe()
 
     @property
     def longest(self) -> int:

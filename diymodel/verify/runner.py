@@ -142,7 +142,7 @@ def check_causal_lm(
         probe_isolated(resolved)
     convention = resolved.convention  # found first, so that a subject that cannot be called says so at once
     dtype_name = _name(settings.dtype or convention.dtype)
-    report = Report(resolved.name, seed, profile, torch.__version__, device, dtype_name, called=convention.describe())
+    report = Report(resolved.name, seed, profile, torch.__version__, device, dtype_name, called=resolved.describe())
     started = time.perf_counter()
     try:
         for result in _runner(isolate)(resolved, chosen, settings):

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import nn
 from diymodel._compat import nan_where_undefined
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import Checkpoint, Convention, Load, Reference, Save, Shifted, own_model
+from diymodel.verify.calling.building import ByNames
 from diymodel.verify.calling.generate_probing import with_generating
 from diymodel.verify.calling.generating import CAPABILITIES as GENERATING
+from diymodel.verify.calling.own_sizes import find_own_sizes
 from diymodel.verify.calling.probing import find_convention
 from diymodel.verify.failure import SubjectError, said_where
 from diymodel.verify.importing import import_named
@@ -125,6 +127,8 @@ class Subject:
         **declared: Any,
     ) -> None:
         self._factory = factory
+        self._by_names: ByNames | None = None  # builds it, where the factory does not take a configuration of ours
+        self.own_sizes: Mapping[str, Any] = {}  # fields of the configuration that the module does not heed
         self.name = name or getattr(factory, "__name__", type(self).__name__)
         self.claims = frozenset(claims)
         self.lacks = dict(lacks or {})
@@ -148,7 +152,7 @@ class Subject:
         """A new module; overridden by subclasses that have no factory."""
         if self._factory is None:
             raise TypeError(f"{type(self).__name__} has no factory: pass one, or override build(config)")
-        return self._factory(config)
+        return (self._by_names or self._factory)(config)
 
     def made(self, config: DIYConfig) -> nn.Module:
         """:meth:`build`, with NaN for what the constructor leaves undefined, so that a report is the same each time."""
@@ -170,10 +174,27 @@ class Subject:
             try:
                 with time_limit(_PATIENCE):
                     config = self._first_config()
-                    convention = find_convention(lambda: self.made(config), config, self.declared)
+                    convention = self._found(config)
+                    self.own_sizes = find_own_sizes(self.made, config, convention)
+                    if self.own_sizes:
+                        config = replace(config, **self.own_sizes)
+                        convention = self._found(config)
             except OutOfTime:
                 raise SubjectError(f"{self.name} did not build and answer a few tiny calls in {_PATIENCE} s") from None
             return with_generating(lambda: self.made(config), config, convention, self._factory)
+
+    def _found(self, config: DIYConfig) -> Convention:
+        return find_convention(lambda: self.made(config), config, self.declared)
+
+    def describe(self) -> str:
+        """How its modules are built, where that is not as usual, and called, in a line for their author."""
+        notes = [self.convention.describe()]
+        if self._by_names:
+            notes.insert(0, self._by_names.said)
+        if self.own_sizes:
+            sizes = ", ".join(f"{name}={value}" for name, value in self.own_sizes.items())
+            notes.append(f"whatever the configuration says, {sizes}")
+        return "; ".join(notes)
 
     def missing(self, capability: str) -> str | None:
         """Why the subject lacks a capability; None if it has it."""
@@ -217,14 +238,10 @@ class Subject:
                 **sizes,
             )
             try:
-                module = self.made(config)
+                module = self._first_module(config)
             except NotImplementedError as error:
                 refusal = error
                 continue
-            except SubjectError:
-                raise
-            except Exception as error:  # a stranger's constructor may raise anything
-                raise SubjectError(f"{self.name}(config) failed: {said_where(error)}{_advice(error)}") from error
             if not isinstance(module, nn.Module):
                 raise SubjectError(
                     f"{self.name}(config) returned {type(module).__name__}: expected an nn.Module; SUBJECT names a "
@@ -236,6 +253,30 @@ class Subject:
             f"{self.name} refused every configuration that was tried ({tried}; each untied and tied, with vocab_size "
             f"and max_seq_len {_FIRST_LENGTH}), the last with: {str(refusal) or 'NotImplementedError'}"
         )
+
+    def _first_module(self, config: DIYConfig) -> nn.Module:
+        """What the factory builds; of a class that takes no configuration of ours, by the sizes that it names itself.
+
+        Raises:
+            NotImplementedError: it refuses this configuration.
+            SubjectError: it fails.
+        """
+        try:
+            return self.made(config)
+        except (NotImplementedError, SubjectError):
+            raise
+        except Exception as error:  # a stranger's constructor may raise anything
+            also = ""
+            if self._factory is not None and isinstance(error, (AttributeError, TypeError)):
+                self._by_names = ByNames(self._factory)
+                try:
+                    return self.made(config)
+                except NotImplementedError:
+                    raise
+                except Exception as second:  # as above
+                    self._by_names = None
+                    also = f"; told its sizes by the names of its arguments: {said_where(second)}"
+            raise SubjectError(f"{self.name}(config) failed: {said_where(error)}{_advice(error)}{also}") from error
 
 
 def _advice(error: Exception) -> str:

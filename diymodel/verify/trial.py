@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -99,7 +100,8 @@ class Trial:
             fixed: configuration fields that are not drawn, unless the subject refuses them: see :func:`_nearest`.
         """
         drawn = self.draw("config", self.subject.configs(length))
-        self.values["config"] = values = self._first_taken(_nearest(drawn, fixed))  # the report shows what was built
+        values = {**self._first_taken(_nearest(drawn, fixed)), **self.subject.own_sizes}
+        self.values["config"] = values  # the report shows what was built
         config = DIYConfig.from_dict(values)
         seed = self.draw("weights", st.integers(0, 2**16))
         sharpness = self.draw("sharpness", st.integers(1, max_sharpness))
@@ -123,6 +125,7 @@ class Trial:
 
     def fresh(self, config: DIYConfig) -> LM:
         """A new module with the weights its constructor gave it; a configuration that it refuses ends the trial."""
+        config = replace(config, **self.subject.own_sizes)
         module = self._built(config)
         if module is None:
             if self._draw is None:

@@ -190,7 +190,9 @@ def cost(trial: Trial) -> None:
     lm = trial.model(length=32, **size)
     if lm.convention.block_mask:
         raise NotApplicable("torch counts no FLOPs in flex attention")
-    ids = torch.arange(32, device=trial.device)[None]
+    if lm.config.max_seq_len < 32:
+        raise NotApplicable(f"the module holds {lm.config.max_seq_len} positions, and growth shows over 32")
+    ids = torch.arange(32, device=trial.device)[None] % lm.config.vocab_size
     short, long = (_step_flops(lm, ids[:, :length]) for length in (8, 32))
     if not short:
         raise NotApplicable("torch counts no FLOPs in this module's kernels")

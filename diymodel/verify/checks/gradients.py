@@ -114,7 +114,7 @@ def absent_tokens_zero(trial: Trial) -> None:
     present = torch.tensor(sorted(set(ids.flatten().tolist())), device=trial.device)
     if len(present) == 1:
         raise NotApplicable("a single token occurs: nothing is left of its logits beside what moves all alike")
-    absent = [token for token in range(_VOCABULARY) if token not in set(present.tolist())]
+    absent = [token for token in range(lm.config.vocab_size) if token not in set(present.tolist())]
     logits = lm.logits(ids)[..., present]  # a tied row has a right to its own logit
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
     weights -= weights.mean(-1, keepdim=True)  # what log_softmax takes off all logits alike is a right of its as well

@@ -85,7 +85,7 @@ def _row(trial: Trial, vocab_size: int, max_length: int) -> Tensor:
 )
 def bfloat16_near_float64(trial: Trial) -> None:
     lm = trial.model(_LONG, 1, num_layers=1, vocab_size=_VOCABULARY, dropout=0.0, rope_theta=_FAST_THETA, **_SIZE)
-    ids = _row(trial, _VOCABULARY, _LONG)
+    ids = _row(trial, lm.config.vocab_size, min(_LONG, lm.config.max_seq_len))
     _compare(trial, lm, ids, torch.bfloat16, "bfloat16 logits")
 
 
@@ -97,7 +97,7 @@ def bfloat16_near_float64(trial: Trial) -> None:
 )
 def large_activations_finite(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, tie_word_embeddings=False, vocab_size=_VOCABULARY, dropout=0.0, **_SIZE)
-    ids = _row(trial, _VOCABULARY, 8)
+    ids = _row(trial, lm.config.vocab_size, min(8, lm.config.max_seq_len))
     table = lm.embedding()
     with torch.no_grad():
         table.weight.mul_(_LARGE / table.weight.pow(2).mean().sqrt())

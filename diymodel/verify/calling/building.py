@@ -1,0 +1,205 @@
+"""How a stranger's class is told its sizes: by the names that people give them.
+
+For a class that cannot be built of a configuration with our names: ``GPT(vocab_size, d_model, n_heads, …)``,
+``GPT(GPTConfig(n_embd=…))``, ``GPTModel({"emb_dim": …})``, or ``GPT()``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.failure import SubjectError
+
+_NAMES = {  # of ours: theirs
+    "vocab_size": ("vocab_size", "n_vocab", "vocab", "vocabulary_size", "num_tokens", "n_tokens", "ntoken"),
+    "num_layers": (
+        *("num_layers", "n_layers", "n_layer", "num_hidden_layers", "nlayers", "layers", "depth", "num_blocks"),
+        *("n_blocks", "num_decoder_layers", "number_of_layers"),
+    ),
+    "hidden_size": (
+        *("hidden_size", "d_model", "n_embd", "n_embed", "dim", "embed_dim", "emb_dim", "embedding_dim", "emb_size"),
+        *("embed_size", "embedding_size", "model_dim", "d_embed", "dim_model", "n_embeddings"),
+    ),
+    "num_heads": ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead", "nheads", "heads", "num_head"),
+    "num_kv_heads": ("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "n_kv_groups", "kv_heads"),
+    "intermediate_size": (
+        *("intermediate_size", "d_ff", "ffn_dim", "ff_dim", "dff", "dim_feedforward", "mlp_dim", "ffn_hidden_size"),
+        *("ffn_size", "n_inner", "ffn_hidden_dim", "ff_hidden_dim", "mlp_hidden_dim", "d_inner", "hidden_features"),
+    ),
+    "max_seq_len": (
+        *("max_seq_len", "block_size", "context_length", "max_len", "seq_len", "max_position_embeddings", "max_length"),
+        *("n_positions", "n_ctx", "ctx_len", "sequence_length", "context_size", "max_seq_length", "seq_length"),
+        *("max_sequence_length", "context_len", "max_context", "context_window", "max_positions"),
+    ),
+    "dropout": (
+        *("dropout", "dropout_rate", "drop_rate", "dropout_p", "p_drop", "dropout_prob", "p_dropout", "attn_dropout"),
+        *("resid_pdrop", "attn_pdrop", "embd_pdrop", "attention_dropout", "resid_dropout", "emb_dropout", "drop_prob"),
+    ),
+    "rms_norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_eps", "eps"),
+    "rope_theta": ("rope_theta", "rope_base", "theta"),
+    "tie_word_embeddings": ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings", "tied"),
+    "pad_token_id": ("pad_token_id", "pad_id", "pad_idx", "padding_idx", "pad_token"),
+    "head_size": ("head_size", "head_dim", "d_head", "dim_head", "d_k", "d_v"),
+}
+_OURS = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
+_EITHER = "hidden_dim"  # the model's width, or its MLP's where another name says the model's
+_CONFIGURATION = re.compile(r"(config|configuration|args|arguments|params|hparams|hyperparameters|settings)$", re.I)
+_UNFIT = (AttributeError, KeyError, TypeError)  # what a constructor raises that wanted something else
+_REFUSED = (AssertionError, ValueError, RuntimeError, ZeroDivisionError)  # or other sizes
+
+
+class ByNames:
+    """A factory ``config -> nn.Module`` of a class that names its sizes itself.
+
+    Sizes that the class does not take by any known name stay as they are by default. What it cannot be built of
+    (assertions and the like) is refused by NotImplementedError, as other factories do.
+    """
+
+    def __init__(self, make: Callable[..., nn.Module]) -> None:
+        self._make = make
+        self.said = ""  # how the last one was built, in a few words
+
+    def __call__(self, config: DIYConfig) -> nn.Module:
+        """The module of a configuration.
+
+        Raises:
+            NotImplementedError: the constructor refuses these sizes.
+            SubjectError: it needs an argument of an unknown name.
+        """
+        unfit: Exception | None = None
+        for arguments, said in _ways(self._make, config):
+            try:
+                module = self._make(**arguments)
+            except NotImplementedError:
+                raise
+            except _REFUSED as error:
+                raise NotImplementedError(f"{type(error).__name__}: {error}") from error
+            except _UNFIT as error:
+                unfit = unfit or error
+                continue
+            self.said = f"{self._make.__name__}({said})"
+            return module
+        assert unfit is not None
+        raise unfit
+
+
+def _ways(make: Callable[..., nn.Module], config: DIYConfig) -> Iterator[tuple[dict[str, Any], str]]:
+    """Arguments of the constructor, and how a reader is told of them; several where it wants a configuration."""
+    known = _parameters(make)
+    required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    whole = next(iter([*required, *known]), None)
+    if whole is None or whole in _OURS or whole == _EITHER or not (len(required) == 1 or _CONFIGURATION.search(whole)):
+        yield _called(known, config)
+        return
+    others, said = _called({name: parameter for name, parameter in known.items() if name != whole}, config)
+    for made, how in _configurations(make, known[whole], config):
+        yield {whole: made, **others}, ", ".join(filter(None, (how, said)))
+
+
+def _configurations(
+    make: Callable[..., nn.Module], parameter: inspect.Parameter, config: DIYConfig
+) -> Iterator[tuple[Any, str]]:
+    """What a constructor may want as its configuration: an object of the class beside it, or any with such names."""
+    beside = _beside(make)
+    hinted = _hint(make, parameter.name)
+    kinds = [hinted] if inspect.isclass(hinted) and hinted.__module__ != "builtins" else []
+    kinds += sorted(
+        (found for found in beside.values() if inspect.isclass(found) and _CONFIGURATION.search(found.__name__)),
+        key=lambda kind: -sum(name in _OURS for name in _fields(kind)),
+    )
+    for kind in kinds:
+        parameters = _parameters(kind)
+        arguments, said = _called(parameters, config)
+        made = kind(**arguments)
+        if not parameters:  # class Config: n_embd = 64 …
+            named = _named(_fields(kind))
+            said = _said(named)
+            for name, value in _values(named, config).items():
+                setattr(made, name, value)
+        yield made, f"{kind.__name__}({said})"
+    given = [found for found in beside.values() if isinstance(found, Mapping) and any(name in _OURS for name in found)]
+    defaults: dict[str, Any] = dict(given[0]) if given else {}
+    named = _named(defaults or _OURS)
+    said = _said(named) if defaults else "the usual names"
+    yield _Named(defaults | _values(named, config)), f"a configuration with {said}"
+
+
+class _Named(dict[str, Any]):
+    """Sizes by key and by attribute alike."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"a configuration with no known size named {name!r}") from None
+
+
+def _called(parameters: Mapping[str, inspect.Parameter], config: DIYConfig) -> tuple[dict[str, Any], str]:
+    """Arguments for the parameters that name a size, and how a reader is told of them."""
+    named = _named(parameters)
+    values = _values(named, config) | ({"device": "cpu"} if "device" in parameters else {})
+    lacking = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    if lacking := [name for name in lacking if name not in values]:
+        raise SubjectError(f"it needs {', '.join(lacking)}, which names no size that is known: give it a default")
+    return values, _said(named)
+
+
+def _named(names: Iterable[str]) -> dict[str, str]:
+    """Those of the names that are known, and our name for each."""
+    names = set(names)
+    named = {name: _OURS[name] for name in sorted(names & _OURS.keys())}
+    if _EITHER in names:
+        named[_EITHER] = "intermediate_size" if "hidden_size" in named.values() else "hidden_size"
+    return named
+
+
+def _values(named: Mapping[str, str], config: DIYConfig) -> dict[str, Any]:
+    """The sizes of a configuration, by their names."""
+    sizes = {
+        **config.to_dict(),
+        "num_kv_heads": config.kv_heads,
+        "intermediate_size": config.mlp_size,
+        "head_size": config.head_size,
+        "pad_token_id": config.pad_token_id or 0,
+    }
+    return {theirs: sizes[ours] for theirs, ours in named.items()}
+
+
+def _said(named: Mapping[str, str]) -> str:
+    return ", ".join(theirs if theirs == ours else f"{theirs}={ours}" for theirs, ours in named.items())
+
+
+def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Those that can be given by name."""
+    known = inspect.signature(make).parameters.items()
+    return {name: p for name, p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _fields(kind: type) -> set[str]:
+    """Names that the objects of a class have, by its constructor or as they are."""
+    return {*_parameters(kind), *(name for name in vars(kind) if not name.startswith("_"))}
+
+
+def _beside(make: Callable[..., nn.Module]) -> dict[str, Any]:
+    """What stands in the file of a class or function, and was written there."""
+    names = vars(sys.modules[make.__module__]) if make.__module__ in sys.modules else getattr(make, "__globals__", {})
+    return {
+        name: found
+        for name, found in names.items()
+        if not name.startswith("__") and getattr(found, "__module__", make.__module__) == make.__module__
+    }
+
+
+def _hint(make: Callable[..., nn.Module], name: str) -> Any:
+    try:
+        return typing.get_type_hints(make.__init__ if inspect.isclass(make) else make).get(name)
+    except Exception:  # names that are not there, syntax of later versions
+        return None

@@ -1,0 +1,67 @@
+"""Sizes that a module has whatever its configuration says, as one that was written for one text.
+
+Shapes: T query length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.calling.outputs import read_output
+from diymodel.verify.failure import refusal
+
+LONGEST = 320  # positions: what takes so many is not asked for more
+
+
+def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, convention: Convention) -> dict[str, Any]:
+    """``vocab_size`` and ``max_seq_len`` of a module that has the same for a small configuration and for a large one.
+
+    Args:
+        make: builds a module.
+        config: a small configuration, of which it does.
+    """
+    larger = replace(config, vocab_size=2 * config.vocab_size, max_seq_len=LONGEST)
+    any_width = replace(config, vocab_size=1)
+    try:
+        small, large = (LM(make(each).eval().to(convention.dtype), any_width, convention) for each in (config, larger))
+    except Exception:  # what builds no second size has perhaps one, and does not say which
+        return {}
+    own: dict[str, Any] = {}
+    with torch.no_grad():
+        width = _width(small)
+        if width is not None and width != config.vocab_size and width == _width(large):
+            own["vocab_size"] = width
+        if not (convention.last_only or convention.always_cached):
+            length = _longest(small)
+            if length < LONGEST and length == _longest(large):
+                own["max_seq_len"] = length
+    return own
+
+
+def _width(lm: LM) -> int | None:
+    """V of the logits as they come; None where there are none."""
+    seen: list[Any] = []
+    hook = lm.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    refusal(lm.logits, torch.zeros(1, lm.convention.shortest, dtype=torch.int64))
+    hook.remove()
+    logits = read_output(seen[0], vocab_size=1).logits if seen else None
+    return None if logits is None else logits.shape[-1]
+
+
+def _longest(lm: LM) -> int:
+    """The most tokens, up to ``LONGEST``, that are taken."""
+
+    def refuses(T: int) -> bool:
+        return refusal(lm.logits, torch.zeros(1, T, dtype=torch.int64)) is not None
+
+    if not refuses(LONGEST):
+        return LONGEST
+    return bisect.bisect_left(range(LONGEST), True, lo=lm.convention.shortest, key=refuses) - 1
