@@ -16,7 +16,10 @@ from torch import nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Convention
 from diymodel.verify.calling.outputs import read_output
+from diymodel.verify.calling.uncallable import LENGTH
+from diymodel.verify.casting import cast
 from diymodel.verify.failure import refusal
+from diymodel.verify.trial import draw_weights
 
 LONGEST = 320  # positions: what takes so many is not asked for more
 
@@ -29,9 +32,14 @@ def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, co
         config: a small configuration, of which it does.
     """
     larger = replace(config, vocab_size=2 * config.vocab_size, max_seq_len=LONGEST)
-    any_width = replace(config, vocab_size=1)
+
+    def answering(each: DIYConfig) -> LM:
+        module = make(each).eval()
+        draw_weights(module, seed=0, sharpness=2)  # its constructor may have left them undefined
+        return LM(cast(module, convention.dtype), replace(config, vocab_size=1), convention)  # logits of any width
+
     try:
-        small, large = (LM(make(each).eval().to(convention.dtype), any_width, convention) for each in (config, larger))
+        small, large = answering(config), answering(larger)
     except Exception:  # what builds no second size has perhaps one, and does not say which
         return {}
     own: dict[str, Any] = {}
@@ -41,7 +49,7 @@ def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, co
             own["vocab_size"] = width
         if not (convention.last_only or convention.always_cached):
             length = _longest(small)
-            if length < LONGEST and length == _longest(large):
+            if LENGTH <= length < LONGEST and length == _longest(large):
                 own["max_seq_len"] = length
     return own
 
