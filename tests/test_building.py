@@ -110,6 +110,15 @@ class Plain:
     seq_length = 1024
     bias = True
 
+class Loose:
+    vocab_size: int
+    d_model: int
+    n_ctx: int
+
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+        assert self.d_model > 4, "too narrow"
+
 BOOK = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "qkv_bias": True}
 
 class GPT(Bag):
@@ -119,6 +128,10 @@ class GPT(Bag):
 class Hinted(Bag):
     def __init__(self, c: Plain, n_layers=1):
         super().__init__(c.vocab_size, c.emb_size, c.seq_length, bias=c.bias, layers=n_layers)
+
+class ByKeywords(Bag):
+    def __init__(self, c: Loose):
+        super().__init__(c.vocab_size, c.d_model, c.n_ctx, bias=True)
 
 class Book(Bag):
     def __init__(self, cfg):
@@ -151,6 +164,7 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     [
         ("GPT", "GPT(GPTConfig(block_size=max_seq_len, n_embd=hidden_size, vocab_size))"),
         ("Hinted", "Hinted(Plain(emb_size=hidden_size, seq_length=max_seq_len, vocab_size), n_layers=num_layers)"),
+        ("ByKeywords", "ByKeywords(Loose(d_model=hidden_size, n_ctx=max_seq_len, vocab_size))"),
         ("Book", "Book(a configuration with context_length=max_seq_len, emb_dim=hidden_size, vocab_size)"),
     ],
 )
@@ -174,6 +188,9 @@ def test_what_its_assertions_rule_out_is_refused(strangers: Callable[[str], Any]
     assert report.refused
     with pytest.raises(NotImplementedError, match="AssertionError: one head only"):
         ByNames(strangers("Refuses"))(CONFIG)
+    narrow = DIYConfig.from_dict(CONFIG.to_dict() | {"hidden_size": 4})
+    with pytest.raises(NotImplementedError, match="AssertionError: too narrow"):
+        ByNames(strangers("ByKeywords"))(narrow)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,17 @@ from diymodel.config import DIYConfig
 from diymodel.verify.failure import SubjectError
 
 _NAMES = {  # of ours: theirs
-    "vocab_size": ("vocab_size", "n_vocab", "vocab", "vocabulary_size", "num_tokens", "n_tokens", "ntoken"),
+    "vocab_size": (
+        *("vocab_size", "n_vocab", "vocab", "vocabulary_size", "num_tokens", "n_tokens", "ntoken", "words"),
+        "num_embeddings",
+    ),
     "num_layers": (
         *("num_layers", "n_layers", "n_layer", "num_hidden_layers", "nlayers", "layers", "depth", "num_blocks"),
         *("n_blocks", "num_decoder_layers", "number_of_layers"),
     ),
     "hidden_size": (
         *("hidden_size", "d_model", "n_embd", "n_embed", "dim", "embed_dim", "emb_dim", "embedding_dim", "emb_size"),
-        *("embed_size", "embedding_size", "model_dim", "d_embed", "dim_model", "n_embeddings"),
+        *("embed_size", "embedding_size", "model_dim", "d_embed", "dim_model", "embeddings_size", "dims"),
     ),
     "num_heads": ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead", "nheads", "heads", "num_head"),
     "num_kv_heads": ("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "n_kv_groups", "kv_heads"),
@@ -38,6 +41,7 @@ _NAMES = {  # of ours: theirs
         *("max_seq_len", "block_size", "context_length", "max_len", "seq_len", "max_position_embeddings", "max_length"),
         *("n_positions", "n_ctx", "ctx_len", "sequence_length", "context_size", "max_seq_length", "seq_length"),
         *("max_sequence_length", "context_len", "max_context", "context_window", "max_positions"),
+        "num_max_positions",
     ),
     "dropout": (
         *("dropout", "dropout_rate", "drop_rate", "dropout_p", "p_drop", "dropout_prob", "p_dropout", "attn_dropout"),
@@ -45,7 +49,7 @@ _NAMES = {  # of ours: theirs
     ),
     "rms_norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_eps", "eps"),
     "rope_theta": ("rope_theta", "rope_base", "theta"),
-    "tie_word_embeddings": ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings", "tied"),
+    "tie_word_embeddings": ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings", "tied_embedding"),
     "pad_token_id": ("pad_token_id", "pad_id", "pad_idx", "padding_idx", "pad_token"),
     "head_size": ("head_size", "head_dim", "d_head", "dim_head", "d_k", "d_v"),
 }
@@ -74,14 +78,18 @@ class ByNames:
             NotImplementedError: the constructor refuses these sizes.
             SubjectError: it needs an argument of an unknown name.
         """
+        try:
+            return self._built(config)
+        except (NotImplementedError, SubjectError):
+            raise
+        except _REFUSED as error:
+            raise NotImplementedError(f"{type(error).__name__}: {error}") from error
+
+    def _built(self, config: DIYConfig) -> nn.Module:
         unfit: Exception | None = None
         for arguments, said in _ways(self._make, config):
             try:
                 module = self._make(**arguments)
-            except NotImplementedError:
-                raise
-            except _REFUSED as error:
-                raise NotImplementedError(f"{type(error).__name__}: {error}") from error
             except _UNFIT as error:
                 unfit = unfit or error
                 continue
@@ -118,16 +126,21 @@ def _configurations(
     for kind in kinds:
         parameters = _parameters(kind)
         arguments, said = _called(parameters, config)
-        made = kind(**arguments)
-        if not parameters:  # class Config: n_embd = 64 …
-            named = _named(_fields(kind))
-            said = _said(named)
-            for name, value in _values(named, config).items():
+        if parameters:
+            yield kind(**arguments), f"{kind.__name__}({said})"
+            continue
+        named = _named(_fields(kind))
+        values = _values(named, config)
+        try:
+            made = kind(**values)  # class Config: def __init__(self, **settings) …
+        except TypeError:
+            made = kind()  # class Config: n_embd = 64 …
+            for name, value in values.items():
                 setattr(made, name, value)
-        yield made, f"{kind.__name__}({said})"
+        yield made, f"{kind.__name__}({_said(named)})"
     given = [found for found in beside.values() if isinstance(found, Mapping) and any(name in _OURS for name in found)]
     defaults: dict[str, Any] = dict(given[0]) if given else {}
-    named = _named(defaults or _OURS)
+    named = _named(defaults or _words(make))
     said = _said(named) if defaults else "the usual names"
     yield _Named(defaults | _values(named, config)), f"a configuration with {said}"
 
@@ -185,7 +198,16 @@ def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _fields(kind: type) -> set[str]:
     """Names that the objects of a class have, by its constructor or as they are."""
-    return {*_parameters(kind), *(name for name in vars(kind) if not name.startswith("_"))}
+    written = {*vars(kind), *getattr(kind, "__annotations__", ())}
+    return {*_parameters(kind), *(name for name in written if not name.startswith("_"))}
+
+
+def _words(make: Callable[..., nn.Module]) -> set[str]:
+    """Those in the file of a class or function; all names that are known, where there is none to read."""
+    try:
+        return set(re.findall(r"\w+", inspect.getsource(sys.modules[make.__module__])))
+    except (KeyError, OSError, TypeError):
+        return {*_OURS, _EITHER}
 
 
 def _beside(make: Callable[..., nn.Module]) -> dict[str, Any]:

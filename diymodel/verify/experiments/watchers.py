@@ -45,7 +45,8 @@ class Watcher(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.note(function, args, kwargs or {}, result)
+        if function is not Tensor.__deepcopy__:  # which is given the modules that are half copied
+            self.note(function, args, kwargs or {}, result)
         return result
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
