@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import os
 import warnings
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.diagnosis import EXAMPLES
+from diymodel.verify.experiments.watchers import Overflows
 from diymodel.verify.isolation import examine_isolated
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks, select_checks
@@ -373,3 +375,12 @@ def test_what_was_found_before_an_experiment_crashes_is_kept() -> None:
         *_, findings = examine_isolated(subject, found)
     assert findings.symptoms == before
     assert findings.absent
+
+
+def test_a_watched_trial_may_copy_its_module() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("table", torch.ones(2))
+    with Overflows() as seen:
+        copied = copy.deepcopy(module)
+    assert torch.equal(copied.table, module.table)
+    assert seen.first is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -185,11 +186,12 @@ def assert_numbers(failure: Failure | CheckFailure) -> None:
         assert found.group(1) == f"{failure.tolerance:.3g}"
     if found := re.search(r"(?:difference is|difference of|to rounding.*saw) ([\d.e+-]+|inf)\b", message):
         assert found.group(1) == f"{failure.max_abs_diff:.3g}", message
-    if found := re.search(r"bring the loss of (\S+) below (\S+), saw (.*) at rates of (.*)$", message):
-        first, third, *last = map(float, (*found.groups()[:2], *found.group(3).split(", ")))
-        assert first / 3 == pytest.approx(third, rel=0.01)
-        assert min(last) >= third
-        assert len(last) == found.group(4).count(",") + 1
+    if found := re.search(r"on \[\[(.*)\]\] .* loss of (\S+) below (\S+), saw (.*) at rates of (.*)$", message):
+        first, enough, *last = map(float, (*found.groups()[1:3], *found.group(4).split(", ")))
+        others = found.group(1).count(",")  # than the first token, which a last bias can but take to be equally likely
+        assert enough == pytest.approx(min(first / 3, math.log(others) / 2 if others > 1 else first), rel=0.01)
+        assert min(last) >= enough
+        assert len(last) == found.group(5).count(",") + 1
     if found := re.search(r"that is (\d+) with logit (\S+), saw (\d+) with (\S+) as new token", message):
         assert found.group(1) != found.group(3)
         assert float(found.group(2)) > float(found.group(4))
