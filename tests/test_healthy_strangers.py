@@ -190,7 +190,21 @@ class MadeLazily(DIYForCausalLM):
         return logits
 
 
-@pytest.mark.parametrize("module", [OddlyNamedCache, MadeLazily])
+class Recurrent(nn.Module):
+    """Its state is called by one letter, as mamba2-minimal's."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.cells = nn.GRU(config.hidden_size, config.hidden_size, config.num_layers, batch_first=True)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden, h = self.cells(self.embed(input_ids), h)
+        return self.head(hidden), h
+
+
+@pytest.mark.parametrize("module", [OddlyNamedCache, MadeLazily, Recurrent])
 def test_a_cache_is_found(module: type[nn.Module]) -> None:
     passes(module, "decode.cached_equals_full", seeds=1)
 

@@ -15,11 +15,11 @@ NAMES = {
     "lengths": ("seq_lengths", "lengths", "seq_lens"),
     "left": ("seq_start_pos",),
     "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
-    "positions": ("position_ids", "input_pos", "positions", "pos_ids", "segment_pos"),
+    "positions": ("position_ids", "input_pos", "positions", "pos_ids", "segment_pos", "token_positions"),
     "start": ("start_pos", "start_position"),
     "past": (
         *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
-        *("cache_params", "state", "states", "hidden", "hidden_state"),
+        *("cache_params", "state", "states", "hidden", "hidden_state", "h", "s"),
     ),
     "use_cache": ("use_cache", "return_intermediates"),
     "labels": ("labels", "targets", "target", "lm_labels"),
