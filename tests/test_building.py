@@ -49,6 +49,11 @@ class Wide(Bag):
         super().__init__(vocab_size, hidden_dim, block_size, bias=bias, device=device)
 
 
+class Switched(Bag):
+    def __init__(self, vocab_size: int, dim: int, seq_len: int, bias: bool) -> None:
+        super().__init__(vocab_size, dim, seq_len, bias=bias)
+
+
 class Deep(Bag):
     def __init__(
         self, vocab_size: int, dim: int, hidden_dim: int, n_kv_heads: int, head_dim: int, seq_len: int
@@ -69,6 +74,7 @@ class Deep(Bag):
             {"bias": True, "device": "cpu"},
             "Wide(block_size=max_seq_len, vocab_size, hidden_dim=hidden_size)",
         ),
+        (Switched, {"bias": False}, "Switched(dim=hidden_size, seq_len=max_seq_len, vocab_size, bias=False)"),
         (
             Deep,
             {"mlp": 7, "kv_heads": 1, "head": 6},
@@ -76,7 +82,7 @@ class Deep(Bag):
             "hidden_dim=intermediate_size)",
         ),
     ],
-    ids=["Positional", "Wide", "Deep"],
+    ids=["Positional", "Wide", "Switched", "Deep"],
 )
 def test_arguments_are_sizes_by_the_names_that_people_give_them(
     make: type[Bag], sizes: dict[str, Any], said: str
@@ -136,6 +142,10 @@ class ByKeywords(Bag):
 class Book(Bag):
     def __init__(self, cfg):
         super().__init__(cfg["vocab_size"], cfg["emb_dim"], cfg["context_length"], bias=cfg["qkv_bias"])
+
+class Bare(Bag):
+    def __init__(self, cfg):
+        super().__init__(cfg["vocab_size"], cfg["emb_dim"], cfg["context_length"], bias=cfg["kv_bias"] or cfg.use_rope)
 
 class Refuses(Bag):
     def __init__(self, vocab_size, d_model, n_heads, max_len):

@@ -55,6 +55,7 @@ _NAMES = {  # of ours: theirs
 }
 _OURS = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
 _EITHER = "hidden_dim"  # the model's width, or its MLP's where another name says the model's
+_SWITCH = re.compile(r"(\w+_)?bias|use_\w+")  # off, where nothing says what it is by default
 _CONFIGURATION = re.compile(r"(config|configuration|args|arguments|params|hparams|hyperparameters|settings)$", re.I)
 _UNFIT = (AttributeError, KeyError, TypeError)  # what a constructor raises that wanted something else
 _REFUSED = (AssertionError, ValueError, RuntimeError, ZeroDivisionError)  # or other sizes
@@ -148,6 +149,11 @@ def _configurations(
 class _Named(dict[str, Any]):
     """Sizes by key and by attribute alike."""
 
+    def __missing__(self, name: str) -> bool:
+        if _SWITCH.fullmatch(name):
+            return False
+        raise KeyError(name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
@@ -159,10 +165,11 @@ def _called(parameters: Mapping[str, inspect.Parameter], config: DIYConfig) -> t
     """Arguments for the parameters that name a size, and how a reader is told of them."""
     named = _named(parameters)
     values = _values(named, config) | ({"device": "cpu"} if "device" in parameters else {})
-    lacking = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    if lacking := [name for name in lacking if name not in values]:
+    lacking = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
+    switches = {name: False for name in lacking if _SWITCH.fullmatch(name)}
+    if lacking := [name for name in lacking if name not in switches]:
         raise SubjectError(f"it needs {', '.join(lacking)}, which names no size that is known: give it a default")
-    return values, _said(named)
+    return values | switches, ", ".join([_said(named), *(f"{name}=False" for name in switches)])
 
 
 def _named(names: Iterable[str]) -> dict[str, str]:
