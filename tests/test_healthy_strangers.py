@@ -374,13 +374,17 @@ class Frozen(PostNorm):
         return super().forward(input_ids).detach() + self.head.bias
 
 
-def test_what_learns_at_a_smaller_rate_learns() -> None:
+def test_what_learns_at_a_smaller_rate_or_slowly_learns() -> None:
     (check,) = select_checks(["training.overfits_a_tiny_batch"])
     size = {"vocab_size": 16, "num_layers": 3, "hidden_size": 16, "intermediate_size": 16, "max_seq_len": 8}
     config = {**size, "num_heads": 2, "num_kv_heads": 2, "tie_word_embeddings": False}
     values = {"config": config, "sharpness": 1, "length": 5, "tokens": [0, 1, 2, 3, 4]}
     for weights in (28, 33):
         result = replay(PostNorm, check, {**values, "weights": weights})
+        assert result.status == "passed", result
+    deep = {**values, "config": {**config, "num_layers": 6}}
+    for weights in (8, 45):  # at no rate in 40 steps
+        result = replay(PostNorm, check, {**deep, "weights": weights})
         assert result.status == "passed", result
     failure = replay(Frozen, check, {**values, "weights": 0}).failure
     assert failure is not None
