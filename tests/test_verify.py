@@ -153,11 +153,16 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, Any], m
         ("LM = lambda config: None", "LM", "returned NoneType: expected an nn.Module"),
         ("import sys\nsys.exit(0)", "LM", "ends the program while it is imported: .*__main__"),
         ("LM = 3 +", "LM", "does not import: SyntaxError: invalid syntax"),
-        ("class LM: pass", "LM", r"LM\(config\) failed: TypeError: .*; config has vocab_size, .*name a function"),
+        ("class LM: pass", "LM", r"LM\(config\) returned LM: expected an nn.Module; "),
         (
-            "def build(config): config.n_embd",
+            "def build(config, data): pass",
             "build",
-            r"no attribute 'n_embd' \(.*:1\); config has vocab_size, num_layers, ",
+            r"failed: TypeError: .*; config has vocab_size, .*it needs data, which names no size",
+        ),
+        (
+            "def build(config): config.n_quux",
+            "build",
+            r"no attribute 'n_quux' \(.*:1\); config has vocab_size, num_layers, ",
         ),
         ("def built(config): pass", "build", "has no 'build'; the nearest is 'built'"),
         (
