@@ -50,8 +50,10 @@ class Wide(Bag):
 
 
 class Switched(Bag):
-    def __init__(self, vocab_size: int, dim: int, seq_len: int, bias: bool) -> None:
-        super().__init__(vocab_size, dim, seq_len, bias=bias)
+    def __init__(
+        self, vocab_size: int, dim: int, seq_len: int, bias: bool, pad_id: int, pad_idx: int | None = None
+    ) -> None:
+        super().__init__(vocab_size, dim, seq_len, bias=bias, padding=(pad_id, pad_idx))
 
 
 class Deep(Bag):
@@ -74,7 +76,11 @@ class Deep(Bag):
             {"bias": True, "device": "cpu"},
             "Wide(block_size=max_seq_len, vocab_size, hidden_dim=hidden_size)",
         ),
-        (Switched, {"bias": False}, "Switched(dim=hidden_size, seq_len=max_seq_len, vocab_size, bias=False)"),
+        (
+            Switched,
+            {"bias": False, "padding": (0, None)},
+            "Switched(dim=hidden_size, seq_len=max_seq_len, vocab_size, bias=False, pad_id=0)",
+        ),
         (
             Deep,
             {"mlp": 7, "kv_heads": 1, "head": 6},
@@ -102,6 +108,14 @@ from tests.test_building import Bag
 class TrainConfig:
     dropout: float = 0.5
     lr: float = 1e-3
+
+@dataclass
+class DataConfig:
+    path: str
+    vocab_size: int
+    dim: int
+    depth: int
+    seq_len: int
 
 @dataclass
 class GPTConfig:
@@ -176,12 +190,13 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
         ("Hinted", "Hinted(Plain(emb_size=hidden_size, seq_length=max_seq_len, vocab_size), n_layers=num_layers)"),
         ("ByKeywords", "ByKeywords(Loose(d_model=hidden_size, n_ctx=max_seq_len, vocab_size))"),
         ("Book", "Book(a configuration with context_length=max_seq_len, emb_dim=hidden_size, vocab_size)"),
+        ("Bare", "Bare(a configuration with context_length=max_seq_len, emb_dim=hidden_size, vocab_size)"),
     ],
 )
 def test_a_configuration_is_made_as_the_file_beside_says(strangers: Callable[[str], Any], name: str, said: str) -> None:
     factory = ByNames(strangers(name))
     module: Any = factory(CONFIG)
-    expected = {"vocab_size": 11, "width": 12, "length": 9, "bias": True}
+    expected = {"vocab_size": 11, "width": 12, "length": 9, "bias": name != "Bare"}
     assert module.sizes == expected | ({"layers": 3} if name == "Hinted" else {})
     assert factory.said == said
 

@@ -6,6 +6,7 @@ For a class that cannot be built of a configuration with our names: ``GPT(vocab_
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -120,39 +121,43 @@ def _configurations(
     beside = _beside(make)
     hinted = _hint(make, parameter.name)
     kinds = [hinted] if inspect.isclass(hinted) and hinted.__module__ != "builtins" else []
-    kinds += sorted(
-        (found for found in beside.values() if inspect.isclass(found) and _CONFIGURATION.search(found.__name__)),
-        key=lambda kind: -sum(name in _OURS for name in _fields(kind)),
-    )
+    named_so = [found for found in beside.values() if inspect.isclass(found) and _CONFIGURATION.search(found.__name__)]
+    sizes = {kind: sum(name in _OURS for name in _fields(kind)) for kind in named_so}
+    kinds += sorted(filter(sizes.__getitem__, named_so), key=lambda kind: -sizes[kind])
     for kind in kinds:
-        parameters = _parameters(kind)
-        arguments, said = _called(parameters, config)
-        if parameters:
-            yield kind(**arguments), f"{kind.__name__}({said})"
-            continue
-        named = _named(_fields(kind))
-        values = _values(named, config)
         try:
-            made = kind(**values)  # class Config: def __init__(self, **settings) …
-        except TypeError:
-            made = kind()  # class Config: n_embd = 64 …
-            for name, value in values.items():
-                setattr(made, name, value)
-        yield made, f"{kind.__name__}({_said(named)})"
+            made, said = _configured(kind, config)
+        except (SubjectError, *_UNFIT):  # it needs more, and the constructor perhaps another
+            continue
+        yield made, f"{kind.__name__}({said})"
     given = [found for found in beside.values() if isinstance(found, Mapping) and any(name in _OURS for name in found)]
     defaults: dict[str, Any] = dict(given[0]) if given else {}
-    named = _named(defaults or _words(make))
-    said = _said(named) if defaults else "the usual names"
-    yield _Named(defaults | _values(named, config)), f"a configuration with {said}"
+    values = _values(_named(defaults or _words(make)), config)
+    yield _Named(defaults | values), f"a configuration with {_said(values) if defaults else 'the usual names'}"
+
+
+def _configured(kind: type, config: DIYConfig) -> tuple[Any, str]:
+    """An object of a class of configurations, and how a reader is told of it."""
+    if parameters := _parameters(kind):
+        arguments, said = _called(parameters, config)
+        return kind(**arguments), said
+    values = _values(_named(_fields(kind)), config)
+    try:
+        made = kind(**values)  # class Config: def __init__(self, **settings) …
+    except TypeError:
+        made = kind()  # class Config: n_embd = 64 …
+        for name, value in values.items():
+            setattr(made, name, value)
+    return made, _said(values)
 
 
 class _Named(dict[str, Any]):
     """Sizes by key and by attribute alike."""
 
-    def __missing__(self, name: str) -> bool:
-        if _SWITCH.fullmatch(name):
-            return False
-        raise KeyError(name)
+    def __missing__(self, name: str) -> int:
+        if (otherwise := _otherwise(name)) is None:
+            raise KeyError(name)
+        return otherwise
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -163,13 +168,22 @@ class _Named(dict[str, Any]):
 
 def _called(parameters: Mapping[str, inspect.Parameter], config: DIYConfig) -> tuple[dict[str, Any], str]:
     """Arguments for the parameters that name a size, and how a reader is told of them."""
-    named = _named(parameters)
-    values = _values(named, config) | ({"device": "cpu"} if "device" in parameters else {})
+    values = _values(_named(parameters), config)
+    said = [_said(values)]
+    if "device" in parameters:
+        values["device"] = "cpu"
     lacking = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
-    switches = {name: False for name in lacking if _SWITCH.fullmatch(name)}
-    if lacking := [name for name in lacking if name not in switches]:
-        raise SubjectError(f"it needs {', '.join(lacking)}, which names no size that is known: give it a default")
-    return values | switches, ", ".join([_said(named), *(f"{name}=False" for name in switches)])
+    if unknown := [name for name in lacking if _otherwise(name) is None]:
+        raise SubjectError(f"it needs {', '.join(unknown)}, which names no size that is known: give it a default")
+    values |= {name: _otherwise(name) for name in lacking}
+    return values, ", ".join(filter(None, [*said, *(f"{name}={values[name]}" for name in lacking)]))
+
+
+def _otherwise(name: str) -> int | None:
+    """What a constructor is given that asks for a token of padding, where there is none, or for a switch."""
+    if _OURS.get(name) == "pad_token_id":
+        return 0
+    return False if _SWITCH.fullmatch(name) else None
 
 
 def _named(names: Iterable[str]) -> dict[str, str]:
@@ -182,19 +196,19 @@ def _named(names: Iterable[str]) -> dict[str, str]:
 
 
 def _values(named: Mapping[str, str], config: DIYConfig) -> dict[str, Any]:
-    """The sizes of a configuration, by their names."""
+    """The sizes of a configuration that it has, by their names."""
     sizes = {
         **config.to_dict(),
         "num_kv_heads": config.kv_heads,
         "intermediate_size": config.mlp_size,
         "head_size": config.head_size,
-        "pad_token_id": config.pad_token_id or 0,
     }
-    return {theirs: sizes[ours] for theirs, ours in named.items()}
+    return {theirs: sizes[ours] for theirs, ours in named.items() if sizes[ours] is not None}
 
 
-def _said(named: Mapping[str, str]) -> str:
-    return ", ".join(theirs if theirs == ours else f"{theirs}={ours}" for theirs, ours in named.items())
+def _said(names: Iterable[str]) -> str:
+    ours = _named(names)
+    return ", ".join(theirs if theirs == ours[theirs] else f"{theirs}={ours[theirs]}" for theirs in ours)
 
 
 def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -209,6 +223,7 @@ def _fields(kind: type) -> set[str]:
     return {*_parameters(kind), *(name for name in written if not name.startswith("_"))}
 
 
+@functools.cache
 def _words(make: Callable[..., nn.Module]) -> set[str]:
     """Those in the file of a class or function; all names that are known, where there is none to read."""
     try:
