@@ -209,6 +209,18 @@ def test_a_cache_is_found(module: type[nn.Module]) -> None:
     passes(module, "decode.cached_equals_full", seeds=1)
 
 
+class ByLetters(Tiny):
+    """``x`` and the tokens after them, ``y``, as their caller cut them out."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.run(x, causal)
+        return logits, None if y is None else F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def test_what_is_called_y_comes_after_x() -> None:
+    passes(ByLetters, "loss.value", "loss.gradient", "loss.many_labels", seeds=1)
+
+
 class MinusOne(Tiny):
     """A loss under the usual name, that takes -1 for what is ignored."""
 

@@ -22,7 +22,7 @@ NAMES = {
         *("cache_params", "state", "states", "hidden", "hidden_state", "h", "s"),
     ),
     "use_cache": ("use_cache", "return_intermediates"),
-    "labels": ("labels", "targets", "target", "lm_labels"),
+    "labels": ("labels", "targets", "target", "lm_labels", "target_ids", "target_token_ids", "y"),
     "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
 }
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
