@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -270,18 +269,17 @@ def test_an_error_beyond_its_own_length_is_found_within_it() -> None:
     assert result.failure.config["max_seq_len"] == 12
 
 
-@dataclass
-class Follows:
-    """A factory that counts what it builds."""
+def follows(config: DIYConfig) -> nn.Module:
+    return Bag(config.vocab_size, config.hidden_size, config.max_seq_len)
 
-    built: list[DIYConfig]
 
-    def __call__(self, config: DIYConfig) -> nn.Module:
-        self.built.append(config)
-        return Bag(config.vocab_size, config.hidden_size, config.max_seq_len)
+def rounds_up(config: DIYConfig) -> nn.Module:
+    """A vocabulary of whole blocks, as litgpt's: the rest of it is nobody's token."""
+    return Bag(-(-config.vocab_size // 512) * 512, config.hidden_size, config.max_seq_len)
 
 
 def test_a_module_that_follows_its_configuration_has_no_sizes_of_its_own() -> None:
-    subject = Subject(Follows([]), "follows")
-    assert subject.describe() == subject.convention.describe()
-    assert subject.own_sizes == {}
+    for factory in (follows, rounds_up):
+        subject = Subject(factory)
+        assert subject.describe() == subject.convention.describe()
+        assert subject.own_sizes == {}

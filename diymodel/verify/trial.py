@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 8
+LONGEST = 320  # positions that any trial asks for, above the usual small blocks of 64, 128 and 256
 MAX_ROWS = 3
 _SEED = 1  # not that of the constructor, or a second module would be a copy of the first
 

@@ -33,7 +33,7 @@ def compiled(module: nn.Module) -> Any:
         return torch.compile(module)
 
 
-class Parallel(nn.DataParallel[nn.Module]):
+class Parallel(nn.DataParallel):  # type: ignore[type-arg]  # no generic class in the oldest torch
     """A DataParallel that stays where the module is, while torch's own takes every GPU that there is."""
 
     def __init__(self, module: nn.Module) -> None:

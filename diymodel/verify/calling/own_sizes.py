@@ -19,9 +19,9 @@ from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.calling.uncallable import LENGTH
 from diymodel.verify.casting import cast
 from diymodel.verify.failure import refusal
-from diymodel.verify.trial import draw_weights
+from diymodel.verify.trial import LONGEST, draw_weights
 
-LONGEST = 320  # positions: what takes so many is not asked for more
+_MANY = 2**12  # tokens, more than a small vocabulary is ever rounded up to
 
 
 def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, convention: Convention) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, co
         make: builds a module.
         config: a small configuration, of which it does.
     """
-    larger = replace(config, vocab_size=2 * config.vocab_size, max_seq_len=LONGEST)
+    larger = replace(config, vocab_size=_MANY, max_seq_len=LONGEST)
 
     def answering(each: DIYConfig) -> LM:
         module = make(each).eval()
@@ -45,7 +45,7 @@ def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, co
     own: dict[str, Any] = {}
     with torch.no_grad():
         width = _width(small)
-        if width is not None and width != config.vocab_size and width == _width(large):
+        if width is not None and width == _width(large):
             own["vocab_size"] = width
         if not (convention.last_only or convention.always_cached):
             length = _longest(small)

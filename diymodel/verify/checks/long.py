@@ -17,9 +17,8 @@ from diymodel.verify.checks.causality import must_not_need_what_follows
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of
 from diymodel.verify.learning import gradients_of, next_token_loss, trainable
 from diymodel.verify.registry import check
-from diymodel.verify.trial import MAX_LENGTH, Trial
+from diymodel.verify.trial import LONGEST, MAX_LENGTH, Trial
 
-_LONGEST = 320  # positions, above the usual small blocks of 64, 128 and 256
 _ROWS = 4  # so many of the longest hold more labels than the usual 1,024 of a chunk of a loss
 _STEPS = 3
 _ORDINARY = 1e9  # gradients of that size, in float64, are far from what float32 cannot hold
@@ -27,8 +26,8 @@ _ORDINARY = 1e9  # gradients of that size, in float64, are far from what float32
 
 def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
     """A model that holds the longest row, and token ids (B, T)."""
-    lm = trial.model(length=_LONGEST, max_sharpness=1)
-    longest = min(_LONGEST, lm.config.max_seq_len)
+    lm = trial.model(length=LONGEST, max_sharpness=1)
+    longest = min(LONGEST, lm.config.max_seq_len)
     if longest <= MAX_LENGTH:
         raise NotApplicable(f"the module holds no more than {longest} positions, which other checks fill")
     any_length = st.integers(MAX_LENGTH + 1, longest)
