@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diymodel.verify import Subject
+from diymodel.verify import Subject, check_causal_lm
 from diymodel.verify.adapters import Convention
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, verify_one
@@ -96,6 +96,50 @@ class FilledList(Past):
     def forward(self, inputs: Tensor, kv_caches: list[Tensor | None]) -> Tensor:
         logits, kv_caches[0], _ = self.step(inputs, kv_caches[0])
         return logits
+
+
+class BesideTheWhole(Past):
+    """lucidrains' local-attention: the whole sequence stands beside its cache, and the last token of it is new."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None, return_cache: bool = False) -> Any:
+        assert cache is None or mask is None, "only allow caching for specific configuration"
+        placed = self.embed(x) + self.positions(torch.arange(x.shape[1]))
+        q, k, v = self.qkv(placed if cache is None else placed[:, -1:]).chunk(3, -1)
+        if cache is not None:
+            k, v = torch.cat((cache[0], k), 1), torch.cat((cache[1], v), 1)
+        hidden = ~self.seen(q.shape[1], k.shape[1])
+        if mask is not None:
+            hidden = hidden | ~mask.bool()[:, None]
+        scores = (q @ k.transpose(1, 2)).masked_fill(hidden, torch.finfo(q.dtype).min)
+        logits = self.head(placed[:, -q.shape[1] :] + scores.softmax(-1) @ v)
+        return (logits, torch.stack((k, v))) if return_cache else logits
+
+
+class CacheForNothing(BesideTheWhole):
+    """Given the whole sequence it is right, and computes it anew."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None, return_cache: bool = False) -> Any:
+        return super().forward(x, mask, None, return_cache)
+
+
+def test_the_whole_sequence_is_given_beside_a_cache_that_counts_on_it() -> None:
+    subject = Subject(BesideTheWhole)
+    assert subject.convention.cached_gets_all
+    assert subject.describe().endswith("beside which the whole sequence is given")
+    reasons = {
+        "chunks": "of the whole sequence, a call on the cache takes the last token alone as new",
+        "padded_cache": "with forward(mask=…) a call on the cache is refused: AssertionError: only allow caching",
+    }
+    for capability, reason in reasons.items():
+        assert reason in (subject.missing(capability) or "")
+    found = verdicts(BesideTheWhole, ("decode.*", "padding.*", "batch.*"))
+    assert all(found[f"decode.{id}"] == "passed" for id in ("cached_equals_full", "branch", "rows_reordered"))
+
+
+def test_the_whole_sequence_is_not_given_to_a_module_that_makes_nothing_of_its_cache() -> None:
+    assert not convention(CacheForNothing).cached_gets_all
+    report = check_causal_lm(CacheForNothing, profile="quick", only=("decode.cached_equals_full",))
+    assert [result.status for result in report.results] == ["failed"]
 
 
 class ListUnused(Causal):

@@ -105,6 +105,7 @@ class Convention:
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
     cache_is_new_part: int | None = None  # OpenAI's GPT-2: what comes back is of the new tokens, along this dimension
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
+    cached_gets_all: bool = False  # local-attention: the whole sequence stands beside its cache in each call
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
     padded_dtype: torch.dtype | None = None  # of calls with padding, where that overflows in dtype
@@ -139,6 +140,7 @@ class Convention:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""
             more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
+            more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
             notes.append(f"the cache is {kind}{more}{', and every call is on it' if self.always_cached else ''}")
         if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
             notes.append(f"it generates by {self.generating.entry}")
@@ -165,6 +167,7 @@ class Past(NamedTuple):
 
     cache: Any
     length: int
+    tokens: Tensor | None = None  # (B, length), where the next call gets them as well
 
 
 class LM:
@@ -328,17 +331,22 @@ class LM:
         raise NotApplicable("no nn.Embedding with a row for every token was found")
 
     def _extend(self, input_ids: Tensor, past: Past | None, real: Tensor | None) -> tuple[Tensor, Past]:
-        convention = self.convention
-        cache, start = past or (None, 0)
+        convention, new = self.convention, input_ids.shape[1]
+        cache, start, tokens = past or Past(None, 0)
         if past is None and convention.new_cache is not None:
             cache = convention.new_cache(self.module, self.config, input_ids.shape[0])
-        inputs = {**self._inputs(input_ids, real, start), **convention.cached_extra}
+        if convention.cached_gets_all:
+            tokens = input_ids if tokens is None else torch.cat((tokens, input_ids), 1)
+            inputs = self._inputs(tokens, real, 0)
+        else:
+            inputs = self._inputs(input_ids, real, start)
+        inputs |= convention.cached_extra
         if cache is not None:
             inputs[_some(convention.past)] = cache
         if convention.use_cache:
             inputs[convention.use_cache] = True
         if convention.new_tokens:
-            inputs[convention.new_tokens] = input_ids.shape[1]
+            inputs[convention.new_tokens] = new
         if convention.cache_on_module and convention.positions:
             inputs[convention.positions] = self._positions(input_ids, start)
         output = self._call(inputs, start)
@@ -348,7 +356,7 @@ class LM:
                 raise NotApplicable("forward returned no cache")
             if convention.cache_is_new_part is not None and past is not None:
                 cache = joined(past.cache, cache, convention.cache_is_new_part)
-        return self._shaped(output.logits), Past(cache, start + input_ids.shape[1])
+        return self._shaped(output.logits)[:, -new:], Past(cache, start + new, tokens)
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
         """The arguments of a call without those for the cache; ``start`` tokens came before."""
@@ -396,7 +404,8 @@ class LM:
         if convention.sequence_first:
             by_token = {getattr(convention, role) for role in _BY_TOKEN} & inputs.keys()
             inputs = {**inputs, **{name: x.t().contiguous() for name in by_token if (x := inputs[name]).dim() == 2}}
-        with nullcontext() if self.around is None else self.around(start, T):
+        new = T - start if convention.cached_gets_all else T
+        with nullcontext() if self.around is None else self.around(start, new):
             output = read_output(self.module(**inputs), self.config.vocab_size, convention.loss_place)
         if output.logits is None:
             return output

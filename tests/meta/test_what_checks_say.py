@@ -733,12 +733,6 @@ SKIPS: list[tuple[str, Patch, dict[str, Any], str]] = [  # what a check leaves a
         "^a row without a real token is refused: ValueError: empty row$",
     ),
     (
-        "padding.content_irrelevant_with_cache",
-        called(lengths=None, mask="attention_mask", mask_covers_cache=False),
-        WHOLE,
-        r"^forward\(attention_mask=…\) covers the new tokens only, not the padding in the cache$",
-    ),
-    (
         "padding.right_with_cache",
         lambda: cached_logits_as(lambda logits: logits[:, -1:]),
         {**WHOLE, "chunks": [3, 1], "lengths": [[2, 3], [1, 1]]},

@@ -46,6 +46,11 @@ _HEAD_SIZE = ("head_dim", "head_size", "dim_head", "d_head")
 _CONFIG = ("config", "cfg", "args", "params")
 
 
+def close(seen: Tensor, expected: Tensor) -> bool:
+    """Whether they are the same as far as finding a convention goes; bugs are for the checks."""
+    return bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
+
+
 def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, Any]:
     """The convention of a module that keeps its cache, if it has a method or a parameter that says so."""
     if names.get("start"):
@@ -88,12 +93,23 @@ def find_cache(
     convention, why = _find_new_cache(module, config, convention, ids)
     if why is not None:
         return convention, dict.fromkeys(("cache", "chunks"), why)
+    convention = _given_all(module, config, convention, ids)
+    missing = {}
     if convention.mask:
-        convention = replace(convention, mask_covers_cache=_mask_covers_cache(module, config, convention, ids))
+        covers, refused = _mask_on_cache(module, config, convention, ids)
+        convention = replace(convention, mask_covers_cache=covers)
+        if refused is not None:
+            missing["padded_cache"] = f"with forward({convention.mask}=…) a call on the cache is refused: {refused}"
+        elif not (covers or convention.lengths or convention.left):
+            missing["padded_cache"] = (
+                f"forward({convention.mask}=…) covers the new tokens only, not the padding in the cache"
+            )
     lm = LM(module, config, convention)
     if (why := refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
-        return convention, {"chunks": f"several tokens on a cache are refused: {why}"}
-    return convention, {}
+        missing["chunks"] = f"several tokens on a cache are refused: {why}"
+    elif convention.cached_gets_all and lm.extend(ids[:, :2], lm.extend(ids)[1])[0].shape[1] < 2:
+        missing["chunks"] = "of the whole sequence, a call on the cache takes the last token alone as new"
+    return convention, missing
 
 
 def _find_new_cache(
@@ -128,8 +144,9 @@ def _find_new_cache(
             if begun is not None and crashed(error):
                 crashing = crashing or replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache))
         else:
-            if way.new_cache is one_none_a_layer and not tensors_in(past.cache):
-                continue  # it was passed over
+            if way.new_cache is not None and not (way.cache_on_module or tensors_in(past.cache)):
+                reasons.append(f"forward({way.past}=…) put nothing into the cache that it was handed")
+                continue
             changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
             way = replace(way, cache_is_value=not changed and _is_value(past.cache))
             return replace(way, cache_is_new_part=_new_part(begun, past) if way.cache_is_value else None), None
@@ -166,26 +183,65 @@ def _needs_more(way: Convention) -> str:
     return f"; it was given {given}: name a module instead, whose forward(tokens, start_pos) adds what it needs"
 
 
-def _mask_covers_cache(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether a call on a cache takes a mask of cached and new tokens; else of the new ones only.
+def _given_all(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:
+    """The convention, with the whole sequence in each call on a cache where the next token is right only so.
 
-    Modules refuse the wrong one, or misread it: in a row that is padded on the left, it then changes the logits.
+    It must be by what the cache holds: a module that makes nothing of it is right on the whole sequence as well.
+    """
+    if convention.cache_on_module:
+        return convention
+
+    def next_logits(way: Convention, cached: Tensor) -> Tensor | None:
+        lm = LM(module, config, way)
+        try:
+            _, past = lm.extend(cached)
+            tokens = ids[:, :-1] if way.cached_gets_all else None
+            return lm.extend(ids[:, -1:], past._replace(tokens=tokens))[0][:, -1]
+        except Exception:  # a stranger's forward may raise anything
+            return None
+
+    def is_right(seen: Tensor | None) -> bool:
+        return seen is not None and close(seen, expected)
+
+    expected = LM(module, config, convention).logits(ids)[:, -1]
+    if is_right(next_logits(convention, ids[:, :-1])):
+        return convention
+    whole = replace(convention, cached_gets_all=True)
+    others = (ids[:, :-1] + 1) % config.vocab_size
+    reads = is_right(next_logits(whole, ids[:, :-1])) and not is_right(next_logits(whole, others))
+    return whole if reads else convention
+
+
+def _mask_on_cache(
+    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
+) -> tuple[bool, str | None]:
+    """Whether a call on a cache takes a mask of cached and new tokens, else of the new ones only; or why neither.
+
+    Modules refuse the wrong one, or misread it: in a row that is padded on the left, it then changes the logits. Some
+    refuse such rows, with a cache or without: whether a mask is taken at all, one that hides nothing tells.
     """
     prompt, token = ids.roll(1, 1), ids[:, -1:]
     prompt[:, 0] = ids[:, 0]  # what stands at the padding
-    real = (torch.arange(ids.shape[1] + 1) > 0).expand(len(ids), -1)
-    accepted = []
-    for covers in (True, False):
-        lm = LM(module, config, replace(convention, mask_covers_cache=covers))
-        try:
-            alone, _ = lm.extend(token, lm.extend(prompt[:, 1:])[1])
-            padded, _ = lm.extend(token, lm.extend(prompt, None, real[:, :-1])[1], real)
-        except Exception:  # a refusal; why does not matter where the other is accepted
-            continue
-        if bool(((padded - alone).abs() <= 1e-4 * alone.abs().max()).all()):
-            return covers
-        accepted.append(covers)
-    return accepted[0] if accepted else True
+    all_real = torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
+    padded = all_real.clone()
+    padded[:, 0] = False
+    accepted: list[bool] = []
+    refusals: list[Exception] = []
+    for real, expected in ((padded, prompt[:, 1:]), (all_real, prompt)):
+        for covers in (True, False):
+            lm = LM(module, config, replace(convention, mask_covers_cache=covers))
+            try:
+                alone, _ = lm.extend(token, lm.extend(expected)[1])
+                seen, _ = lm.extend(token, lm.extend(prompt, None, real[:, :-1])[1], real)
+            except Exception as error:  # why does not matter where another is accepted
+                refusals.append(error)
+                continue
+            if close(seen, alone):
+                return covers, None
+            accepted.append(covers)
+        if accepted:
+            return accepted[0], None
+    return True, None if any(map(crashed, refusals)) else said(refusals[0])
 
 
 def _new_part(begun: Past, later: Past) -> int | None:

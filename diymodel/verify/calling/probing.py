@@ -17,6 +17,7 @@ from diymodel.verify.adapters import LM, ROLES, Convention
 from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
     cache_on_module,
+    close,
     find_cache,
     is_narrower,
     one_none_a_layer,
@@ -213,11 +214,6 @@ def _placed(ways: Sequence[Convention]) -> list[Convention]:
     ]
 
 
-def _close(seen: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same as far as finding a convention goes; bugs are for the checks."""
-    return bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
-
-
 def _reaches(lm: LM, ids: Tensor) -> bool:
     """Whether the first token reaches the last logits."""
     first = ids.clone()
@@ -230,7 +226,7 @@ def _is_causal(lm: LM, ids: Tensor) -> bool:
     last = ids.clone()
     last[:, -1] = (ids[:, -1] + 1) % lm.config.vocab_size
     logits = lm.logits(ids)
-    return bool(logits.isfinite().all()) and _close(lm.logits(last)[:, :-1], logits[:, :-1])
+    return bool(logits.isfinite().all()) and close(lm.logits(last)[:, :-1], logits[:, :-1])
 
 
 def _mask_kinds(convention: Convention) -> list[Convention]:
@@ -258,8 +254,6 @@ def _find_rest(
     convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache(module, config, convention, ids)
     missing = no_padding | no_loss | no_cache | _missing_packing(module, config, convention, ids)
-    if convention.mask and not (convention.lengths or convention.mask_covers_cache):
-        missing.setdefault("ragged_cache", f"forward({convention.mask}=…) covers the new tokens only")
     if convention.always_cached:
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
         missing["gradient"] = missing["graph"] = f"every call is on the cache {whose}: it is for inference only"
@@ -307,7 +301,7 @@ def _find_padding(
         lm = LM(module, config, way)
         if (refused := refusal(lm.logits, ids, real)) is not None:
             reasons.append(refused)
-        elif _close(lm.logits(ids, real)[real], expected):
+        elif close(lm.logits(ids, real)[real], expected):
             accepted.insert(0, way)
             break
         else:
@@ -331,7 +325,7 @@ def _pads_left(lm: LM, ids: Tensor) -> bool:
         return False
     padded = lm.logits(ids, real)
     return all(
-        _close(padded[row : row + 1, hidden:], lm.logits(ids[row : row + 1, hidden:]))
+        close(padded[row : row + 1, hidden:], lm.logits(ids[row : row + 1, hidden:]))
         for row, hidden in enumerate((~real).sum(1).tolist())
     )
 
@@ -354,8 +348,8 @@ def _hides(lm: LM, ids: Tensor) -> bool:
     if refusal(lm.logits, ids, real) is not None:
         return False
     hidden, seen = lm.logits(ids, real), lm.logits(ids)
-    changed = not _close(hidden[0, 1:], seen[0, 1:])
-    return changed and _close(lm.logits(other, real)[0, 1:], hidden[0, 1:]) and _close(hidden[1:], seen[1:])
+    changed = not close(hidden[0, 1:], seen[0, 1:])
+    return changed and close(lm.logits(other, real)[0, 1:], hidden[0, 1:]) and close(hidden[1:], seen[1:])
 
 
 def _missing_packing(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> dict[str, str]:

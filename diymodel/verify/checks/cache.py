@@ -56,6 +56,8 @@ def _reordered(lm: LM, ids: Tensor, past: Past, rows: Tensor) -> tuple[Past, boo
     """
     if lm.convention.cache_on_module:
         raise NotApplicable("the cache is kept on the module, and nobody can choose its rows")
+    if past.tokens is not None:
+        past = past._replace(tokens=past.tokens[rows])
     for name in _OWN_WAYS:
         if hasattr(past.cache, name):
             with suppress(NotImplementedError):

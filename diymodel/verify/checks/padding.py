@@ -128,7 +128,8 @@ def nan_contained(trial: Trial) -> None:
     real = trial.right_padding(ids)
     real = real.flip(1) if left else real
     ids = ids.where(real, padding)
-    cached = trial.subject.missing("cache") is None and (left or trial.subject.missing("ragged_cache") is None)
+    needed = ("cache", "padded_cache") if left else ("cache", "padded_cache", "ragged_cache")
+    cached = all(trial.subject.missing(capability) is None for capability in needed)
 
     def run() -> Tensor:
         """Logits of the real positions, and of one more token on the cache of the padded rows."""

@@ -20,13 +20,6 @@ def _real_lengths(draw: st.DrawFn, rows: int, sizes: list[int]) -> list[list[int
     return [draw(real_lengths(rows, size)) for size in sizes]
 
 
-def _needs_a_mask_of_the_cache(lm: LM) -> None:
-    """A module that has no lengths is told by each call's mask where the cache holds padding."""
-    convention = lm.convention
-    if convention.mask and not (convention.lengths or convention.left or convention.mask_covers_cache):
-        raise NotApplicable(f"forward({convention.mask}=…) covers the new tokens only, not the padding in the cache")
-
-
 def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int], side: str) -> None:
     """Feed padded rows (B, T) in chunks; at its real positions each row must give what it gives alone."""
     past, start = None, 0
@@ -54,7 +47,7 @@ def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int],
     "padding.left_with_cache",
     title="rows padded on the left are continued on the cache as each alone",
     step="5.1",
-    needs=("left_padding", "cache", "causal"),
+    needs=("left_padding", "cache", "padded_cache", "causal"),
     causes=(
         "padding-mask-lost-in-decode",
         "padded-batch-shared-position",
@@ -64,7 +57,6 @@ def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int],
 )
 def left_with_cache(trial: Trial) -> None:
     lm = trial.model()
-    _needs_a_mask_of_the_cache(lm)
     ids = trial.tokens(lm, min_length=3)
     B, T = ids.shape
     prefill = T - trial.draw("steps", st.integers(1, T - 1))
@@ -77,7 +69,7 @@ def left_with_cache(trial: Trial) -> None:
     "padding.right_with_cache",
     title="rows padded on the right are continued on the cache from their own last token",
     step="5.1",
-    needs=("padding", "ragged_cache", "cache", "causal"),
+    needs=("padding", "ragged_cache", "cache", "padded_cache", "causal"),
     causes=(
         "padded-batch-shared-position",
         "position-ids-ignored",
@@ -102,12 +94,11 @@ def right_with_cache(trial: Trial) -> None:
     "padding.content_irrelevant_with_cache",
     title="what stood at a padded position changes no logit that is computed on the cache",
     step="5.1",
-    needs=("padding", "cache", "causal"),
+    needs=("padding", "cache", "padded_cache", "causal"),
     causes=("padding-mask-lost-in-decode", "statistic-over-sequence"),
 )
 def content_irrelevant_with_cache(trial: Trial) -> None:
     lm = trial.model()
-    _needs_a_mask_of_the_cache(lm)
     ids = trial.tokens(lm, min_length=3)
     left = trial.subject.missing("left_padding") is None and trial.draw("left", st.booleans())
     prefill = ids.shape[1] - trial.draw("steps", st.integers(1, ids.shape[1] - 2))

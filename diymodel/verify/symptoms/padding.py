@@ -44,16 +44,16 @@ def padded_batches(patient: Patient, lm: LM, equal: bool = False) -> Iterator[Ba
     right = torch.arange(T, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
     missing = patient.subject.missing
     if missing("padding") is None:
-        yield Batch(ids, F.pad(right, (0, 1), value=True), missing("ragged_cache") is None)
+        yield Batch(
+            ids, F.pad(right, (0, 1), value=True), all(missing(c) is None for c in ("ragged_cache", "padded_cache"))
+        )
     if missing("left_padding") is None:
         yield Batch(ids, F.pad(right.flip(1), (0, 1), value=True), True)
 
 
-def tells_steps(patient: Patient, lm: LM) -> bool:
+def tells_steps(patient: Patient) -> bool:
     """Whether a step on a cache can be told of the padding in it."""
-    convention = lm.convention
-    told = convention.lengths or convention.left or (convention.mask and convention.mask_covers_cache)
-    return bool(told) and patient.subject.missing("cache") is None
+    return all(patient.subject.missing(capability) is None for capability in ("padding", "cache", "padded_cache"))
 
 
 def _one_call(lm: LM, batch: Batch, cached: bool = False) -> Tensor:
@@ -99,7 +99,7 @@ def sees_padding(logits: Callable[[Batch], Tensor], batch: Batch) -> bool:
 
 def wrong_with_padding(patient: Patient, lm: LM, equal: bool = False) -> tuple[bool, bool] | None:
     """Whether a single call on padded rows, and a step after one, are wrong; None where no padding is needed for it."""
-    step = tells_steps(patient, lm)
+    step = tells_steps(patient)
     if not right_without(lm, step):
         return None
     batches = list(padded_batches(patient, lm, equal))
@@ -182,7 +182,7 @@ def _right_on_some_paths(patient: Patient) -> bool | None:
         (torch.no_grad, False),
         (partial(sdpa_kernel, SDPBackend.MATH), False),
     ]
-    if tells_steps(patient, lm):
+    if tells_steps(patient):
         paths.append((torch.no_grad, True))
     mixed = wrong = False
     for batch in padded_batches(patient, lm):

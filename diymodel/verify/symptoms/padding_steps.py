@@ -48,7 +48,7 @@ def _only_the_step_wrong(patient: Patient) -> bool | None:
 )
 def _step_without_its_mask(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if not tells_steps(patient, lm) or not right_without(lm, step=True):
+    if not tells_steps(patient) or not right_without(lm, step=True):
         return None
     batches = list(padded_batches(patient, lm))
     if any(sees_padding(partial(step_logits, lm), batch) for batch in batches) or _mask_changes_nothing(lm):
