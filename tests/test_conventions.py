@@ -288,3 +288,20 @@ def test_a_family_of_one_head_is_tried_with_one_and_a_bare_refusal_is_told_by_it
         verify_one(subject, next(c for c in list_checks() if c.id == "shape.logits"), Settings(20)).status == "passed"
     )
     assert subject.refusal.startswith("NotImplementedError: raise NotImplementedError (tests/test_conventions.py:")
+
+
+class TargetsShiftedInside(Causal):
+    """The names of nanoGPT, whose caller shifts the targets; a loop like its own would shift these twice."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:  # type: ignore[override]
+        logits = super().forward(idx)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+def test_targets_that_are_shifted_once_more_are_told_of() -> None:
+    assert (
+        "targets are shifted inside the module, so its caller must not shift them"
+        in Subject(TargetsShiftedInside).describe()
+    )

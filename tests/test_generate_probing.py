@@ -352,3 +352,48 @@ def test_after_its_end_a_row_is_filled_up_by_one_token_where_generate_takes_no_p
     assert result.status == status, result
     if result.failure is not None:
         assert "must hold only one token that fills it up" in result.failure.message
+
+
+def in_eval_mode(function: Any) -> Any:
+    """A decorator that hides what it decorates, as those of lucidrains' repositories."""
+
+    def inner(module: Any, *args: Any, **kwargs: Any) -> Any:
+        was_training = module.training
+        module.eval()
+        found = function(module, *args, **kwargs)
+        module.train(was_training)
+        return found
+
+    return inner
+
+
+class Decorated(Pairs):
+    """With his filter, which leaves nothing of a vocabulary of fewer than ten tokens."""
+
+    @torch.no_grad()
+    @in_eval_mode
+    def generate(self, prime: Tensor, seq_len: int, temperature: float = 1.0, filter_thres: float = 0.9) -> Tensor:
+        out = prime
+        for _ in range(seq_len):
+            logits = self(out)[:, -1]
+            kept = logits.topk(int((1 - filter_thres) * logits.shape[-1]))[1]
+            logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1)
+            out = torch.cat((out, token), 1)
+        return out[:, prime.shape[1] :]
+
+
+def test_a_generate_behind_a_decorator_that_hides_it_is_called_by_its_own_names() -> None:
+    own = found(Decorated)
+    assert own.names == {
+        "ids": "prime",
+        "new_tokens": "seq_len",
+        "temperature": "temperature",
+        "filter": "filter_thres",
+    }
+    assert own.fixed == {"filter_thres": 0.0}
+    for check in ("generation.keeps_prompt", "generation.greedy_is_argmax", "generation.follows_distribution"):
+        assert verify_one(subject(Decorated), CHECKS[check], Settings(5)).status == "passed"

@@ -16,6 +16,7 @@ from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Failure, Result
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.subject import Subject
+from diymodel.verify.symptoms import Patient
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
 
@@ -105,6 +106,14 @@ def test_every_bug_of_the_zoo_has_what_its_class_needs(slug: str) -> None:
         for bug in list_bugs():
             if bug.slug == slug and killers[bug.id]:
                 assert not absent(bug.subject(), *killers[bug.id]), bug.id
+
+
+@pytest.mark.parametrize(("rows", "lacks"), [(1, True), (2, False), (None, False)])
+def test_one_cache_for_all_rows_explains_no_failure_of_one_row(rows: int | None, lacks: bool) -> None:
+    check = next(check for check in list_checks() if check.id == "decode.cached_equals_full")
+    failure = Failure("told", (), {}, {} if rows is None else {"rows": rows}, "")
+    patient = Patient(BASES["rotary"].subject(), {check.id: Result(check, "failed", failure=failure)})
+    assert PARTS["several_rows"](patient) is not lacks
 
 
 def test_what_is_impossible_is_not_named() -> None:

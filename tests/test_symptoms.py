@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.diagnosis import EXAMPLES
+from diymodel.verify import check_causal_lm
 from diymodel.verify.experiments.watchers import Overflows
 from diymodel.verify.isolation import examine_isolated
 from diymodel.verify.randomness import seeded
@@ -384,3 +385,39 @@ def test_a_watched_trial_may_copy_its_module() -> None:
         copied = copy.deepcopy(module)
     assert torch.equal(copied.table, module.table)
     assert seen.first is None
+
+
+def test_keys_that_a_later_step_turns_are_seen_in_the_cache() -> None:
+    """lucidrains' local-attention: what the first call keeps is not turned yet, and what a step keeps is."""
+    old = """        q, k = rotate(q, position, self.theta), rotate(k, position, self.theta)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        mask = torch.arange(k.shape[2]) <= position[:, None]
+        keys, values = k"""
+    new = """        q = rotate(q, position, self.theta)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        mask = torch.arange(k.shape[2]) <= position[:, None]
+        turned = rotate(k, torch.arange(k.shape[2]), self.theta)
+        k = k if past is None else turned
+        keys, values = turned"""
+    base = BASES["rotary"]
+    assert base.source.count(old) == 1
+    only = ("decode.cached_equals_full", "decode.long_row", "decode.session")
+    report = check_causal_lm(base.subject(base.source.replace(old, new)), profile="quick", only=only)
+    assert report.symptoms["cache.held_keys_are_turned"]
+    assert report.diagnosis[0].bug == "cached-keys-rotated-again"
+    assert not report.unexplained
+
+
+@pytest.mark.parametrize("base", ["writer", "scribe"])
+def test_a_mode_that_is_not_restored_is_no_excuse_for_rows_that_stop_together(base: str) -> None:
+    source = BASES[base].source
+    for id in (
+        f"mode-not-restored-{base}-generation.ignores_training_mode",
+        f"eos-not-per-row-{base}-generation.eos_per_row",
+    ):
+        source = next(bug for bug in list_bugs() if bug.id == id).put_into(source)
+    report = check_causal_lm(BASES[base].subject(source), profile="quick", only=("generation.*", "modes.*"))
+    assert report.symptoms["modes.stops_rightly_with_dropout_0"] is False
+    assert [found.bug for found in report.likely] == ["mode-not-restored", "eos-not-per-row"]

@@ -25,6 +25,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.calling.entries import Entry
 from diymodel.verify.calling.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
+from diymodel.verify.calling.signature import LABELS_SHIFTED
 from diymodel.verify.failure import NotApplicable, SubjectError, said
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class Convention:
             notes.append(f"{self.causal} is a causal mask that the caller makes")
         if self.labels and "loss" not in self.missing:
             shifted = "come shifted by the caller" if self.labels_come_shifted else "are shifted inside the module"
+            if self.labels in LABELS_SHIFTED and not self.labels_come_shifted:
+                shifted += ", so its caller must not shift them"
             notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
         if self.loss_attribute:
             notes.append(f"the loss is left in {self.loss_attribute}")

@@ -112,8 +112,9 @@ class Signatures:
 
     def _without(self, sample: Sample, found: Iterable[Diagnosis]) -> Sample:
         """The run without what may be the doing of some bugs."""
-        seen = facts_of(sample)
-        doing = {fact for one in found for fact in self._doing[one.bug] if seen.get(fact)}
+        seen, ruled_out = facts_of(sample), _ruled_out(sample)
+        doing = {fact for one in found for fact in self._doing[one.bug] - ruled_out.get(one.bug, frozenset())}
+        doing &= {fact for fact, holds in seen.items() if holds}
         verdicts = {**sample.verdicts, **dict.fromkeys(doing & sample.verdicts.keys(), "skipped")}
         return replace(sample, verdicts=verdicts, symptoms={k: v for k, v in sample.symptoms.items() if k not in doing})
 

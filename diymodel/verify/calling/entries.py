@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from diymodel.verify.calling.signature import told_parameters
+
 _NAME = re.compile(r"(^|_)(generate|generation|sample|complete|completion|inference)(_|$)")
 _MODEL = ("model", "net", "lm", "llm", "gpt", "module", "transformer", "decoder")
 _TEXT = re.compile(r"\bstr\b")  # in an annotation
@@ -39,7 +41,9 @@ class Entry:
         """Of :meth:`of`; none where the module has no such method."""
         if self.function is None and not callable(getattr(module, self.name, None)):
             return {}
-        called = inspect.signature(self.function or getattr(module, self.name)).parameters
+        if self.function is None:
+            return told_parameters(getattr(module, self.name))
+        called = inspect.signature(self.function).parameters
         return {name: parameter for name, parameter in called.items() if name != self.model}
 
     def __str__(self) -> str:

@@ -24,10 +24,29 @@ from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import draw_weights
 
 _NAMES = {
-    "ids": ("input_ids", "idx", "tokens", "token_ids", "inputs", "prompt", "prompts", "prompt_ids", "context", "x"),
+    "ids": (
+        "input_ids",
+        "idx",
+        "tokens",
+        "token_ids",
+        "inputs",
+        "prompt",
+        "prompts",
+        "prompt_ids",
+        "prime",
+        "context",
+        "x",
+    ),
     "new_tokens": (
         *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
-        *("max_new_token", "max_length_new", "max_generate_tokens", "max_gen_tokens", "tokens_to_generate"),
+        *(
+            "max_new_token",
+            "max_new_length",
+            "max_length_new",
+            "max_generate_tokens",
+            "max_gen_tokens",
+            "tokens_to_generate",
+        ),
         *("max_gen_len", "gen_len", "num_steps", "n_steps", "steps", "seq_len", "max_length", "max_len", "length"),
         *("max_returned_tokens", "total_tokens"),
     ),
@@ -40,7 +59,8 @@ _NAMES = {
     "top_k": ("top_k", "topk"),
     "top_p": ("top_p", "topp"),
     "min_p": ("min_p",),
-    "repetition_penalty": ("repetition_penalty", "rep_penalty"),
+    "filter": ("filter_thres",),  # lucidrains': the share of the tokens that is left out
+    "repetition_penalty": ("repetition_penalty", "rep_penalty", "repeat_penalty"),
     "seed": ("seed",),
     "use_cache": ("use_cache", "cache_kv", "use_kv_cache"),
     "context": (  # how many tokens the model holds
@@ -57,11 +77,18 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
     "top_k": None,
     "top_p": 1.0,
     "min_p": 0.0,
+    "filter": 0.0,
     "repetition_penalty": 1.0,
     "seed": 0,
     "use_cache": False,
 }
-_NARROWING = ("eos", "top_p", "min_p", "repetition_penalty")  # each is switched off, whatever number is its default
+_NARROWING = (
+    "eos",
+    "top_p",
+    "min_p",
+    "filter",
+    "repetition_penalty",
+)  # each is switched off, whatever number is its default
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _ALWAYS_TOTALS = ("max_returned_tokens", "total_tokens")  # litgpt's: of prompt and new tokens together
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open

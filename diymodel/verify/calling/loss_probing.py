@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import IGNORED, LM, Convention
-from diymodel.verify.calling.signature import has_no
+from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no
 from diymodel.verify.failure import SubjectError, refusal, said
 
-LABELS_SHIFTED = ("targets", "target", "target_ids", "target_token_ids", "y")  # nanoGPT's, whose caller shifts them
 _SCALARS = 4  # that forward may return: a loss and what it is made of
 
 

@@ -22,9 +22,10 @@ from diymodel.verify.calling.cache_probing import (
     is_narrower,
     one_none_a_layer,
 )
-from diymodel.verify.calling.loss_probing import LABELS_SHIFTED, find_loss
+from diymodel.verify.calling.loss_probing import find_loss
 from diymodel.verify.calling.masks import CAUSAL_MASKS
 from diymodel.verify.calling.signature import (
+    LABELS_SHIFTED,
     NAMES,
     has_no,
     logits_switches,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +28,8 @@ NAMES = {
     "labels": ("labels", "targets", "target", "lm_labels", "target_ids", "target_token_ids", "y"),
     "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
 }
+LABELS_SHIFTED = ("targets", "target", "target_ids", "target_token_ids", "y")  # nanoGPT's, whose caller shifts them
+_ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
 _PAST = re.compile(rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?")  # past_kvs, kv_cache_list
 _ASKS = re.compile(rf"(use|return|with|enable|output)_([a-z]+_)*{_KEPT}")  # return_cache
@@ -57,9 +62,21 @@ def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Those of ``forward`` that can be given by name."""
     return {
         name: parameter
-        for name, parameter in inspect.signature(module.forward).parameters.items()
+        for name, parameter in told_parameters(module.forward).items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+
+
+def told_parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Those of a method, or of the one function that its decorator hides behind ``(*args, **kwargs)``."""
+    shown = inspect.signature(method).parameters
+    if {parameter.kind for parameter in shown.values()} != _ANYTHING:
+        return shown
+    cells = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__closure__", None) or ()
+    hidden = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
+    if len(hidden) != 1:
+        return shown
+    return dict(itertools.islice(told_parameters(hidden[0]).items(), 1, None))  # the first is self
 
 
 def required_parameters(module: nn.Module) -> set[str]:

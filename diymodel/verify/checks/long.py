@@ -56,6 +56,7 @@ def causality_of_a_long_row(trial: Trial) -> None:
     causes=(
         "cache-drops-oldest",
         "window-ignored-in-decode",
+        "cached-keys-rotated-again",
         "rope-base-changes-mid-cache",
         "position-table-clamped",
         "chunk-size-changes-logits",

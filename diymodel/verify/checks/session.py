@@ -81,6 +81,7 @@ def _plan(steps: list[dict[str, Any]], first_rows: int, lm: LM, device: str) -> 
         "cache-list-mutated",
         "chunk-unmasked",
         "position-restarts-in-decode",
+        "cached-keys-rotated-again",
         "cache-rows-shared",
         "carried-state-lost",
         "cached-path-diverges",

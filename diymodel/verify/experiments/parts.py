@@ -189,7 +189,14 @@ def _set_in_failures(role: str, check: str) -> Has:
     return given
 
 
+def _in_several_rows(patient: Patient) -> bool:
+    """Whether any failure that one cache for all rows could explain is of more than one row."""
+    named = [result for result in patient.failed.values() if "cache-rows-shared" in result.check.causes]
+    return any(result.failure is None or result.failure.values.get("rows") != 1 for result in named)
+
+
 PARTS: dict[str, Has] = {
+    "several_rows": _in_several_rows,
     "rotation": _turns,
     "distance_bias": _weighs_distances,
     "dropout": _drops,

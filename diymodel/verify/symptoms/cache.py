@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diymodel.verify.experiments.repairs import CachedKeysAsHeld
 from diymodel.verify.held import tensors_in, tensors_of
@@ -17,6 +18,7 @@ from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symp
 from diymodel.verify.symptoms.decode import right_once
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_MOVED = 1e-3  # of a vector's length: what is further from where it was has been turned
 
 
 class _Step(NamedTuple):
@@ -111,3 +113,36 @@ def _right_with_keys_as_held(patient: Patient) -> bool | None:
         return not apart(logits[:, -1], lm.logits(ids)[:, -1]) <= SAME
 
     return right_once(patient, lambda: wrong(True), lambda: wrong(False))
+
+
+@symptom(
+    "cache.held_keys_are_turned",
+    "a step turns keys that stood in the cache already: they are others after it, and as long as before",
+    "走一步之后，cache 里早已存好的 key 被转动了：向量变了，长度没变",
+    ("decode.*",),
+    ("cached-keys-rotated-again",),
+)
+def _held_keys_are_turned(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    _, past = lm.extend(ids[:, :3])
+    for t in range(3, 5):
+        before = [held.clone() for held in tensors_of(lm, past)]
+        _, past = lm.extend(ids[:, t : t + 1], past)
+        after = tensors_of(lm, past)
+        if len(before) == len(after) and any(map(_are_turned, before, after)):
+            return True
+    return False
+
+
+def _are_turned(before: Tensor, after: Tensor) -> bool:
+    """Whether vectors of a cache point elsewhere after a step; what has another length is another token's."""
+    if before.dim() < 3 or before.dim() != after.dim() or not before.is_floating_point():
+        return False
+    for dim, size in enumerate(before.shape):
+        if after.shape[dim] < size:
+            return False
+        after = after.narrow(dim, 0, size)
+    lengths = before.norm(dim=-1)
+    as_long = torch.isclose(after.norm(dim=-1), lengths) & (lengths > 0)
+    return bool((as_long & ((after - before).norm(dim=-1) > _MOVED * lengths)).any())

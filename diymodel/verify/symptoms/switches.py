@@ -11,6 +11,7 @@ from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 DROPS = ("batch.*", "causality.*", "forward.*", "loss.*", "decode.*", "modes.*", "generation.*")  # what dropout breaks
 _LOSS = ("loss.value", "loss.micro_batches_add_up")
 _GREEDY = ("generation.greedy_is_argmax",)
+_STOPS = ("generation.eos_per_row",)
 _MODES = ("modes.*", "generation.restores_mode", "generation.ignores_training_mode")
 
 
@@ -114,6 +115,22 @@ def _right_with_dropout_0(patient: Patient) -> bool | None:
     rules_out=_GREEDY,
 )
 def _generates_rightly_with_dropout_0(patient: Patient) -> bool | None:
+    return _generates_rightly(patient, _GREEDY)
+
+
+@symptom(
+    "modes.stops_rightly_with_dropout_0",
+    "with dropout 0 in the configuration each row stops at its own end token",
+    "配置里的 dropout 为 0 时，每一行都停在自己的结束 token 上",
+    _STOPS,
+    ("mode-not-restored", "dropout-active-in-eval", "mode-flag-copied"),
+    rules_out=_STOPS,
+)
+def _stops_rightly_with_dropout_0(patient: Patient) -> bool | None:
+    return _generates_rightly(patient, _STOPS)
+
+
+def _generates_rightly(patient: Patient, checks: tuple[str, ...]) -> bool | None:
     if any(hasattr(part, "running_mean") for part in patient.lm().module.modules()):
         return None  # the mode decides about more than dropout
-    return patient.passes_without_dropout(_GREEDY)
+    return patient.passes_without_dropout(checks)
