@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diymodel import DIYConfig
 from diymodel.verify import Subject, check_causal_lm
 from diymodel.verify.adapters import Convention
+from diymodel.verify.calling.cache_of_generate import ways_of_generate
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, verify_one
 from tests.test_adapters import Tiny, causal, verdicts
@@ -140,6 +142,113 @@ def test_the_whole_sequence_is_not_given_to_a_module_that_makes_nothing_of_its_c
     assert not convention(CacheForNothing).cached_gets_all
     report = check_causal_lm(CacheForNothing, profile="quick", only=("decode.cached_equals_full",))
     assert [result.status for result in report.results] == ["failed"]
+
+
+class Places:
+    """ohara's cache of one layer: as long as the sequence may be, filled at the place that the caller names."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.held = torch.stack((keys, keys))
+
+    def put(self, start: int, new: Tensor) -> Tensor:
+        self.held[:, :, start : start + new.shape[2]] = new
+        return self.held[:, :, : start + new.shape[2]]
+
+
+class PlacedOnItsCache(Past):
+    """ohara: ``position_ids`` is a number, and goes with a cache only."""
+
+    def build_kv_cache(self, batch_size: int = 1) -> list[Places]:
+        weight = self.embed.weight
+        return [Places(weight.new_zeros(batch_size, self.positions.num_embeddings, weight.shape[1]))]
+
+    def forward(
+        self, input_ids: Tensor, kv_cache: list[Places] | None = None, position_ids: int | None = None
+    ) -> Tensor:
+        if (kv_cache is None) != (position_ids is None):
+            raise ValueError("position_ids goes with a cache, and a cache with position_ids")
+        start, T = position_ids or 0, input_ids.shape[1]
+        x = self.embed(input_ids) + self.positions(torch.arange(start, start + T))
+        q, *new = self.qkv(x).chunk(3, -1)
+        k, v = torch.stack(new) if kv_cache is None else kv_cache[0].put(start, torch.stack(new))
+        hidden = ~self.seen(T, start + T)
+        return self.head(x + (q @ k.transpose(1, 2)).masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+
+
+def test_a_cache_may_want_to_be_told_where_its_new_tokens_stand() -> None:
+    found = convention(PlacedOnItsCache)
+    assert (found.start, found.positions, found.placed_on_cache) == ("position_ids", None, True)
+    passed = verdicts(PlacedOnItsCache, CALLED)
+    assert {id for id, status in passed.items() if id.startswith("decode.") and status == "passed"}
+
+
+class EmptyTensors(Past):
+    """nanoGPTplus: a list of empty tensors is begun with, which only its generate tells, as it does of the switch."""
+
+    def forward(self, idx: Tensor, *, inference: bool = False, kv_cache: list[Tensor] | None = None) -> Any:
+        past = kv_cache[0] if kv_cache is not None and kv_cache[0].numel() else None
+        logits, present, _ = self.step(idx, past)
+        return (logits[:, -1:], [present]) if inference else logits
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, use_kv_cache: bool = False) -> Tensor:
+        self.eval()
+        cache = [torch.empty(2, 0, dtype=idx.dtype)] if use_kv_cache else None
+        for step in range(max_new_tokens):
+            new = idx[:, -1:] if cache is not None and step else idx
+            logits, cache = self.forward(new, inference=True, kv_cache=cache)
+            cache = cache if use_kv_cache else None
+            idx = torch.cat((idx, logits[:, -1:].argmax(-1)), 1)
+        return idx
+
+
+class NoneByName(EmptyTensors):
+    """A dict a layer, whose keys and values are None before the first call."""
+
+    def forward(self, idx: Tensor, *, inference: bool = False, kv_cache: list[dict[str, Any]] | None = None) -> Any:
+        if kv_cache is None:
+            return self.step(idx, None)[0]
+        held = kv_cache[0]
+        past = None if held["k"] is None else torch.stack((held["k"], held["v"]))
+        logits, (k, v), _ = self.step(idx, past)
+        return logits, [{"k": k, "v": v}]
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:  # type: ignore[override]
+        cache: list[dict[str, Any]] = [{"k": None, "v": None}]
+        for step in range(max_new_tokens):
+            logits, cache = self(idx[:, -1:] if step else idx, kv_cache=cache)
+            idx = torch.cat((idx, logits[:, -1:].argmax(-1)), 1)
+        return idx
+
+
+class TakesKeysForValues(NoneByName):
+    def step(self, ids: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return super().step(ids, past if past is None else past.flip(0))
+
+
+@pytest.mark.parametrize("factory", [EmptyTensors, NoneByName])
+def test_a_cache_is_begun_as_the_modules_own_generate_begins_it(factory: Any) -> None:
+    found = convention(factory)
+    assert found.new_cache is not None
+    assert found.cached_extra == ({"inference": True} if factory is EmptyTensors else {})
+    assert ("with inference=True" in found.describe()) is (factory is EmptyTensors)
+    passed = verdicts(factory, ("decode.*", "generation.*greedy*"))
+    assert {passed[f"decode.{id}"] for id in ("cached_equals_full", "branch", "session")} == {"passed"}
+
+
+def test_what_its_generate_begins_with_is_no_excuse_for_what_comes_of_it() -> None:
+    report = check_causal_lm(TakesKeysForValues, profile="quick", only=("decode.cached_equals_full",))
+    assert [result.status for result in report.results] == ["failed"]
+
+
+def test_looking_at_what_generate_begins_with_leaves_the_module_as_it_was() -> None:
+    config = DIYConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=1, max_seq_len=8)
+    module = EmptyTensors(config)
+    before = module.forward
+    assert len(list(ways_of_generate(module, config, Convention("idx", past="kv_cache")))) == 1
+    assert module.training
+    assert module.forward == before
 
 
 class ListUnused(Causal):

@@ -106,6 +106,7 @@ class Convention:
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
     cache_is_new_part: int | None = None  # OpenAI's GPT-2: what comes back is of the new tokens, along this dimension
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
+    placed_on_cache: bool = False  # positions or start go with a cache only
     cached_gets_all: bool = False  # local-attention: the whole sequence stands beside its cache in each call
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
@@ -144,6 +145,7 @@ class Convention:
             more = ", the position in it on the module" if self.position_on_module else ""
             more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
             more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
+            more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())
             notes.append(f"the cache is {kind}{more}{', and every call is on it' if self.always_cached else ''}")
         if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
             notes.append(f"it generates by {self.generating.entry}")
@@ -350,8 +352,10 @@ class LM:
             inputs[convention.use_cache] = True
         if convention.new_tokens:
             inputs[convention.new_tokens] = new
-        if convention.cache_on_module and convention.positions:
-            inputs[convention.positions] = self._positions(input_ids, start)
+        if convention.start and convention.placed_on_cache:
+            inputs[convention.start] = start
+        if convention.positions and (convention.cache_on_module or convention.placed_on_cache):
+            inputs.setdefault(convention.positions, self._positions(input_ids, start))
         output = self._call(inputs, start)
         if not convention.cache_on_module:
             cache = output.past if output.past is not None else cache
@@ -365,7 +369,7 @@ class LM:
         """The arguments of a call without those for the cache; ``start`` tokens came before."""
         convention, (B, T) = self.convention, input_ids.shape
         inputs: dict[str, Any] = {convention.ids: input_ids, **convention.extra}
-        if convention.start:
+        if convention.start and not convention.placed_on_cache:
             inputs[convention.start] = start
         if convention.causal:
             inputs[convention.causal] = convention.causal_mask.make(T, start, next(self.module.parameters()))

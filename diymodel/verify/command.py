@@ -85,6 +85,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # before torch imports it: a generate would draw its bar a thousand times
     import torch
 
     from diymodel.verify.runner import check_causal_lm

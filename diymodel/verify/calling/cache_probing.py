@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention, NewCache, Past
+from diymodel.verify.adapters import LM, Convention, Past
+from diymodel.verify.calling.cache_makers import (
+    after,
+    by_classes,
+    by_method,
+    emptied,
+    makers_on,
+    one_none_a_layer,
+    reset_on,
+    set_up,
+)
+from diymodel.verify.calling.cache_of_generate import ways_of_generate
 from diymodel.verify.calling.signature import has_no
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
 from diymodel.verify.held import tensors_in, tensors_on
-
-_MAKERS = (
-    "setup_caches",
-    "setup_cache",
-    "set_kv_cache",
-    "setup_kv_cache",
-    "make_cache",
-    "make_kv_cache",
-    "new_cache",
-    "init_cache",
-    "init_kv_cache",
-    "create_cache",
-    "empty_cache",
-    "init_state",
-    "init_hidden",
-)
-_RESETS = ("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches")
-_SIZES = ("max_seq_length", "max_batch_size")  # what gpt-fast remembers of its caches, and sets none up again for
-
-# What makers of caches call the sizes they ask for; the first group of heads is tried before the second.
-_ROWS = ("batch_size", "max_batch_size", "bsz", "bs", "batch", "rows", "B", "b")
-_POSITIONS = ("max_seq_length", "max_seq_len", "seq_len", "max_length", "max_len", "length", "context_length", "max_t")
-_LAYERS = ("num_layers", "n_layers", "n_layer", "num_hidden_layers", "layers", "depth")
-_HEADS = (
-    *("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "num_kv_groups", "n_kv_groups"),
-    *("num_heads", "n_heads", "n_head", "heads"),
-)
-_HEAD_SIZE = ("head_dim", "head_size", "dim_head", "d_head")
-_CONFIG = ("config", "cfg", "args", "params")
 
 
 def close(seen: Tensor, expected: Tensor) -> bool:
@@ -55,15 +36,14 @@ def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, An
     """The convention of a module that keeps its cache, if it has a method or a parameter that says so."""
     if names.get("start"):
         return {"cache_on_module": True, "always_cached": "use_cache" not in names}
-    maker = next((name for name in _MAKERS if hasattr(module, name)), None)
-    reset = _reset_of(module)
-    if maker is not None and names.get("positions"):
-        found = {"cache_on_module": True, "new_cache": _set_up(maker, reset), "positions_are_shared": True}
+    makers, reset = makers_on(module), reset_on(module)
+    if makers and names.get("positions"):
+        found = {"cache_on_module": True, "new_cache": set_up(makers[0], reset), "positions_are_shared": True}
         return found | {"always_cached": bool(names.get("block_mask"))}
     if reset is not None and names.get("use_cache"):
-        return {"cache_on_module": True, "new_cache": _method(reset)}
+        return {"cache_on_module": True, "new_cache": by_method(reset)}
     if reset is not None and names.get("positions"):  # lit-llama, which makes its cache in the first call on it
-        return {"cache_on_module": True, "new_cache": _emptied(reset), "positions_are_shared": True}
+        return {"cache_on_module": True, "new_cache": emptied(reset), "positions_are_shared": True}
     return {}
 
 
@@ -72,12 +52,7 @@ def always_cached_ways(module: nn.Module, convention: Convention) -> list[Conven
     always = replace(convention, causal=None, always_cached=True)
     if convention.always_cached or convention.new_cache is not None:
         return [] if convention.always_cached else [always]
-    return [replace(always, new_cache=maker) for maker in _methods(module)] if convention.past else []
-
-
-def one_none_a_layer(module: nn.Module, config: DIYConfig, rows: int) -> list[None]:
-    """An empty cache that the module fills layer by layer."""
-    return [None] * config.num_layers
+    return [replace(always, new_cache=by_method(name)) for name in makers_on(module)] if convention.past else []
 
 
 def find_cache(
@@ -112,52 +87,88 @@ def find_cache(
     return convention, missing
 
 
+class _Tried(NamedTuple):
+    """What came of beginning a cache and adding a token."""
+
+    way: Convention
+    why_not: str | None = None  # None: it went well
+    crashed: bool = False  # on the token, by a mistake of the module's
+
+
 def _find_new_cache(
     module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
 ) -> tuple[Convention, str | None]:
     """The first way to a cache that a token can be added to; else why there is none.
 
-    Where a cache is begun and the next token crashes, that is no lack but a bug: the checks will show it.
+    Where a cache is begun and the next token crashes, that is no lack but a bug: the checks will show it. Positions on
+    the cache alone are given where the step is right by them.
     """
     ways = [convention]
     if convention.past and convention.new_cache is None:
-        ways = [replace(convention, new_cache=maker) for maker in _methods(module)]
-        ways += [convention, *(replace(convention, new_cache=maker) for maker in (*_classes(module), one_none_a_layer))]
+        ways = [replace(convention, new_cache=by_method(name)) for name in makers_on(module)]
+        ways += [
+            convention,
+            *(replace(convention, new_cache=maker) for maker in (*by_classes(module), one_none_a_layer)),
+        ]
     if convention.new_tokens:  # older versions know no such argument
         ways += [replace(way, new_tokens=None) for way in ways]
-    reasons = []
-    crashing: Convention | None = None
+    tried = []
     for way in ways:
-        way = _begun_anew(module, config, way, ids)
-        lm = LM(module, config, way)
-        begun: Past | None = None
-        try:
-            _, begun = lm.extend(ids)
-            _, past = lm.extend(ids[:, :1], begun)
-        except NotApplicable:
-            reasons.append(
-                f"forward({convention.past}=…) handed no cache back: if the caller makes it, say how in "
-                "Subject(…, new_cache=lambda module, config, rows: …)"
-            )
-        except Exception as error:  # a stranger's forward may raise anything
-            reasons.append(f"a cached call failed: {said(error)}{_needs_more(way)}")
-            if begun is not None and crashed(error):
-                crashing = crashing or replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache))
-        else:
-            if way.new_cache is not None and not (way.cache_on_module or tensors_in(past.cache)):
-                reasons.append(f"forward({way.past}=…) put nothing into the cache that it was handed")
-                continue
-            changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
-            way = replace(way, cache_is_value=not changed and _is_value(past.cache))
-            return replace(way, cache_is_new_part=_new_part(begun, past) if way.cache_is_value else None), None
+        tried.append(_tried(module, config, way, ids))
+        if tried[-1].why_not is None:
+            return tried[-1].way, None
+    if convention.past and convention.new_cache is None:
+        for way in _placed_on_cache(ways):
+            found = _tried(module, config, way, ids)
+            if found.why_not is None and _continues(module, config, found.way, ids):
+                return found.way, None
+        for way in ways_of_generate(module, config, convention):
+            found = _tried(module, config, way, ids)
+            if found.why_not is None:
+                return found.way, None
+    crashing = next((one.way for one in tried if one.crashed), None)
     if crashing is not None:
         return crashing, None
-    return convention, reasons[0] if len(ways) == 1 else reasons[ways.index(convention)]
+    return convention, tried[ways.index(convention)].why_not
+
+
+def _placed_on_cache(ways: Sequence[Convention]) -> Iterator[Convention]:
+    """The ways, with the positions of new tokens in calls on the cache: the first as a number, of all, of each row."""
+    for way in ways:
+        if way.positions and not way.positions_always:
+            yield replace(way, start=way.positions, positions=None, placed_on_cache=True)
+            yield replace(way, positions_are_shared=True, placed_on_cache=True)
+            yield replace(way, positions_are_shared=False, placed_on_cache=True)
+
+
+def _tried(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> _Tried:
+    way = _begun_anew(module, config, way, ids)
+    lm = LM(module, config, way)
+    begun: Past | None = None
+    try:
+        _, begun = lm.extend(ids)
+        _, past = lm.extend(ids[:, :1], begun)
+    except NotApplicable:
+        why = (
+            f"forward({way.past}=…) handed no cache back: if the caller makes it, say how in "
+            "Subject(…, new_cache=lambda module, config, rows: …)"
+        )
+        return _Tried(way, why)
+    except Exception as error:  # a stranger's forward may raise anything
+        why = f"a cached call failed: {said(error)}{_needs_more(way)}"
+        if begun is None or not crashed(error):
+            return _Tried(way, why)
+        return _Tried(replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache)), why, True)
+    if way.new_cache is not None and not (way.cache_on_module or tensors_in(past.cache)):
+        return _Tried(way, f"forward({way.past}=…) put nothing into the cache that it was handed")
+    changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
+    way = replace(way, cache_is_value=not changed and _is_value(past.cache))
+    return _Tried(replace(way, cache_is_new_part=_new_part(begun, past) if way.cache_is_value else None))
 
 
 def _begun_anew(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> Convention:
     """The way, and before each new sequence the module's method to reset, where a new cache alone begins none."""
-    reset = _reset_of(module)
+    reset = reset_on(module)
     if reset is None or way.cache_on_module:
         return way
     lm = LM(module, config, way)
@@ -172,7 +183,7 @@ def _begun_anew(module: nn.Module, config: DIYConfig, way: Convention, ids: Tens
     first, second = begun(), begun()
     if first is None or (second is not None and torch.allclose(first, second)):
         return way
-    return replace(way, new_cache=_after(reset, way.new_cache), position_on_module=True)
+    return replace(way, new_cache=after(reset, way.new_cache), position_on_module=True)
 
 
 def _needs_more(way: Convention) -> str:
@@ -183,32 +194,29 @@ def _needs_more(way: Convention) -> str:
     return f"; it was given {given}: name a module instead, whose forward(tokens, start_pos) adds what it needs"
 
 
+def _continues(
+    module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor, cached: Tensor | None = None
+) -> bool:
+    """Whether the last token, on a cache of the others (of ``cached`` in their place), gives its uncached logits."""
+    lm = LM(module, config, way)
+    stem = ids[:, :-1]
+    try:
+        _, past = lm.extend(stem if cached is None else cached)
+        logits, _ = lm.extend(ids[:, -1:], past._replace(tokens=stem) if way.cached_gets_all else past)
+        return close(logits[:, -1], lm.logits(ids)[:, -1])
+    except Exception:  # a stranger's forward may raise anything
+        return False
+
+
 def _given_all(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:
     """The convention, with the whole sequence in each call on a cache where the next token is right only so.
 
     It must be by what the cache holds: a module that makes nothing of it is right on the whole sequence as well.
     """
-    if convention.cache_on_module:
+    if convention.cache_on_module or _continues(module, config, convention, ids):
         return convention
-
-    def next_logits(way: Convention, cached: Tensor) -> Tensor | None:
-        lm = LM(module, config, way)
-        try:
-            _, past = lm.extend(cached)
-            tokens = ids[:, :-1] if way.cached_gets_all else None
-            return lm.extend(ids[:, -1:], past._replace(tokens=tokens))[0][:, -1]
-        except Exception:  # a stranger's forward may raise anything
-            return None
-
-    def is_right(seen: Tensor | None) -> bool:
-        return seen is not None and close(seen, expected)
-
-    expected = LM(module, config, convention).logits(ids)[:, -1]
-    if is_right(next_logits(convention, ids[:, :-1])):
-        return convention
-    whole = replace(convention, cached_gets_all=True)
-    others = (ids[:, :-1] + 1) % config.vocab_size
-    reads = is_right(next_logits(whole, ids[:, :-1])) and not is_right(next_logits(whole, others))
+    whole, others = replace(convention, cached_gets_all=True), (ids[:, :-1] + 1) % config.vocab_size
+    reads = _continues(module, config, whole, ids) and not _continues(module, config, whole, ids, others)
     return whole if reads else convention
 
 
@@ -286,89 +294,6 @@ def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, 
     except Exception:  # a stranger's forward may raise anything; who tries it next tells what
         return True
     return len(first) != len(second) or any(not torch.equal(*pair) for pair in zip(first, second, strict=True))
-
-
-# --- what the caller has to call -------------------------------------------------------------------------------------
-
-
-def _set_up(maker: str, reset: str | None) -> NewCache:
-    """Clears the cache on the module and sets it up for so many rows, in the module's dtype where it takes one."""
-
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
-        if reset is not None:
-            refusal(getattr(module, reset))  # torchtune refuses before the first set-up, when nothing is there to reset
-        else:
-            for name in _SIZES:
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, -1)
-        _call(getattr(module, maker), module, config, rows, config.kv_heads)
-
-    return new_cache
-
-
-def _method(name: str) -> NewCache:
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
-        return _call(getattr(module, name), module, config, rows, config.kv_heads)
-
-    return new_cache
-
-
-def _emptied(reset: str) -> NewCache:
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
-        refusal(getattr(module, reset))  # before the first call there may be nothing to reset
-
-    return new_cache
-
-
-def _after(reset: str, maker: NewCache | None) -> NewCache:
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
-        getattr(module, reset)()
-        return None if maker is None else maker(module, config, rows)
-
-    return new_cache
-
-
-def _reset_of(module: nn.Module) -> str | None:
-    return next((name for name in _RESETS if hasattr(module, name)), None)
-
-
-def _methods(module: nn.Module) -> Iterator[NewCache]:
-    return (_method(name) for name in _MAKERS if hasattr(module, name))
-
-
-def _classes(module: nn.Module) -> Iterator[NewCache]:
-    """Caches of the classes that stand beside the module's own: one, or a list of one a layer."""
-    beside = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-    for found in (found for name, found in beside.items() if "cache" in name.lower() and inspect.isclass(found)):
-        for heads in ("kv_heads", "num_heads"):
-            for a_layer in (False, True):
-                yield _instances(found, heads, a_layer)
-
-
-def _instances(made: type, heads: str, a_layer: bool) -> NewCache:
-    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
-        caches = [_call(made, module, config, rows, getattr(config, heads)) for _ in range(config.num_layers)]
-        return caches if a_layer else caches[0]
-
-    return new_cache
-
-
-def _call(maker: Callable[..., Any], module: nn.Module, config: DIYConfig, rows: int, heads: int) -> Any:
-    """Call a maker of caches with the sizes that it asks for, by the names of its parameters."""
-    parameter = next(module.parameters())
-    sizes = {
-        _ROWS: rows,
-        _POSITIONS: config.max_seq_len,
-        _LAYERS: config.num_layers,
-        _HEADS: heads,
-        _HEAD_SIZE: config.head_size,
-        _CONFIG: getattr(module, "config", config),
-        ("device",): parameter.device,
-        ("dtype",): parameter.dtype,
-    }
-    known = {name: value for names, value in sizes.items() for name in names}
-    asked = inspect.signature(maker).parameters
-    return maker(**{name: value for name, value in known.items() if name in asked})
 
 
 # --- what a cache is made of -----------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def find_generating(
     draw_weights(module, seed=0, sharpness=2)  # as built, many a model repeats one token whatever it is given
     ids = (torch.arange(2 * 4) % config.vocab_size).view(2, 4)
     lm = LM(module, config, convention)
-    generating = _called(lm, Entry())
+    generating = by_names(module, convention, Entry())
     if "new_tokens" in generating.names:
         return _settled(_in_form(_with(lm, generating), ids), ids)
     parameters = generating.entry.parameters(module)
@@ -144,7 +144,7 @@ def find_generating(
         lacks = f"has no parameter for the number of new tokens: it has {', '.join(parameters)}"
     tried = []
     for entry in others(module, factory):
-        other = _with(lm, _called(lm, entry))
+        other = _with(lm, by_names(module, convention, entry))
         if not _is_complete(other.generating, entry.parameters(module)):
             continue
         other = _in_form(other, ids)
@@ -154,10 +154,10 @@ def find_generating(
     return _without_all(f"generate {lacks}{''.join(tried[:1])}")
 
 
-def _called(lm: LM, entry: Entry) -> Generating:
+def by_names(module: nn.Module, convention: Convention, entry: Entry) -> Generating:
     """By the names of its parameters; no names: there is no such entry."""
-    parameters, convention = entry.parameters(lm.module), lm.convention
-    names = _names(lm.module, parameters)
+    parameters = entry.parameters(module)
+    names = _names(module, parameters)
     return Generating(
         names,
         _fixed(names, parameters),

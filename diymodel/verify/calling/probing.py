@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, ROLES, Convention
+from diymodel.verify.calling.cache_makers import one_none_a_layer
 from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
     cache_on_module,
     close,
     find_cache,
     is_narrower,
-    one_none_a_layer,
 )
 from diymodel.verify.calling.loss_probing import find_loss
 from diymodel.verify.calling.masks import CAUSAL_MASKS

@@ -19,7 +19,10 @@ NAMES = {
     "left": ("seq_start_pos",),
     "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
     "positions": ("position_ids", "input_pos", "positions", "pos_ids", "segment_pos", "token_positions"),
-    "start": ("start_pos", "start_position"),
+    "start": (
+        *("start_pos", "start_position", "start_idx", "start_index", "past_length", "past_len"),
+        *("pos_offset", "position_offset", "offset"),
+    ),
     "past": (
         *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
         *("cache_params", "state", "states", "hidden", "hidden_state", "h", "s"),

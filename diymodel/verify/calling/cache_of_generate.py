@@ -1,0 +1,96 @@
+"""The cache that a module's own ``generate`` hands to ``forward``, where nothing else tells how one is made.
+
+Shapes: B batch, T prompt length.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diymodel.config import DIYConfig
+from diymodel.verify.adapters import Convention, NewCache
+from diymodel.verify.calling.entries import Entry, others
+from diymodel.verify.calling.generate_probing import by_names
+from diymodel.verify.calling.generating import FORMS, Generating
+from diymodel.verify.failure import NotApplicable
+
+_PROMPT = 2  # tokens
+
+
+class _Begun(BaseException):
+    """The first call of ``forward`` is about to be made; no error, so that nobody handles it."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+
+
+def ways_of_generate(module: nn.Module, config: DIYConfig, convention: Convention) -> Iterator[Convention]:
+    """The convention with the cache, and with the switches, that each of its ways to generate begins with."""
+    for entry in (Entry(), *others(module, None)):
+        generating = by_names(module, convention, entry)
+        if "new_tokens" not in generating.names:
+            continue
+        for form in FORMS:
+            arguments = _first_call(module, config, replace(generating, form=form), 1)
+            if arguments is None:
+                continue
+            switches = {
+                name: True for name, given in arguments.items() if given is True and name != convention.use_cache
+            }
+            made = arguments.get(convention.past or "") is not None
+            maker = _handed_over(replace(generating, form=form), convention.past or "") if made else None
+            if made or switches:
+                yield replace(convention, new_cache=maker, cached_extra={**convention.cached_extra, **switches})
+            break
+
+
+def _handed_over(generating: Generating, past: str) -> NewCache:
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+        arguments = _first_call(module, config, generating, rows)
+        if arguments is None:
+            raise NotApplicable(f"{generating.entry} takes no {rows} rows, and the cache is as it makes it")
+        return arguments[past]
+
+    return new_cache
+
+
+def _first_call(module: nn.Module, config: DIYConfig, generating: Generating, rows: int) -> Mapping[str, Any] | None:
+    """The arguments of the first call of ``forward`` that generate makes, by name; None where it makes none."""
+    prompts = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=next(module.parameters()).device)
+    settings = {"context": config.max_seq_len, "device": prompts.device, "use_cache": True}
+    try:
+        with _interrupted(module):
+            generating.run(module, prompts, 2, None, settings)
+    except _Begun as begun:
+        return begun.arguments
+    except Exception:  # a stranger's generate may raise anything
+        return None
+    return None
+
+
+@contextmanager
+def _interrupted(module: nn.Module) -> Iterator[None]:
+    """``forward`` raises :class:`_Begun`; afterwards it, and the mode of every part, are as they were."""
+    before, modes = vars(module).get("forward"), [(part, part.training) for part in module.modules()]
+    signature = inspect.signature(module.forward)
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        raise _Begun(signature.bind(*arguments, **named).arguments)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+        for part, mode in modes:
+            part.training = mode
