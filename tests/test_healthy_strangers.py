@@ -463,3 +463,36 @@ def test_an_error_that_comes_without_what_a_check_varies_is_no_failure_of_that()
         assert result.failure is not None
         assert result.failure.message == "the subject raised RuntimeError: odd heads"
         assert not result.failure.likely_causes
+
+
+class Embedding(nn.Module):
+    """As courses ask for it, who forbid nn.Embedding."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+class EmbedsByHand(Tiny):
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.embed = Embedding(*self.embed.weight.shape)  # type: ignore[assignment]
+        self.positions = Embedding(*self.positions.weight.shape)  # type: ignore[assignment]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal)
+
+
+class NormedWithoutEps(EmbedsByHand):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        return self.head(x / x.pow(2).mean(-1, keepdim=True).sqrt())
+
+
+def test_an_embedding_that_is_written_by_hand_is_found() -> None:
+    passes(EmbedsByHand, "causality.gradient", "gradients.absent_tokens_zero", "numerics.zeros_finite", seeds=1)
+    report = check_causal_lm(NormedWithoutEps, profile="quick", only=("numerics.zeros_finite",))
+    assert [result.status for result in report.results] == ["failed"]

@@ -26,6 +26,7 @@ from diymodel.verify.calling.entries import Entry
 from diymodel.verify.calling.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
 from diymodel.verify.calling.signature import LABELS_SHIFTED
+from diymodel.verify.embeddings import Table, tables_of
 from diymodel.verify.failure import NotApplicable, SubjectError, said
 
 if TYPE_CHECKING:
@@ -322,18 +323,17 @@ class LM:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return labels.masked_fill(labels == IGNORED, self.convention.ignore_index)
 
-    def embedding(self) -> nn.Embedding:
+    def embedding(self) -> Table:
         """The token embedding.
 
         Raises:
             NotApplicable: none is found.
         """
-        tables = [part for part in self.module.modules() if isinstance(part, nn.Embedding)]
-        vocab_size = self.config.vocab_size
-        exact = [table for table in tables if table.num_embeddings == vocab_size]
-        for table in exact or [table for table in tables if table.num_embeddings > vocab_size]:
+        tables, vocab_size = tables_of(self.module), self.config.vocab_size
+        exact = [table for table in tables if len(table.weight) == vocab_size]
+        for table in exact or [table for table in tables if len(table.weight) > vocab_size]:
             return table
-        raise NotApplicable("no nn.Embedding with a row for every token was found")
+        raise NotApplicable("no nn.Embedding, and no class called so, with a row for every token was found")
 
     def _extend(self, input_ids: Tensor, past: Past | None, real: Tensor | None) -> tuple[Tensor, Past]:
         convention, new = self.convention, input_ids.shape[1]

@@ -174,7 +174,7 @@ def _gradient_to_embeddings(lm: LM, ids: Tensor, cut: int) -> Tensor | None:
         looked_up.append(output.detach().requires_grad_())
         return looked_up[-1].clone()  # which the module may write to
 
-    hook = lm.embedding().register_forward_hook(record)
+    hook = lm.embedding().part.register_forward_hook(record)
     try:
         with torch.enable_grad():
             logits = lm.logits(ids)[:, :cut]
