@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,15 @@ def test_a_module_keeps_its_own_sizes_and_is_asked_for_no_others() -> None:
     assert report.called.endswith("whatever the configuration says, vocab_size=27, max_seq_len=12")
     passed = {result.check.id for result in report.results if result.status == "passed"}
     assert passed >= {"loss.value", "loss.many_labels", "causality.long_row", "generation.follows_distribution"}
+
+
+def test_a_module_that_is_never_tiny_is_told_of_what_takes_the_time() -> None:
+    class Large(Bag):
+        def __init__(self) -> None:
+            super().__init__(5000, 128, 64)
+
+    assert re.search(r"the smallest has 1,\d\d\d,\d\d\d parameters, so every trial", Subject(Large).describe())
+    assert "parameters" not in Subject(Lecture).describe()
 
 
 @pytest.mark.parametrize("id", ["numerics.bfloat16_near_float64", "gradients.absent_tokens_zero"])

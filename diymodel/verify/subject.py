@@ -30,6 +30,7 @@ from diymodel.verify.timing import OutOfTime, time_limit
 
 OWN = "diymodel"  # how our own model is called
 _PATIENCE = 60  # seconds, for finding out how a subject is called
+_LARGE = 10**6  # parameters, of a module that was to be tiny
 
 Factory = Callable[[Any], nn.Module]
 OpenDirectory = Callable[[], tuple[nn.Module, Any, Sequence[str]]]  # the fields of Opened
@@ -129,6 +130,7 @@ class Subject:
         self._factory = factory
         self._by_names: ByNames | None = None  # builds it, where the factory does not take a configuration of ours
         self.own_sizes: Mapping[str, Any] = {}  # fields of the configuration that the module does not heed
+        self.num_parameters = 0  # of the module that its convention was found with
         self.name = name or getattr(factory, "__name__", type(self).__name__)
         self.claims = frozenset(claims)
         self.lacks = dict(lacks or {})
@@ -179,6 +181,7 @@ class Subject:
                     if self.own_sizes:
                         config = replace(config, **self.own_sizes)
                         convention = self._found(config)
+                    self.num_parameters = sum(parameter.numel() for parameter in self.made(config).parameters())
             except OutOfTime:
                 raise SubjectError(f"{self.name} did not build and answer a few tiny calls in {_PATIENCE} s") from None
             return with_generating(lambda: self.made(config), config, convention, self._factory)
@@ -194,6 +197,8 @@ class Subject:
         if self.own_sizes:
             sizes = ", ".join(f"{name}={value}" for name, value in self.own_sizes.items())
             notes.append(f"whatever the configuration says, {sizes}")
+        if self.num_parameters >= _LARGE:
+            notes.append(f"the smallest has {self.num_parameters:,} parameters, so every trial takes its time")
         return "; ".join(notes)
 
     def missing(self, capability: str) -> str | None:
