@@ -354,8 +354,16 @@ class ObjectInTuple(Causal):
         return Logits(super().forward(input_ids)), None
 
 
-def test_an_object_with_logits_is_found_in_a_tuple() -> None:
-    assert verdicts(ObjectInTuple, ("shape.*", "causality.edit"))["shape.logits"] == "passed"
+class PlaceForLogits(Causal):
+    """x-transformers of 2026: what comes beside the logits has a place for some as well, which is empty."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Logits]:  # type: ignore[override]
+        return super().forward(input_ids), Logits(None)
+
+
+@pytest.mark.parametrize("factory", [ObjectInTuple, PlaceForLogits])
+def test_logits_are_found_in_a_tuple_with_an_object(factory: Any) -> None:
+    assert verdicts(factory, ("shape.*", "causality.edit"))["shape.logits"] == "passed"
 
 
 class Parts(Causal):

@@ -35,8 +35,7 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
     if isinstance(output, Mapping) and "logits" not in output:
         output = tuple(output.values())
     if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
-        whole = (item for item in output if hasattr(item, "logits") or (isinstance(item, Mapping) and "logits" in item))
-        output = next(whole, output)  # Hyena returns an object in a tuple
+        output = next(filter(_holds_logits, output), output)  # Hyena returns an object in a tuple
     if isinstance(output, Mapping) or hasattr(output, "logits"):
         own = (*getattr(output, "_fields", ()), *getattr(output, "__dict__", ()))  # of a named tuple, of an object
         found = (
@@ -58,6 +57,12 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
     logits = next((item for item in wide if item.shape[-1] == vocab_size), wide[0] if wide else None)
     past = next((item for item in items if item is not None and item is not logits and item is not loss), None)
     return Output(logits, loss, past)
+
+
+def _holds_logits(item: Any) -> bool:
+    """Whether they stand in a dict or an object; what x-transformers returns beside them has a place for some."""
+    found = item.get("logits") if isinstance(item, Mapping) else getattr(item, "logits", None)
+    return isinstance(found, Tensor)
 
 
 def unflattened(logits: Tensor, shape: torch.Size, batch: int) -> Tensor:
