@@ -129,7 +129,7 @@ def test_the_whole_sequence_is_given_beside_a_cache_that_counts_on_it() -> None:
     assert subject.convention.cached_gets_all
     assert subject.describe().endswith("beside which the whole sequence is given")
     reasons = {
-        "chunks": "of the whole sequence, a call on the cache takes the last token alone as new",
+        "chunks": "of several tokens, a call on the cache takes the last one alone",
         "padded_cache": "with forward(mask=…) a call on the cache is refused: AssertionError: only allow caching",
     }
     for capability, reason in reasons.items():

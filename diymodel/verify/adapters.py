@@ -363,7 +363,8 @@ class LM:
                 raise NotApplicable("forward returned no cache")
             if convention.cache_is_new_part is not None and past is not None:
                 cache = joined(past.cache, cache, convention.cache_is_new_part)
-        return self._shaped(output.logits)[:, -new:], Past(cache, start + new, tokens)
+        logits = self._shaped(output.logits)
+        return logits[:, -new:] if convention.cached_gets_all else logits, Past(cache, start + new, tokens)
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
         """The arguments of a call without those for the cache; ``start`` tokens came before."""

@@ -5,7 +5,7 @@ Shapes: B batch, T sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,35 @@ def gradients_of(objective: Tensor, parameters: dict[str, nn.Parameter]) -> dict
         raise CheckFailure("the module must have parameters to train, saw none with requires_grad")
     if not objective.requires_grad:
         raise CheckFailure("the logits must carry a gradient, saw none: no parameter could learn")
-    return dict(
-        zip(parameters, torch.autograd.grad(objective, list(parameters.values()), allow_unused=True), strict=True)
-    )
+    return dict(zip(parameters, gradients_to(objective, list(parameters.values())), strict=True))
+
+
+def gradients_to(objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of each leaf; None where the objective does not depend on it."""
+    if not _is_checkpointed(objective):
+        return list(torch.autograd.grad(objective, leaves, allow_unused=True))
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    objective.backward()  # type: ignore[no-untyped-call]
+    found = [leaf.grad for leaf in leaves]
+    for leaf, grad in zip(leaves, before, strict=True):
+        leaf.grad = grad
+    return found
+
+
+def _is_checkpointed(objective: Tensor) -> bool:
+    """Whether a reentrant checkpoint is in the graph, which knows no torch.autograd.grad, only backward."""
+    seen, waiting = set(), [objective.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def accumulated(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -17,7 +17,10 @@ _MAKER = re.compile(
     r"(set_?up|set|make|new|init|initial|initialize|create|build|empty|alloc|allocate|prepare)_"
     r"(([a-z]+_)?(cache|caches|kvcache|kv)|state|states|hidden)"
 )
-_RESETS = ("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches")
+_RESETS = (
+    *("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches"),
+    *("reset_state", "clear_state", "reset_states", "clear_states"),
+)
 _SIZES = ("max_seq_length", "max_batch_size")  # what gpt-fast remembers of its caches, and sets none up again for
 
 # What makers of caches call the sizes they ask for; the first group of heads is tried before the second.
@@ -98,6 +101,8 @@ def by_classes(module: nn.Module) -> Iterator[NewCache]:
 def _instances(made: type, heads: str, a_layer: bool) -> NewCache:
     def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
         caches = [_call(made, module, config, rows, getattr(config, heads)) for _ in range(config.num_layers)]
+        if isinstance(caches[0], nn.Module) and any(True for _ in caches[0].parameters()):
+            raise TypeError(f"{made.__name__} has weights, and is no cache")
         return caches if a_layer else caches[0]
 
     return new_cache

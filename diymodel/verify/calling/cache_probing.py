@@ -82,8 +82,8 @@ def find_cache(
     lm = LM(module, config, convention)
     if (why := refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
         missing["chunks"] = f"several tokens on a cache are refused: {why}"
-    elif convention.cached_gets_all and lm.extend(ids[:, :2], lm.extend(ids)[1])[0].shape[1] < 2:
-        missing["chunks"] = "of the whole sequence, a call on the cache takes the last token alone as new"
+    elif _takes_the_last_alone(lm, ids):
+        missing["chunks"] = "of several tokens, a call on the cache takes the last one alone"
     return convention, missing
 
 
@@ -100,8 +100,8 @@ def _find_new_cache(
 ) -> tuple[Convention, str | None]:
     """The first way to a cache that a token can be added to; else why there is none.
 
-    Where a cache is begun and the next token crashes, that is no lack but a bug: the checks will show it. Positions on
-    the cache alone are given where the step is right by them.
+    Where a cache is begun and the next token crashes, that is no lack but a bug: the checks will show it. Where it is
+    refused, positions are given with the cache, if the step is right by them.
     """
     ways = [convention]
     if convention.past and convention.new_cache is None:
@@ -117,8 +117,9 @@ def _find_new_cache(
         tried.append(_tried(module, config, way, ids))
         if tried[-1].why_not is None:
             return tried[-1].way, None
+    crashing = next((one.way for one in tried if one.crashed), None)
     if convention.past and convention.new_cache is None:
-        for way in _placed_on_cache(ways):
+        for way in _placed_on_cache(ways) if crashing is None else ():
             found = _tried(module, config, way, ids)
             if found.why_not is None and _continues(module, config, found.way, ids):
                 return found.way, None
@@ -126,7 +127,6 @@ def _find_new_cache(
             found = _tried(module, config, way, ids)
             if found.why_not is None:
                 return found.way, None
-    crashing = next((one.way for one in tried if one.crashed), None)
     if crashing is not None:
         return crashing, None
     return convention, tried[ways.index(convention)].why_not
@@ -159,8 +159,8 @@ def _tried(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -
         if begun is None or not crashed(error):
             return _Tried(way, why)
         return _Tried(replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache)), why, True)
-    if way.new_cache is not None and not (way.cache_on_module or tensors_in(past.cache)):
-        return _Tried(way, f"forward({way.past}=…) put nothing into the cache that it was handed")
+    if way.new_cache is one_none_a_layer and not tensors_in(past.cache):
+        return _Tried(way, f"forward({way.past}=…) passes over what it is handed")
     changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
     way = replace(way, cache_is_value=not changed and _is_value(past.cache))
     return _Tried(replace(way, cache_is_new_part=_new_part(begun, past) if way.cache_is_value else None))
@@ -206,6 +206,13 @@ def _continues(
         return close(logits[:, -1], lm.logits(ids)[:, -1])
     except Exception:  # a stranger's forward may raise anything
         return False
+
+
+def _takes_the_last_alone(lm: LM, ids: Tensor) -> bool:
+    """Whether two tokens on a cache are to it as the second is; with a bug of positions or masks they differ."""
+    both, _ = lm.extend(ids[:, :2], lm.extend(ids)[1])
+    last, _ = lm.extend(ids[:, 1:2], lm.extend(ids)[1])
+    return both.shape[1] == 1 and (lm.convention.cached_gets_all or torch.equal(both, last))
 
 
 def _given_all(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:

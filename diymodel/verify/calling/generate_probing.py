@@ -26,6 +26,7 @@ from diymodel.verify.trial import draw_weights
 _NAMES = {
     "ids": (
         "input_ids",
+        "input_tensor",
         "idx",
         "tokens",
         "token_ids",

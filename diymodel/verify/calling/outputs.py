@@ -55,8 +55,9 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
     loss = scalars[min(loss_place, len(scalars) - 1)] if scalars else None
     wide = [item for item in items if isinstance(item, Tensor) and item.dim() >= 2 and item.shape[-1] >= vocab_size]
     logits = next((item for item in wide if item.shape[-1] == vocab_size), wide[0] if wide else None)
-    past = next((item for item in items if item is not None and item is not logits and item is not loss), None)
-    return Output(logits, loss, past)
+    others = [item for item in items if item is not None and item is not logits and item is not loss]
+    past = next((item for item in others if not isinstance(item, Tensor)), others[0] if others else None)
+    return Output(logits, loss, past)  # beside containers, a tensor is one of hidden states
 
 
 def _holds_logits(item: Any) -> bool:

@@ -26,6 +26,7 @@ NAMES = {
     "past": (
         *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
         *("cache_params", "state", "states", "hidden", "hidden_state", "h", "s"),
+        *("prev_state", "prev_states", "prev_hidden", "prev_hiddens", "hiddens", "memories", "mems"),
     ),
     "use_cache": ("use_cache", "return_intermediates"),
     "labels": ("labels", "targets", "target", "lm_labels", "target_ids", "target_token_ids", "y"),
@@ -35,7 +36,9 @@ LABELS_SHIFTED = ("targets", "target", "target_ids", "target_token_ids", "y")  #
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
 _PAST = re.compile(rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?")  # past_kvs, kv_cache_list
-_ASKS = re.compile(rf"(use|return|with|enable|output)_([a-z]+_)*{_KEPT}")  # return_cache
+_ASKS = re.compile(  # return_cache, return_next_prev_hiddens
+    rf"(use|return|with|enable|output)_([a-z]+_)*{_KEPT}|return_([a-z]+_)*(hiddens|memory|memories|mems|states?)"
+)
 
 
 def parameter_names(module: nn.Module) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
-from diymodel.verify.learning import trained_call
+from diymodel.verify.learning import gradients_to, trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -188,7 +188,7 @@ def _gradient_to_embeddings(lm: LM, ids: Tensor, cut: int) -> Tensor | None:
     try:
         with torch.enable_grad():
             objective = (logits * weights).sum()
-        (found,) = torch.autograd.grad(objective, looked_up, allow_unused=True)
+        (found,) = gradients_to(objective, looked_up)
     except RuntimeError as error:  # such as weights that forward has written to
         raise NotApplicable(f"the logits cannot be differentiated: {said(error)}") from error
     return found

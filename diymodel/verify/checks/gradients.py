@@ -14,6 +14,7 @@ from diymodel.verify.learning import (
     accumulated,
     distinct_tokens,
     gradients_of,
+    gradients_to,
     next_token_loss,
     same_gradients,
     trainable,
@@ -118,7 +119,7 @@ def absent_tokens_zero(trial: Trial) -> None:
     logits = lm.logits(ids)[..., present]  # a tied row has a right to its own logit
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
     weights -= weights.mean(-1, keepdim=True)  # what log_softmax takes off all logits alike is a right of its as well
-    (gradient,) = torch.autograd.grad((logits * weights).sum(), table.weight, allow_unused=True)
+    (gradient,) = gradients_to((logits * weights).sum(), [table.weight])
     if gradient is None:
         return
     reached = (gradient[absent].abs() > rounding(trial.dtype) * gradient.abs().max()).any(1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import IGNORED, LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.learning import gradients_to
 from diymodel.verify.registry import check
 from diymodel.verify.strategies import chunk_sizes
 from diymodel.verify.trial import Trial
@@ -164,7 +165,7 @@ def gradient(trial: Trial) -> None:
     named = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
 
     def gradients(loss: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        found = gradients_to(loss, list(named.values()))
         return [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), found, strict=True)]
 
     def rerun() -> Tensor:
@@ -207,6 +208,6 @@ def all_ignored(trial: Trial) -> None:
     if not loss.requires_grad or trial.subject.missing("graph"):
         return
     parameters = [p for p in lm.module.parameters() if p.requires_grad]
-    for grad in torch.autograd.grad(loss, parameters, allow_unused=True):
+    for grad in gradients_to(loss, parameters):
         if grad is not None and not bool(grad.isfinite().all()):
             raise CheckFailure("with every label ignored the loss must have a finite gradient, saw a NaN or infinity")

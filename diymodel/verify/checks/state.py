@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -93,9 +95,25 @@ def depth_adds_parameters(trial: Trial) -> None:
         deeper.module.load_state_dict(lm.module.state_dict())
         if torch.equal(deeper.logits(ids), lm.logits(ids)):
             raise NotApplicable("num_layers changes neither the parameters nor the logits")
+        if block := _called_for_each(lm, deeper, ids):
+            raise NotApplicable(f"by its design {block} is every layer: it stands in the module once")
     raise CheckFailure(
         f"{config.num_layers + 1} layers must have more parameters than {config.num_layers}, saw {deep} and {shallow}"
     )
+
+
+def _called_for_each(shallow: LM, deep: LM, ids: Tensor) -> str | None:
+    """A part with parameters that a deeper module has in one place as well, and calls more often."""
+    called: list[Counter[str]] = []
+    for lm in (shallow, deep):
+        calls: Counter[str] = Counter()
+        for name, part in lm.module.named_modules(remove_duplicate=False):
+            if name and any(True for _ in part.parameters()):
+                part.register_forward_pre_hook(lambda *_, name=name, calls=calls: calls.update([name]))
+        lm.logits(ids)
+        called.append(calls)
+    few, many = called
+    return next((name for name in few if many[name] > few[name]), None) if few.keys() == many.keys() else None
 
 
 @check(

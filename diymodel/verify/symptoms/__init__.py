@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib
+import itertools
 import pkgutil
 import re
 import warnings
@@ -59,6 +60,13 @@ class _Repeatable(LM):
         return super()._call(inputs, start)
 
 
+def _wide_ones() -> Iterator[dict[str, Any]]:
+    """Configurations to try in turn: few modules know fewer heads of keys, some only tied weights or larger heads."""
+    for size, tied, kv_heads in itertools.product((8, 16), (False, True), (_WIDE["num_kv_heads"], _WIDE["num_heads"])):
+        own = {"num_layers": 1, "hidden_size": size, "tie_word_embeddings": tied, "num_kv_heads": kv_heads}
+        yield {**_WIDE, **own}
+
+
 class Patient:
     """A subject that failed, with what its failures showed."""
 
@@ -73,9 +81,7 @@ class Patient:
         first = failed[0].failure.config  # type: ignore[union-attr]
         needs = frozenset.intersection(*(frozenset(result.check.needs) for result in failed))
         trial = Trial(self.subject, None, dtype=self.subject.convention.dtype_for(needs), device=self.device)
-        wide = {**_WIDE, "num_layers": 1}
-        ungrouped = {**wide, "num_kv_heads": _WIDE["num_heads"]}  # few know fewer heads of keys than of queries
-        for config in (wide, ungrouped, {**first, "dropout": 0.0}):
+        for config in (*_wide_ones(), {**first, "dropout": 0.0}):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", HypothesisDeprecationWarning)  # of a trial that is refused

@@ -129,20 +129,27 @@ def _held_keys_are_turned(patient: Patient) -> bool | None:
     for t in range(3, 5):
         before = [held.clone() for held in tensors_of(lm, past)]
         _, past = lm.extend(ids[:, t : t + 1], past)
-        after = tensors_of(lm, past)
-        if len(before) == len(after) and any(map(_are_turned, before, after)):
+        if _are_turned(before, tensors_of(lm, past)):
             return True
     return False
 
 
-def _are_turned(before: Tensor, after: Tensor) -> bool:
-    """Whether vectors of a cache point elsewhere after a step; what has another length is another token's."""
-    if before.dim() < 3 or before.dim() != after.dim() or not before.is_floating_point():
-        return False
-    for dim, size in enumerate(before.shape):
-        if after.shape[dim] < size:
+def _are_turned(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether some vectors of a cache point elsewhere after a step, and all are as long as they were.
+
+    What is another token's has another length, the values' if not the keys'.
+    """
+    turned = False
+    for old, new in zip(before, after, strict=True):
+        if old.dim() < 3 or old.dim() != new.dim() or not old.is_floating_point():
+            continue
+        if any(later < size for size, later in zip(old.shape, new.shape, strict=True)):
             return False
-        after = after.narrow(dim, 0, size)
-    lengths = before.norm(dim=-1)
-    as_long = torch.isclose(after.norm(dim=-1), lengths) & (lengths > 0)
-    return bool((as_long & ((after - before).norm(dim=-1) > _MOVED * lengths)).any())
+        for dim, size in enumerate(old.shape):
+            new = new.narrow(dim, 0, size)
+        lengths = old.norm(dim=-1)
+        there = lengths > 0
+        if not torch.allclose(new.norm(dim=-1)[there], lengths[there]):
+            return False
+        turned = turned or bool(((new - old).norm(dim=-1)[there] > _MOVED * lengths[there]).any())
+    return turned

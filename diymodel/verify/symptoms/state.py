@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.learning import next_token_loss, trained_call
+from diymodel.verify.learning import gradients_to, next_token_loss, trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, symptom
 
@@ -32,7 +32,7 @@ def _loss(lm: LM, ids: Tensor) -> Tensor:
 
 def _gradient(lm: LM, ids: Tensor) -> Tensor:
     used = [p for p in lm.module.parameters() if p.requires_grad]
-    found = torch.autograd.grad(next_token_loss(lm, ids), used, allow_unused=True)
+    found = gradients_to(next_token_loss(lm, ids), used)
     return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 
 

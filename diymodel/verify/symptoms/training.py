@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.experiments.watchers import Choices
+from diymodel.verify.learning import gradients_to
 from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
 
 _DRAWS = 3
@@ -84,7 +85,7 @@ def _path_is_cut(patient: Patient) -> bool | None:
     if not logits.requires_grad:
         return True
     parameters = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(logits.square().sum(), list(parameters.values()), allow_unused=True)
+    found = gradients_to(logits.square().sum(), list(parameters.values()))
     cut = [
         parameter
         for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
