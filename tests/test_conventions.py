@@ -14,6 +14,7 @@ from diymodel import DIYConfig
 from diymodel.verify import Subject, check_causal_lm
 from diymodel.verify.adapters import Convention
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
+from diymodel.verify.calling.signature import parameter_names
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, verify_one
 from tests.test_adapters import Tiny, causal, verdicts
@@ -249,6 +250,70 @@ def test_looking_at_what_generate_begins_with_leaves_the_module_as_it_was() -> N
     assert len(list(ways_of_generate(module, config, Convention("idx", past="kv_cache")))) == 1
     assert module.training
     assert module.forward == before
+
+
+class HiddenBesideItsCache(Past):
+    """open_lm: what comes between the logits and the cache is a tensor of hidden states."""
+
+    def forward(self, input_ids: Tensor, past_key_values: list[Tensor] | None = None, use_cache: bool = False) -> Any:
+        logits, present, _ = self.step(input_ids, None if past_key_values is None else past_key_values[0])
+        return logits, self.embed(input_ids), [present]
+
+
+class TakesTheLast(Past):
+    """minGRU's: beside its hidden states the last token alone is looked at, whatever is given."""
+
+    def forward(self, x: Tensor, prev_hiddens: list[Tensor] | None = None, return_prev_hiddens: bool = False) -> Any:
+        if prev_hiddens is not None:
+            x = x[:, -1:]
+        logits, present, _ = self.step(x, None if prev_hiddens is None else prev_hiddens[0])
+        return (logits, [present]) if return_prev_hiddens else logits
+
+
+def test_a_cache_is_told_from_hidden_states() -> None:
+    assert verdicts(HiddenBesideItsCache, CALLED)["decode.chunks"] == "passed"
+
+
+def test_a_call_that_takes_the_last_token_alone_takes_no_chunks() -> None:
+    assert (convention(TakesTheLast).past, convention(TakesTheLast).cached_gets_all) == ("prev_hiddens", False)
+    found = verdicts(TakesTheLast, CALLED)
+    assert (found["decode.cached_equals_full"], found["decode.chunks"]) == ("passed", "skipped")
+
+
+@pytest.mark.parametrize(
+    ("past", "use_cache"),
+    [("memories", "return_memory"), ("prev_state", "return_next_state"), ("hiddens", "return_hiddens")],
+)
+def test_states_have_many_names(past: str, use_cache: str) -> None:
+    module = nn.Module()
+    namespace: dict[str, Any] = {}
+    exec(f"def forward(x, {past}=None, {use_cache}=False): ...", namespace)
+    module.forward = namespace["forward"]
+    assert parameter_names(module) == {"ids": "x", "past": past, "use_cache": use_cache}
+
+
+class OneAtATime(Past):
+    """hkproj's pytorch-llama: the cache is on the module, and takes one token at a time."""
+
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        assert tokens.shape[1] == 1, "Only one token at a time can be processed"
+        past = self.held[:, :, :start_pos] if start_pos else None
+        logits, self.held, _ = self.step(tokens, past)
+        return logits
+
+
+class ForgetsItsStart(OneAtATime):
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        return super().forward(tokens, min(start_pos, 2))
+
+
+def test_tokens_are_fed_one_at_a_time_to_a_module_that_takes_no_more() -> None:
+    assert convention(OneAtATime).one_at_a_time
+    assert "every call is on it, one token at a time" in convention(OneAtATime).describe()
+    found = verdicts(OneAtATime, ("shape.*", "sensitivity.*", "decode.*", "state.*"))
+    assert (found["sensitivity.sees_itself_and_its_past"], found["decode.chunks"]) == ("passed", "skipped")
+    with pytest.raises(AssertionError, match=r"✗ sensitivity\.sees_itself_and_its_past"):
+        verdicts(ForgetsItsStart, ("sensitivity.*",))
 
 
 class ListUnused(Causal):

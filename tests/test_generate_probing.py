@@ -397,3 +397,32 @@ def test_a_generate_behind_a_decorator_that_hides_it_is_called_by_its_own_names(
     assert own.fixed == {"filter_thres": 0.0}
     for check in ("generation.keeps_prompt", "generation.greedy_is_argmax", "generation.follows_distribution"):
         assert verify_one(subject(Decorated), CHECKS[check], Settings(5)).status == "passed"
+
+
+class DropsTheCrossing(Pairs):
+    """One token always stays, and so a tiny top_p is right; the one that crosses goes."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, top_p: float = 1.0) -> Tensor:
+        for _ in range(max_new_tokens):
+            ranked, order = self(idx)[:, -1].softmax(-1).sort(-1, descending=True)
+            gone = self.gone(ranked, top_p)
+            gone[:, 0] = False
+            kept = ranked.masked_fill(gone, 0)
+            idx = torch.cat((idx, order.gather(1, torch.multinomial(kept, 1))), 1)
+        return idx
+
+    def gone(self, ranked: Tensor, top_p: float) -> Tensor:
+        return ranked.cumsum(-1) > top_p
+
+
+class KeepsTheCrossing(DropsTheCrossing):
+    def gone(self, ranked: Tensor, top_p: float) -> Tensor:
+        return ranked.cumsum(-1) - ranked >= top_p
+
+
+@pytest.mark.parametrize(("factory", "status"), [(DropsTheCrossing, "failed"), (KeepsTheCrossing, "passed")])
+def test_the_token_that_crosses_top_p_stays(factory: Any, status: str) -> None:
+    result = verify_one(subject(factory), CHECKS["generation.top_p"], Settings(10))
+    assert result.status == status, result
+    if result.failure is not None:
+        assert "tokens reach, must leave token" in result.failure.message

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel._compat import nan_where_undefined
@@ -496,3 +497,43 @@ def test_an_embedding_that_is_written_by_hand_is_found() -> None:
     passes(EmbedsByHand, "causality.gradient", "gradients.absent_tokens_zero", "numerics.zeros_finite", seeds=1)
     report = check_causal_lm(NormedWithoutEps, profile="quick", only=("numerics.zeros_finite",))
     assert [result.status for result in report.results] == ["failed"]
+
+
+class OneBlock(nn.Module):
+    """ALBERT and universal transformers: one block is every layer. It is recomputed in backward, the old way."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        if config.tie_word_embeddings:
+            raise NotImplementedError("its weights are not tied")
+        self.depth = config.num_layers
+        self.embed, self.head = (nn.Embedding(config.vocab_size, 8), nn.Linear(8, config.vocab_size))
+        self.block = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for _ in range(self.depth):
+            more = checkpoint(self.run, x, use_reentrant=True) if x.requires_grad else self.run(x)
+            x = x + more
+        return self.head(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.block(x)[0]
+
+
+class NamedTwice(OneBlock):
+    """The one block stands in a list of layers, where each should be its own."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList([self.block] * config.num_layers)
+
+
+def test_one_block_by_design_is_no_layer_that_is_shared_by_mistake() -> None:
+    reports = [check_causal_lm(each, profile="quick", only=("state.depth*",)) for each in (OneBlock, NamedTwice)]
+    assert [report.results[0].status for report in reports] == ["skipped", "failed"]
+    assert reports[0].results[0].reason == "by its design block is every layer: it stands in the module once"
+
+
+def test_gradients_go_through_a_reentrant_checkpoint() -> None:
+    passes(OneBlock, "gradients.reach*", "gradients.finite", "gradients.absent*", "training.small*", seeds=1)

@@ -421,3 +421,16 @@ def test_a_mode_that_is_not_restored_is_no_excuse_for_rows_that_stop_together(ba
     report = check_causal_lm(BASES[base].subject(source), profile="quick", only=("generation.*", "modes.*"))
     assert report.symptoms["modes.stops_rightly_with_dropout_0"] is False
     assert [found.bug for found in report.likely] == ["mode-not-restored", "eos-not-per-row"]
+
+
+def test_experiments_are_on_a_wide_module_where_weights_are_always_tied() -> None:
+    def tied(config: Any) -> nn.Module:
+        if not config.tie_word_embeddings:
+            raise NotImplementedError("tied alone")
+        return BASES["rotary"].subject().build(config)
+
+    small = {**CONFIG, "hidden_size": 2, "tie_word_embeddings": True}
+    check = next(check for check in list_checks() if check.id == "decode.cached_equals_full")
+    failure = Failure("told", (), small, {"config": small}, "")
+    lm = Patient(Subject(tied), {check.id: Result(check, "failed", failure=failure)}).lm()
+    assert (lm.config.hidden_size, lm.config.tie_word_embeddings) == (8, True)

@@ -108,6 +108,7 @@ class Convention:
     cache_is_new_part: int | None = None  # OpenAI's GPT-2: what comes back is of the new tokens, along this dimension
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     placed_on_cache: bool = False  # positions or start go with a cache only
+    one_at_a_time: bool = False  # hkproj's pytorch-llama: a call on the cache refuses all but one token
     cached_gets_all: bool = False  # local-attention: the whole sequence stands beside its cache in each call
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
@@ -147,7 +148,8 @@ class Convention:
             more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
             more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
             more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())
-            notes.append(f"the cache is {kind}{more}{', and every call is on it' if self.always_cached else ''}")
+            more += ", and every call is on it" if self.always_cached else ""
+            notes.append(f"the cache is {kind}{more}{', one token at a time' if self.one_at_a_time else ''}")
         if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
             notes.append(f"it generates by {self.generating.entry}")
         return "; ".join([call, *notes])
@@ -337,6 +339,14 @@ class LM:
 
     def _extend(self, input_ids: Tensor, past: Past | None, real: Tensor | None) -> tuple[Tensor, Past]:
         convention, new = self.convention, input_ids.shape[1]
+        if convention.one_at_a_time and new > 1:
+            start, each = (past.length if past else 0), []
+            for end in range(1, new + 1):
+                told = None if real is None else real[:, : start + end]
+                logits, past = self._extend(input_ids[:, end - 1 : end], past, told)
+                each.append(logits)
+            assert past is not None
+            return torch.cat(each, 1), past
         cache, start, tokens = past or Past(None, 0)
         if past is None and convention.new_cache is not None:
             cache = convention.new_cache(self.module, self.config, input_ids.shape[0])

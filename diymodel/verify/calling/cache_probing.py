@@ -80,7 +80,9 @@ def find_cache(
                 f"forward({convention.mask}=…) covers the new tokens only, not the padding in the cache"
             )
     lm = LM(module, config, convention)
-    if (why := refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
+    if convention.one_at_a_time:
+        missing["chunks"] = "every call is on the cache, and takes one token at a time"
+    elif (why := refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
         missing["chunks"] = f"several tokens on a cache are refused: {why}"
     elif _takes_the_last_alone(lm, ids):
         missing["chunks"] = "of several tokens, a call on the cache takes the last one alone"

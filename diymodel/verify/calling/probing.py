@@ -144,6 +144,8 @@ def _find_logits(
         tried += further
         if found is None and convention.past and convention.new_cache is None:
             found, _ = _first_of(module, config, [_with_list(convention)], ids)
+    if found is None and convention.start and convention.cache_on_module:
+        found, _ = _first_of(module, config, [replace(convention, always_cached=True, one_at_a_time=True)], ids)
     if found is None:
         raise uncallable(module, config, tried)
     return found

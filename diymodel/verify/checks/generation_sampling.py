@@ -22,6 +22,8 @@ from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
 ACCIDENT = 1e-12  # chance of a false alarm that is let through
+_MOST = 4  # tokens that a top_p leaves
+_CERTAIN = 0.12  # what is so likely, or more, is drawn in some of MANY rows
 
 
 def _model_and_prompt(trial: Trial) -> tuple[LM, Tensor]:
@@ -141,10 +143,14 @@ def top_k(trial: Trial) -> None:
             raise NotApplicable(f"a top_k above the vocabulary is refused: {said(error)}") from error
         lm.sample(rows, 1, seed)  # which raises by itself where top_k is not at fault
         raise CheckFailure(f"{what} must be accepted, saw {said(error)}") from error
-    probabilities = _probabilities(lm, ids)
-    kept, best = probabilities.topk(min(k, vocab_size))
+    _must_be_among(first, _probabilities(lm, ids), min(k, vocab_size), what)
+
+
+def _must_be_among(first: Tensor, probabilities: Tensor, count: int, what: str) -> None:
+    """Fail unless all tokens drawn are among so many likeliest, and none of these is missing but by chance."""
+    kept, best = probabilities.topk(count)
     allowed = probabilities >= kept[-1] * (1 - 1e-6)  # a near tie may go either way
-    drawn = first.bincount(minlength=vocab_size) > 0
+    drawn = first.bincount(minlength=len(probabilities)) > 0
     if bool((drawn & ~allowed).any()):
         raise CheckFailure(f"{what} must draw among {best.tolist()}, saw {sorted(set(first.tolist()))}")
     certain = torch.zeros_like(allowed).scatter(0, best, (1 - kept / kept.sum()) ** MANY < ACCIDENT)
@@ -158,13 +164,21 @@ def top_k(trial: Trial) -> None:
 
 @check(
     "generation.top_p",
-    title="a tiny top_p leaves the likeliest token, in bfloat16 as well",
+    title="top_p leaves the fewest tokens that together reach it; a tiny one the likeliest, in bfloat16 as well",
     step="3.1",
     needs=("sampling", "top_p"),
     causes=("top-p-edge",),
 )
 def top_p(trial: Trial) -> None:
     lm, ids = _model_and_prompt(trial)
+    probabilities = _probabilities(lm, ids)
+    ranked = probabilities.sort(descending=True).values
+    most = max(1, int((ranked > _CERTAIN).sum()))
+    if (count := min(trial.draw("count", st.integers(1, _MOST)), most)) > 1:
+        reached = ranked.cumsum(0)
+        between = float(reached[count - 2 : count].mean())
+        drawn = lm.sample(ids.repeat(MANY, 1), 1, _seed(trial), top_p=between)[:, ids.shape[1]]
+        _must_be_among(drawn, probabilities, count, f"top_p={between:.3g}, which {count} tokens reach,")
     p = trial.draw("top_p", st.sampled_from((1e-3, 1e-6, 1e-12, 1e-20)))  # below any likeliest token's probability
     rows, seed = ids.repeat(MANY, 1), _seed(trial)
     what = f"top_p={p}"
