@@ -24,7 +24,7 @@ class WholeLengthOnly(Tiny):
 
 
 class OneTokenOnly(Tiny):
-    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] != 1:
             raise ValueError("only one token at a time")
         return self.run(tokens, causal)
