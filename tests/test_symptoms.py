@@ -410,6 +410,12 @@ def test_keys_that_a_later_step_turns_are_seen_in_the_cache() -> None:
     assert not report.unexplained
 
 
+@pytest.mark.parametrize("base", ["rotary", "rolling", "supplied", "statespace", "onmodule"])
+def test_what_a_correct_step_changes_in_its_cache_is_no_turned_key(base: str) -> None:
+    patient = Patient(BASES[base].subject(), told("decode.cached_equals_full"))
+    assert list_symptoms()["cache.held_keys_are_turned"].ask(patient) is False
+
+
 @pytest.mark.parametrize("base", ["writer", "scribe"])
 def test_a_mode_that_is_not_restored_is_no_excuse_for_rows_that_stop_together(base: str) -> None:
     source = BASES[base].source
