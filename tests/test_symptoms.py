@@ -440,3 +440,22 @@ def test_experiments_are_on_a_wide_module_where_weights_are_always_tied() -> Non
     failure = Failure("told", (), small, {"config": small}, "")
     lm = Patient(Subject(tied), {check.id: Result(check, "failed", failure=failure)}).lm()
     assert (lm.config.hidden_size, lm.config.tie_word_embeddings) == (8, True)
+
+
+@pytest.mark.parametrize(
+    ("base", "bug", "shows"),
+    [
+        ("writer", None, (False, False)),
+        ("scribe", None, (False, False)),
+        ("writer", "eos-not-per-row", (True, False)),
+        ("scribe", "eos-not-per-row", (False, True)),
+    ],
+)
+def test_how_rows_fail_to_end_each_by_its_own(base: str, bug: str | None, shows: tuple[bool, bool]) -> None:
+    found = [found for found in list_bugs() if (found.base, found.slug) == (base, bug)]
+    subject = found[0].subject() if found else BASES[base].subject()
+    patient, asked = (
+        Patient(subject, told("generation.eos_per_row")),
+        ("ends_with_another_row", "goes_on_after_its_end"),
+    )
+    assert tuple(list_symptoms()[f"generation.{id}"].ask(patient) for id in asked) == shows

@@ -5,6 +5,10 @@ Shapes: B batch, T prompt length, N new tokens.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ _NEW = 3
 _PROMPT = 3
 _ROWS = 16
 _GENERATION = ("generation.*",)
+_ENDS = ("generation.eos_per_row",)
 
 
 def _lengths(lm: LM) -> list[tuple[int, int]]:
@@ -145,3 +150,54 @@ def _draws_at_zero(patient: Patient) -> bool | None:
         return None
     first = _drawn(lm, 0, temperature=0.0)
     return any(not _drawn(lm, seed, seed, temperature=0.0).equal(first) for seed in range(1, 4))
+
+
+def _with_an_end(patient: Patient) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Tokens (B, N) that are generated without an end token and with one, the row that it ends, and its step there.
+
+    At that step no other row ends, nor has one before.
+    """
+    lm = patient.lm()
+    rows = 1 if lm.generating.one_row else _ROWS
+    ids = distinct_tokens(lm, rows, _PROMPT)
+    new = min(lm.config.max_seq_len - _PROMPT, 2 * _NEW)
+    plain = lm.greedy(ids, new)[:, _PROMPT:]
+    for row, step in itertools.product(range(rows), range(new - 1)):
+        eos = int(plain[row, step])
+        if int((plain[:, : step + 1] == eos).sum()) > 1:
+            continue
+        settings: dict[str, Any] = {"eos": eos, "pad": (eos + 1) % lm.config.vocab_size}
+        known = {role: value for role, value in settings.items() if role in lm.generating.names}
+        yield plain, lm.greedy(ids, new, **known)[:, _PROMPT:], row, step
+
+
+@symptom(
+    "generation.ends_with_another_row",
+    "where one row of a batch ends, the others end as well",
+    "batch 里有一行结束，其他行也跟着结束",
+    _ENDS,
+    ("eos-not-per-row",),
+)
+def _ends_with_another_row(patient: Patient) -> bool | None:
+    for plain, ended, row, step in _with_an_end(patient):
+        others = [other for other in range(len(plain)) if other != row]
+        if others:
+            stopped = ended.shape[1] <= step + 1  # the end token itself may be left out
+            return stopped or not bool((ended[others, step + 1] == plain[others, step + 1]).any())
+    return None
+
+
+@symptom(
+    "generation.goes_on_after_its_end",
+    "a row goes on after its own end token, with what it would have got without one",
+    "一行生成了自己的结束 token 之后还在继续，得到的和没有结束 token 时一样",
+    _ENDS,
+    ("eos-not-per-row",),
+)
+def _goes_on_after_its_end(patient: Patient) -> bool | None:
+    seen = [
+        ended.shape[1] == plain.shape[1] and ended[row, step + 1 :].equal(plain[row, step + 1 :])
+        for plain, ended, row, step in _with_an_end(patient)
+        if len(set(plain[row, step + 1 :].tolist())) > 1
+    ]
+    return all(seen) if seen else None
