@@ -340,13 +340,9 @@ class LM:
     def _extend(self, input_ids: Tensor, past: Past | None, real: Tensor | None) -> tuple[Tensor, Past]:
         convention, new = self.convention, input_ids.shape[1]
         if convention.one_at_a_time and new > 1:
-            start, each = (past.length if past else 0), []
-            for end in range(1, new + 1):
-                told = None if real is None else real[:, : start + end]
-                logits, past = self._extend(input_ids[:, end - 1 : end], past, told)
-                each.append(logits)
-            assert past is not None
-            return torch.cat(each, 1), past
+            logits, past = self._extend(input_ids[:, :-1], past, None if real is None else real[:, :-1])
+            last, past = self._extend(input_ids[:, -1:], past, real)
+            return torch.cat((logits, last), 1), past
         cache, start, tokens = past or Past(None, 0)
         if past is None and convention.new_cache is not None:
             cache = convention.new_cache(self.module, self.config, input_ids.shape[0])

@@ -25,31 +25,14 @@ from diymodel.verify.trial import draw_weights
 
 _NAMES = {
     "ids": (
-        "input_ids",
-        "input_tensor",
-        "idx",
-        "tokens",
-        "token_ids",
-        "inputs",
-        "prompt",
-        "prompts",
-        "prompt_ids",
-        "prime",
-        "context",
-        "x",
+        *("input_ids", "input_tensor", "idx", "tokens", "token_ids", "inputs", "prompt", "prompts", "prompt_ids"),
+        *("prime", "context", "x"),
     ),
     "new_tokens": (
         *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
-        *(
-            "max_new_token",
-            "max_new_length",
-            "max_length_new",
-            "max_generate_tokens",
-            "max_gen_tokens",
-            "tokens_to_generate",
-        ),
-        *("max_gen_len", "gen_len", "num_steps", "n_steps", "steps", "seq_len", "max_length", "max_len", "length"),
-        *("max_returned_tokens", "total_tokens"),
+        *("max_new_token", "max_new_length", "max_length_new", "max_generate_tokens", "max_gen_tokens"),
+        *("tokens_to_generate", "max_gen_len", "max_gen", "gen_len", "num_steps", "n_steps", "steps", "seq_len"),
+        *("max_length", "max_len", "length", "max_returned_tokens", "total_tokens"),
     ),
     "mask": ("attention_mask", "padding_mask", "mask"),
     "lengths": ("seq_lengths", "prompt_lens", "prompt_lengths", "lengths"),
@@ -83,13 +66,8 @@ _NEUTRAL = {  # what settings are that change nothing, where they have no defaul
     "seed": 0,
     "use_cache": False,
 }
-_NARROWING = (
-    "eos",
-    "top_p",
-    "min_p",
-    "filter",
-    "repetition_penalty",
-)  # each is switched off, whatever number is its default
+# Each is switched off, whatever number is its default.
+_NARROWING = ("eos", "top_p", "min_p", "filter", "repetition_penalty")
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _ALWAYS_TOTALS = ("max_returned_tokens", "total_tokens")  # litgpt's: of prompt and new tokens together
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
