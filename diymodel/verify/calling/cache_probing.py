@@ -212,8 +212,11 @@ def _continues(
 
 def _takes_the_last_alone(lm: LM, ids: Tensor) -> bool:
     """Whether two tokens on a cache are to it as the second is; with a bug of positions or masks they differ."""
-    both, _ = lm.extend(ids[:, :2], lm.extend(ids)[1])
-    last, _ = lm.extend(ids[:, 1:2], lm.extend(ids)[1])
+    try:
+        both, _ = lm.extend(ids[:, :2], lm.extend(ids)[1])
+        last, _ = lm.extend(ids[:, 1:2], lm.extend(ids)[1])
+    except Exception:  # a stranger's forward may raise anything, such as one that a call before brought to its end
+        return False
     return both.shape[1] == 1 and (lm.convention.cached_gets_all or torch.equal(both, last))
 
 
