@@ -37,7 +37,7 @@ _CONFIG = ("config", "cfg", "args", "params")
 
 def makers_on(module: nn.Module) -> list[str]:
     """The methods that make or set up a cache, by their names."""
-    names = (name for kind in type(module).__mro__ for name in vars(kind))
+    names = dict.fromkeys(name for kind in type(module).__mro__ for name in vars(kind))
     return [name for name in names if _MAKER.fullmatch(name) and callable(getattr(module, name, None))]
 
 

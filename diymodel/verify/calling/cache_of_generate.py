@@ -33,6 +33,8 @@ class _Begun(BaseException):
 
 def ways_of_generate(module: nn.Module, config: DIYConfig, convention: Convention) -> Iterator[Convention]:
     """The convention with the cache, and with the switches, that each of its ways to generate begins with."""
+    past = convention.past
+    assert past is not None
     for entry in (Entry(), *others(module, None)):
         generating = by_names(module, convention, entry)
         if "new_tokens" not in generating.names:
@@ -44,8 +46,8 @@ def ways_of_generate(module: nn.Module, config: DIYConfig, convention: Conventio
             switches = {
                 name: True for name, given in arguments.items() if given is True and name != convention.use_cache
             }
-            made = arguments.get(convention.past or "") is not None
-            maker = _handed_over(replace(generating, form=form), convention.past or "") if made else None
+            made = arguments.get(past) is not None
+            maker = _handed_over(replace(generating, form=form), past) if made else None
             if made or switches:
                 yield replace(convention, new_cache=maker, cached_extra={**convention.cached_extra, **switches})
             break
