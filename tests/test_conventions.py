@@ -316,6 +316,22 @@ def test_tokens_are_fed_one_at_a_time_to_a_module_that_takes_no_more() -> None:
         verdicts(ForgetsItsStart, ("sensitivity.*",))
 
 
+class MaskOfTheNew(Past):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past: Any = None, use_cache: bool = False
+    ) -> Any:
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError("the mask is of the tokens that are given")
+        logits, present, _ = self.step(input_ids, past)
+        return (logits, present) if use_cache else logits
+
+
+def test_a_mask_of_the_new_tokens_says_nothing_of_padding_in_the_cache() -> None:
+    subject = Subject(MaskOfTheNew)
+    why = "forward(attention_mask=…) covers the new tokens only, not the padding in the cache"
+    assert (subject.missing("padded_cache"), subject.missing("cache")) == (why, None)
+
+
 class ListUnused(Causal):
     def forward(self, input_ids: Tensor, state: Any = None) -> Tensor:  # type: ignore[override]
         return super().forward(input_ids)
