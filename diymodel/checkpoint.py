@@ -325,9 +325,10 @@ def _skeleton(config: DIYConfig) -> DIYForCausalLM:
 
 def _build(config: DIYConfig, state_dict: Mapping[str, Tensor], device: str | torch.device) -> DIYForCausalLM:
     """The model with these weights, which are known to fit, in their dtype; in eval mode."""
-    # By way of the skeleton, nothing is drawn that is overwritten at once, and the random state stays as it was.
+    # By way of the skeleton, nothing is drawn that is overwritten at once, and the random state stays as it was. It
+    # gets memory as by to_empty(), but for an empty_like() that, of what has no memory yet, imports sympy: a second.
     dtype = state_dict["model.norm.weight"].dtype
-    model = _skeleton(config).to(dtype).to_empty(device=device)
+    model = _skeleton(config)._apply(lambda weight: torch.empty(weight.shape, dtype=dtype, device=device))
     model.load_state_dict(state_dict)
     return model.eval()
 
