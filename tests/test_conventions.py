@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from diymodel import DIYConfig
 from diymodel.verify import Subject, check_causal_lm
-from diymodel.verify.adapters import Convention
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
 from diymodel.verify.calling.signature import parameter_names
+from diymodel.verify.convention import Convention
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, verify_one
 from tests.test_adapters import Tiny, causal, verdicts

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.model import DIYForCausalLM
-from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.adapters import LM
+from diymodel.verify.convention import Convention
 from diymodel.verify.failure import said
 from diymodel.verify.held import tensors_in, tensors_on
 from diymodel.verify.subject import OWN, Subject, resolve

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diymodel.verify.adapters import Convention as Convention
+    from diymodel.verify.convention import Convention as Convention
     from diymodel.verify.failure import SubjectError as SubjectError
     from diymodel.verify.plugin import parametrize_with_checks as parametrize_with_checks
     from diymodel.verify.registry import list_checks as list_checks
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diymodel.verify.subject import Subject as Subject
 
 _HOME = {
-    "Convention": "adapters",
+    "Convention": "convention",
     "Report": "report",
     "Subject": "subject",
     "SubjectError": "failure",

@@ -1,7 +1,6 @@
-"""The bridge to a stranger's module: how it is called, and one interface over every convention.
+"""The bridge to a stranger's module: one interface over every convention.
 
-Checks talk to an :class:`LM` and never to the module itself. What a module cannot do is recorded with the reason, and
-the checks that need it are skipped with that reason. ``probing.py`` finds the :class:`Convention` by trying.
+Checks talk to an :class:`LM` and never to the module itself.
 
 Shapes: B batch, T query length, S key length (cached + T), V vocabulary.
 """
@@ -10,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,137 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.calling.entries import Entry
-from diymodel.verify.calling.masks import CAUSAL_MASKS, CausalMask, causal_block_mask
+from diymodel.verify.calling.masks import causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
-from diymodel.verify.calling.signature import LABELS_SHIFTED
+from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.embeddings import Table, tables_of
 from diymodel.verify.failure import NotApplicable, SubjectError, said
 
 if TYPE_CHECKING:
     from diymodel.verify.calling.generating import Generating
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, T, V) and unshifted labels (B, T)
-NewCache = Callable[
-    [nn.Module, DIYConfig, int], Any
-]  # module, config, rows -> an empty cache, or None if on the module
 Save = Callable[[nn.Module, Path], object]  # writes a file, or a directory of them
 Load = Callable[[Path], nn.Module]
-Shifted = Callable[
-    [nn.Module, Tensor, int], Tensor
-]  # module, ids (B, T), offset -> logits with every position + offset
+# module, ids (B, T), offset -> logits with every position + offset
+Shifted = Callable[[nn.Module, Tensor, int], Tensor]
 Around = Callable[[int, int], AbstractContextManager[Any]]  # start, T: what each call of the module happens in
 Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # config, state_dict, ids -> logits, float64
 
-_PADDED = {"padding", "left_padding", "generate_padded"}  # capabilities of a call with padding
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
-IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
-
-
-ROLES = (  # of forward's parameters: fields of Convention that name one
-    "ids",
-    "mask",
-    "lengths",
-    "left",
-    "causal",
-    "block_mask",
-    "positions",
-    "start",
-    "past",
-    "use_cache",
-    "new_tokens",
-    "labels",
-    "documents",
-)
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How a module is called; parameter names are None where ``forward`` has no such parameter."""
-
-    ids: str
-    mask: str | None = None  # (B, T), or (B, S) if mask_covers_cache; 1 for a real token, or at padding
-    lengths: str | None = None  # (B,): real tokens of each row, padding on the right
-    left: str | None = None  # x-transformers' seq_start_pos (B,): padding tokens on the left of each row
-    pads_left: bool = False  # a row padded on the left was seen to give what it gives alone
-    positions: str | None = None  # (B, T), or (T,) if positions_are_shared
-    start: str | None = None  # Meta's Llama: how many tokens came before, an int
-    past: str | None = None
-    use_cache: str | None = None
-    labels: str | None = None
-    documents: str | None = None  # (B, T): which document each token belongs to, where a row holds several
-    causal: str | None = None  # (T, S): the caller makes the causal mask, as causal_mask says
-    block_mask: str | None = None  # gpt-fast: the caller makes flex attention's causal mask
-    new_tokens: str | None = None  # x-transformers' cache_age: how many of the tokens are not in the cache, an int
-    sequence_first: bool = False  # torch's batch_first=False: tokens, labels and logits come as (T, B, …)
-    causal_mask: CausalMask = CAUSAL_MASKS[0]
-    mask_dtype: torch.dtype = torch.int64
-    mask_marks_padding: bool = False  # torch's key_padding_mask: True at padding
-    mask_covers_cache: bool = True
-    mask_always: bool = False  # mask or lengths have no default
-    positions_always: bool = False  # positions have no default
-    positions_are_shared: bool = False
-    labels_come_shifted: bool = False  # nanoGPT: targets[:, t] is the token after input_ids[:, t]
-    ignore_index: int = IGNORED
-    logits_need_labels: bool = False  # nanoGPT: without targets, logits of the last position only
-    last_only: bool = False  # DeepSeek-V3: logits of the last position whatever is asked
-    loss: Loss | None = None  # where the module leaves it to its caller
-    loss_attribute: str | None = None  # llama2.c's last_loss: where the module leaves the loss, a path from it
-    loss_place: int = 0  # which of the scalars that forward returns it is, where there are more, such as parts of it
-    new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
-    cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
-    position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
-    always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
-    cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
-    cache_is_new_part: int | None = None  # OpenAI's GPT-2: what comes back is of the new tokens, along this dimension
-    cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
-    placed_on_cache: bool = False  # positions or start go with a cache only
-    one_at_a_time: bool = False  # hkproj's pytorch-llama: a call on the cache refuses all but one token
-    cached_gets_all: bool = False  # local-attention: the whole sequence stands beside its cache in each call
-    shortest: int = 1  # tokens of an uncached call
-    dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
-    padded_dtype: torch.dtype | None = None  # of calls with padding, where that overflows in dtype
-    generating: Generating | None = None  # how the module's own generate is called; None: not yet found
-    missing: Mapping[str, str] = field(default_factory=dict)  # capability -> why the module does not have it
-
-    @property
-    def one_timeline(self) -> bool:
-        """Whether the module goes on with one sequence only, the last that was begun."""
-        return self.cache_on_module or self.position_on_module
-
-    def dtype_for(self, needs: Iterable[str]) -> torch.dtype:
-        """In which a check is judged that needs so much."""
-        return self.dtype if self.padded_dtype is None or _PADDED.isdisjoint(needs) else self.padded_dtype
-
-    def describe(self) -> str:
-        """How the module is called, in a line for its author."""
-        call = f"forward({', '.join(name for role in ROLES if (name := getattr(self, role)))})"
-        notes = [f"{name}={value}" for name, value in self.extra.items()]
-        if self.sequence_first:
-            notes.append("tensors are (seq, batch)")
-        if self.last_only:
-            notes.append("logits are of the last position, so every prefix is a call of its own")
-        if self.causal:
-            notes.append(f"{self.causal} is a causal mask that the caller makes")
-        if self.labels and "loss" not in self.missing:
-            shifted = "come shifted by the caller" if self.labels_come_shifted else "are shifted inside the module"
-            if self.labels in LABELS_SHIFTED and not self.labels_come_shifted:
-                shifted += ", so its caller must not shift them"
-            notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
-        if self.loss_attribute:
-            notes.append(f"the loss is left in {self.loss_attribute}")
-        if "cache" not in self.missing:
-            kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
-            more = ", the position in it on the module" if self.position_on_module else ""
-            more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
-            more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
-            more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())
-            more += ", and every call is on it" if self.always_cached else ""
-            notes.append(f"the cache is {kind}{more}{', one token at a time' if self.one_at_a_time else ''}")
-        if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
-            notes.append(f"it generates by {self.generating.entry}")
-        return "; ".join([call, *notes])
 
 
 class Checkpoint(NamedTuple):

@@ -16,12 +16,13 @@ from torch import nn
 
 from diymodel._compat import nan_where_undefined
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import Checkpoint, Convention, Load, Reference, Save, Shifted, own_model
+from diymodel.verify.adapters import Checkpoint, Load, Reference, Save, Shifted, own_model
 from diymodel.verify.calling.building import ByNames
 from diymodel.verify.calling.generate_probing import with_generating
 from diymodel.verify.calling.generating import CAPABILITIES as GENERATING
 from diymodel.verify.calling.own_sizes import find_own_sizes
 from diymodel.verify.calling.probing import find_convention
+from diymodel.verify.convention import Convention
 from diymodel.verify.failure import SubjectError, said_where
 from diymodel.verify.importing import import_named
 from diymodel.verify.randomness import seeded

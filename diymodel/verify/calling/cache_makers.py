@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import NewCache
+from diymodel.verify.convention import NewCache
 from diymodel.verify.failure import refusal
 
 _MAKER = re.compile(

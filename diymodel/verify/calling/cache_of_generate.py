@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import Convention, NewCache
 from diymodel.verify.calling.entries import Entry, others
 from diymodel.verify.calling.generate_probing import by_names
 from diymodel.verify.calling.generating import FORMS, Generating
+from diymodel.verify.convention import Convention, NewCache
 from diymodel.verify.failure import NotApplicable
 
 _PROMPT = 2  # tokens

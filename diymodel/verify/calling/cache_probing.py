@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention, Past
+from diymodel.verify.adapters import LM, Past
 from diymodel.verify.calling.cache_makers import (
     after,
     by_classes,
@@ -23,6 +23,7 @@ from diymodel.verify.calling.cache_makers import (
 )
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
 from diymodel.verify.calling.signature import has_no
+from diymodel.verify.convention import Convention
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
 from diymodel.verify.held import tensors_in, tensors_on
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.adapters import LM
 from diymodel.verify.calling.entries import Entry, others
 from diymodel.verify.calling.generating import CAPABILITIES, FORMS, MANY, Generating
 from diymodel.verify.casting import cast
+from diymodel.verify.convention import Convention
 from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import draw_weights

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import IGNORED, LM, Convention
+from diymodel.verify.adapters import LM
 from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no
+from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.failure import SubjectError, refusal, said
 
 _SCALARS = 4  # that forward may return: a loss and what it is made of

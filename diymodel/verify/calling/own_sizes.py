@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.adapters import LM
 from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.calling.uncallable import LENGTH
 from diymodel.verify.casting import cast
+from diymodel.verify.convention import Convention
 from diymodel.verify.failure import refusal
 from diymodel.verify.trial import LONGEST, draw_weights
 

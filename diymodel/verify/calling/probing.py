@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, ROLES, Convention
+from diymodel.verify.adapters import LM
 from diymodel.verify.calling.cache_makers import one_none_a_layer
 from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
@@ -35,6 +35,7 @@ from diymodel.verify.calling.signature import (
 )
 from diymodel.verify.calling.uncallable import LENGTH, ROWS, Tried, sample_ids, uncallable, wrong_logits
 from diymodel.verify.casting import cast
+from diymodel.verify.convention import ROLES, Convention
 from diymodel.verify.failure import SubjectError, refusal, said_where
 from diymodel.verify.trial import draw_weights
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Convention
+from diymodel.verify.adapters import LM
+from diymodel.verify.convention import Convention
 from diymodel.verify.failure import SubjectError, began, crashed, said, said_where
 
 ROWS, LENGTH = 3, 4  # apart, and neither the number of heads: a mask of another shape must not pass for one of these

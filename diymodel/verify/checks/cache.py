@@ -10,8 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diymodel.verify.adapters import LM, NewCache, Past
+from diymodel.verify.adapters import LM, Past
 from diymodel.verify.casting import cast
+from diymodel.verify.convention import NewCache
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial

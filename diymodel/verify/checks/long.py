@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diymodel.verify.adapters import IGNORED, LM
+from diymodel.verify.adapters import LM
 from diymodel.verify.checks.causality import must_not_need_what_follows
+from diymodel.verify.convention import IGNORED
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of
 from diymodel.verify.learning import gradients_of, next_token_loss, trainable
 from diymodel.verify.registry import check

@@ -6,7 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diymodel.verify.adapters import IGNORED, LM
+from diymodel.verify.adapters import LM
+from diymodel.verify.convention import IGNORED
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.learning import gradients_to
 from diymodel.verify.registry import check

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diymodel.verify.adapters import IGNORED
+from diymodel.verify.convention import IGNORED
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 
 _LOSS = ("loss.*", "training.*")
