@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,10 +135,9 @@ def test_what_is_declared_is_not_tried() -> None:
     assert made
 
 
-def test_caches_of_each_layer_are_made_as_a_list() -> None:
-    file: dict[str, Any] = {"Tiny": Tiny, "torch": torch, "nn": nn}
-    exec(  # in a file of its own, as a stranger's
-        """
+A_CACHE = """
+import torch
+
 class KVCache:
     def __init__(self):
         self.kept = None
@@ -149,7 +149,10 @@ class KVCache:
     def update(self, x):
         self.kept = x if self.kept is None else torch.cat((self.kept, x), 1)
         return self.kept
-
+"""
+PER_LAYER = """
+import torch
+from tests.test_adapters import Tiny
 
 class PerLayer(Tiny):
     def forward(self, inputs, cache=None):
@@ -158,10 +161,22 @@ class PerLayer(Tiny):
         seen = cache[0].update(x) if cache else x
         mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1)[:, None]
         return self.head(x + torch.tanh(mean[:, start:]))
-""",
-        file,
-    )
-    subject = Subject(file["PerLayer"])
+"""
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"written": A_CACHE + PER_LAYER + "make = PerLayer\n"},
+        {"layers": PER_LAYER, "written": A_CACHE + "from layers import PerLayer\ndef make(c): return PerLayer(c)\n"},
+        {"lm": PER_LAYER, "caches": A_CACHE, "written": "import caches\nfrom lm import PerLayer as make\n"},
+    ],
+    ids=["its file", "the factory's file", "another file"],
+)
+def test_caches_of_each_layer_are_made_as_a_list_by_a_class_nearby(files: dict[str, str], tmp_path: Path) -> None:
+    for name, source in files.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    subject = resolve(f"{tmp_path / 'written.py'}:make")
     assert subject.convention.new_cache is not None
     assert isinstance(subject.convention.new_cache(nn.Linear(1, 1), subject._first_config(), 2), list)
     assert verdicts(subject)["decode.cached_equals_full"] == "passed"

@@ -117,7 +117,17 @@ def test_what_the_factorys_file_imports_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (MODEL + OTHERS, "generate is not a method of the module"),
+        (MODEL, "generate is not a method of the module"),
+        (
+            MODEL + OTHERS,
+            "generate is not a method of the module, and generate_and_print(model, …) needs tokenizer, which the "
+            "harness does not know",
+        ),
+        (
+            MODEL + "def generate(model, idx, how_many_more=1):\n    raise AssertionError('not understood')\n",
+            "generate is not a method of the module, and generate(model, …) has no parameter for the number of new "
+            "tokens",
+        ),
         (
             MODEL + "def generate(model, idx, max_new_tokens):\n    return model.missing(idx)\n",
             "generate is not a method of the module, and generate(model, …) failed on token ids: "

@@ -188,7 +188,7 @@ class Subject:
             return with_generating(lambda: self.made(config), config, convention, self._factory)
 
     def _found(self, config: DIYConfig) -> Convention:
-        return find_convention(lambda: self.made(config), config, self.declared)
+        return find_convention(lambda: self.made(config), config, self.declared, self._factory)
 
     def describe(self) -> str:
         """How its modules are built, where that is not as usual, and called, in a line for their author."""

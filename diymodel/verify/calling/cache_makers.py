@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from diymodel.config import DIYConfig
+from diymodel.verify.calling.beside import cache_classes
 from diymodel.verify.convention import NewCache
 from diymodel.verify.failure import refusal
 
@@ -89,10 +90,9 @@ def after(reset: str, maker: NewCache | None) -> NewCache:
     return new_cache
 
 
-def by_classes(module: nn.Module) -> Iterator[NewCache]:
-    """Caches of the classes that stand beside the module's own: one, or a list of one a layer."""
-    beside = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-    for found in (found for name, found in beside.items() if "cache" in name.lower() and inspect.isclass(found)):
+def by_classes(module: nn.Module, factory: Callable[..., Any] | None) -> Iterator[NewCache]:
+    """Caches of the classes that lie near the module's own or its factory: one, or a list of one a layer."""
+    for found in cache_classes(module, factory):
         for heads in ("kv_heads", "num_heads"):
             for a_layer in (False, True):
                 yield _instances(found, heads, a_layer)

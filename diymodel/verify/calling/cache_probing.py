@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -57,16 +57,23 @@ def always_cached_ways(module: nn.Module, convention: Convention) -> list[Conven
 
 
 def find_cache(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
+    module: nn.Module,
+    config: DIYConfig,
+    convention: Convention,
+    ids: Tensor,
+    factory: Callable[..., Any] | None = None,
 ) -> tuple[Convention, dict[str, str]]:
-    """How a cache is begun and continued; what is missing, with the reason."""
+    """How a cache is begun and continued; what is missing, with the reason.
+
+    Where its caller makes it, classes of caches are looked for near the module's and near ``factory``.
+    """
     if not convention.past and not convention.cache_on_module:
         return convention, dict.fromkeys(("cache", "chunks"), has_no(module, "past_key_values"))
     if convention.start and convention.cache_on_module and not _keeps_tokens(module, config, convention, ids):
         nothing = f"forward({convention.start}=…) leaves nothing on the module for a later call to go on with"
         without = replace(convention, cache_on_module=False, always_cached=False)
         return without, dict.fromkeys(("cache", "chunks"), nothing)
-    convention, why = _find_new_cache(module, config, convention, ids)
+    convention, why = _find_new_cache(module, config, convention, ids, factory)
     if why is not None:
         return convention, dict.fromkeys(("cache", "chunks"), why)
     convention = _given_all(module, config, convention, ids)
@@ -99,7 +106,11 @@ class _Tried(NamedTuple):
 
 
 def _find_new_cache(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor
+    module: nn.Module,
+    config: DIYConfig,
+    convention: Convention,
+    ids: Tensor,
+    factory: Callable[..., Any] | None,
 ) -> tuple[Convention, str | None]:
     """The first way to a cache that a token can be added to; else why there is none.
 
@@ -109,10 +120,8 @@ def _find_new_cache(
     ways = [convention]
     if convention.past and convention.new_cache is None:
         ways = [replace(convention, new_cache=by_method(name)) for name in makers_on(module)]
-        ways += [
-            convention,
-            *(replace(convention, new_cache=maker) for maker in (*by_classes(module), one_none_a_layer)),
-        ]
+        of_classes = [*by_classes(module, factory), one_none_a_layer]
+        ways += [convention, *(replace(convention, new_cache=maker) for maker in of_classes)]
     if convention.new_tokens:  # older versions know no such argument
         ways += [replace(way, new_tokens=None) for way in ways]
     tried = []

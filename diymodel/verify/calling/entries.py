@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from diymodel.verify.calling.beside import namespaces
 from diymodel.verify.calling.signature import told_parameters
 
 _NAME = re.compile(r"(^|_)(generate|generation|sample|complete|completion|inference)(_|$)")
@@ -63,7 +64,7 @@ def others(module: nn.Module, factory: Callable[..., Any] | None) -> Iterator[En
     ]
     functions = [
         Entry(name, found, model)
-        for beside in _namespaces(module, factory)
+        for beside in namespaces(module, factory)
         for name, found in beside.items()
         if _is_candidate(name, found) and (model := next((n for n in _MODEL if n in _parameters(found)), ""))
     ]
@@ -83,11 +84,3 @@ def _required(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
-
-
-def _namespaces(module: nn.Module, factory: Callable[..., Any] | None) -> Iterator[dict[str, Any]]:
-    """The global names of the file that defines the module's ``forward``, and of the factory's file."""
-    for found in (type(module).forward, type(module).__init__, factory, getattr(factory, "__init__", None)):
-        beside = getattr(inspect.unwrap(found) if callable(found) else found, "__globals__", None)
-        if beside is not None:
-            yield beside

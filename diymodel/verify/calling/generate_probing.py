@@ -122,16 +122,17 @@ def find_generating(
     lacks = "is not a method of the module"
     if parameters:
         lacks = f"has no parameter for the number of new tokens: it has {', '.join(parameters)}"
-    tried = []
+    failed, unknown = [], []
     for entry in others(module, factory):
         other = _with(lm, by_names(module, convention, entry))
-        if not _is_complete(other.generating, entry.parameters(module)):
+        if (lacking := _lacking(other.generating, entry.parameters(module))) is not None:
+            unknown.append(f", and {entry} {lacking}")
             continue
         other = _in_form(other, ids)
         if (why := _refused_alone(other, ids)) is None:
             return _settled(other, ids)
-        tried.append(f", and {entry} failed on token ids: {why}")
-    return _without_all(f"generate {lacks}{''.join(tried[:1])}")
+        failed.append(f", and {entry} failed on token ids: {why}")
+    return _without_all(f"generate {lacks}{''.join([*failed, *unknown][:1])}")
 
 
 def by_names(module: nn.Module, convention: Convention, entry: Entry) -> Generating:
@@ -152,11 +153,19 @@ def _with(lm: LM, generating: Generating) -> LM:
     return LM(lm.module, lm.config, replace(lm.convention, generating=generating))
 
 
-def _is_complete(generating: Generating, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether what has no default is known to the last, and token ids and a number of new ones are among it."""
+def _lacking(generating: Generating, parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """What keeps an entry from being called; None: token ids, their number, and all without default are known."""
     named = {*generating.names.values(), *generating.fixed}
-    needed = {p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-    return generating.names.get("ids") in _NAMES["ids"] and "new_tokens" in generating.names and needed <= named
+    unknown = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in named
+    ]
+    if unknown:
+        return f"needs {', '.join(unknown)}, which the harness does not know"
+    if generating.names.get("ids") not in _NAMES["ids"]:
+        return "has no parameter for token ids that the harness knows"
+    return None if "new_tokens" in generating.names else "has no parameter for the number of new tokens"
 
 
 def _refused_alone(lm: LM, ids: Tensor) -> str | None:

@@ -46,12 +46,18 @@ _MARKS_REAL = ("attention_mask",)  # the one name that everybody gives the same 
 _MASK_KINDS = ((torch.int64, False), (torch.bool, False), (torch.bool, True))  # dtype, True at padding
 
 
-def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared: Mapping[str, Any]) -> Convention:
+def find_convention(
+    build: Callable[[], nn.Module],
+    config: DIYConfig,
+    declared: Mapping[str, Any],
+    factory: Callable[..., Any] | None = None,
+) -> Convention:
     """Try a freshly built module, in eval mode, and record how it wants to be called.
 
     Args:
         build: makes a module of ``config``.
         declared: fields of :class:`Convention` that its author has stated; they are taken, not found.
+        factory: what it was asked of, beside which a class of caches may lie.
 
     Raises:
         SubjectError: it cannot be called with token ids, or returns no logits.
@@ -69,7 +75,7 @@ def find_convention(build: Callable[[], nn.Module], config: DIYConfig, declared:
         return module if dtype is None else cast(module, dtype)
 
     def rest(dtype: torch.dtype) -> Convention:
-        found = _find_rest(drawn(dtype), config, replace(convention, dtype=dtype), ids, declared)
+        found = _find_rest(drawn(dtype), config, replace(convention, dtype=dtype), ids, declared, factory)
         return replace(found, **declared)
 
     module = drawn()
@@ -249,14 +255,19 @@ def _runs_in_float64(module: nn.Module, config: DIYConfig, convention: Conventio
 
 
 def _find_rest(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
+    module: nn.Module,
+    config: DIYConfig,
+    convention: Convention,
+    ids: Tensor,
+    declared: Mapping[str, Any],
+    factory: Callable[..., Any] | None,
 ) -> Convention:
     """How short inputs, padding, labels and cache are handled; what is missing."""
     convention = replace(convention, shortest=_find_shortest(module, config, convention, ids))
     learns = _carries_gradient(module, config, convention, ids)
     convention, no_padding = _find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)
-    convention, no_cache = find_cache(module, config, convention, ids)
+    convention, no_cache = find_cache(module, config, convention, ids, factory)
     missing = no_padding | no_loss | no_cache | _missing_packing(module, config, convention, ids)
     if convention.always_cached:
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"

@@ -1,0 +1,41 @@
+"""What of a stranger's is no part of the module, and lies beside its class or beside its factory."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def namespaces(module: nn.Module, factory: Callable[..., Any] | None) -> Iterator[dict[str, Any]]:
+    """The global names of the file that defines the module's ``forward``, and of the factory's file."""
+    for found in (type(module).forward, type(module).__init__, factory, getattr(factory, "__init__", None)):
+        beside = getattr(inspect.unwrap(found) if callable(found) else found, "__globals__", None)
+        if beside is not None:
+            yield beside
+
+
+def cache_classes(module: nn.Module, factory: Callable[..., Any] | None) -> Iterator[type]:
+    """Classes whose names say that they are caches: beside the module's, the factory's, and in files of their folders.
+
+    Of those files, the ones that are imported; each class once.
+    """
+    near = list(namespaces(module, factory))
+    folders = {Path(names["__file__"]).parent for names in near if names.get("__file__")}
+    near += [vars(found) for found in list(sys.modules.values()) if _folder(found) in folders]
+    classes = {
+        found: None
+        for names in near
+        for name, found in list(names.items())
+        if "cache" in name.lower() and inspect.isclass(found)
+    }
+    yield from classes
+
+
+def _folder(module: Any) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).parent if isinstance(file, str) else None
