@@ -24,7 +24,7 @@ from diymodel.verify.calling.masks import causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
 from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.embeddings import Table, tables_of
-from diymodel.verify.failure import NotApplicable, SubjectError, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 
 if TYPE_CHECKING:
     from diymodel.verify.calling.generating import Generating
@@ -197,11 +197,14 @@ class LM:
 
     def greedy(self, input_ids: Tensor, new_tokens: int, real: Tensor | None = None, **settings: Any) -> Tensor:
         """As :meth:`generate`, taking the likeliest token."""
-        return self.generate(input_ids, new_tokens, real, **{**self.generating.greedy, **settings})
+        found = self.generate(input_ids, new_tokens, real, **{**self.generating.greedy, **settings})
+        # With padding, that may be left out of what is returned.
+        return _with_new_tokens(found, input_ids) if real is None else found
 
     def sample(self, input_ids: Tensor, new_tokens: int, seed: int, **settings: Any) -> Tensor:
         """As :meth:`generate`, drawing each token with a seed, at temperature 1."""
-        return self.generate(input_ids, new_tokens, seed=seed, **{**self.generating.sampling, **settings})
+        found = self.generate(input_ids, new_tokens, seed=seed, **{**self.generating.sampling, **settings})
+        return _with_new_tokens(found, input_ids)
 
     def own_labels(self, labels: Tensor) -> Tensor:
         """Unshifted labels as the module wants them: shifted if it does not shift, with its own ignore index."""
@@ -309,6 +312,14 @@ class LM:
             return output
         logits = unflattened(output.logits, inputs[convention.ids].shape, int(convention.sequence_first))
         return output._replace(logits=logits.transpose(0, 1) if convention.sequence_first else logits)
+
+
+def _with_new_tokens(found: Tensor, prompt: Tensor) -> Tensor:
+    """What generate returned, (B, L); where that is no more than the prompt, no property of new tokens holds."""
+    L, T = found.shape[1], prompt.shape[1]
+    if L <= T:
+        raise CheckFailure(f"generate returned {L} tokens a row for a prompt of {T}: see generation.keeps_prompt")
+    return found
 
 
 def own_model() -> dict[str, Any]:

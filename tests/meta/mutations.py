@@ -691,6 +691,25 @@ MUTATIONS = [
         ("generation.top_p",),
     ),
     Mutation(
+        "the token that reaches top_p left out",
+        lambda: choose_as(lambda choose, logits, t, k, p, *rest: choose(logits, t, k, p and max(p - 0.1, 1e-9), *rest)),
+        ("generation.top_p",),
+    ),
+    Mutation(
+        "repetition-penalty-wrong",
+        lambda: around(
+            generate_module, "_penalise", lambda _, logits, seen, penalty: torch.where(seen, logits / penalty, logits)
+        ),
+        ("generation.repetition_penalty",),
+    ),
+    Mutation(
+        "repetition penalty in every row",
+        lambda: around(
+            generate_module, "_penalise", lambda penalise, logits, seen, *rest: penalise(logits, seen.any(0), *rest)
+        ),
+        ("generation.repetition_penalty",),
+    ),
+    Mutation(
         "seed-ignored",
         lambda: generate_as(lambda generate, *args, seed=None, **kw: generate(*args, **kw)),
         ("generation.seed_repeats",),

@@ -122,6 +122,9 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         for side in ("left", "right")
         for row in range(v.batch)
     ],
+    "generation.repetition_penalty": lambda v: [
+        f"with repetition_penalty={v.penalty:g}{' and all logits below 0' * v.negative}, a new token must be"
+    ],
     "generation.seed_repeats": lambda v: [
         f"seeds {v.seed} and {v.seed + 1} must draw different tokens in 256 rows",
         f"seed {v.seed} must draw the same tokens each time: first {str(v.tokens[0])[:-1]}",

@@ -308,6 +308,7 @@ def _find_settings(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
         "temperature_zero": ("temperature", {**sampling, "temperature": 0.0}),
         "top_k": ("top_k", {**sampling, "top_k": 2}),
         "top_p": ("top_p", {**sampling, "top_p": 1.0}),
+        "repetition_penalty": ("repetition_penalty", {**greedy, "repetition_penalty": 2.0}),
         "eos": ("eos", {**greedy, "eos": 3}),
     }
     for capability, (role, settings) in tried.items():

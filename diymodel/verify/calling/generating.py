@@ -29,6 +29,7 @@ CAPABILITIES = (
     "temperature_zero",
     "top_k",
     "top_p",
+    "repetition_penalty",
     "eos",
 )
 Form = Literal["rows", "row", "list", "lists"]  # tensors (B, T) or (T,), ids in a list, or in a list a row

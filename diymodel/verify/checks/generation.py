@@ -8,6 +8,7 @@ Shapes: B batch, T prompt length, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,18 +36,27 @@ def draw_number(trial: Trial, lm: LM, ids: Tensor) -> int:
 
 
 @torch.no_grad()
-def must_be_likeliest(trial: Trial, lm: LM, prompt: Tensor, new: Tensor, what: str) -> None:
+def must_be_likeliest(
+    trial: Trial,
+    lm: LM,
+    prompt: Tensor,
+    new: Tensor,
+    what: str,
+    rivals: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Fail unless each of the ``new`` tokens (B, N) is the likeliest after all that stands before it.
 
     Args:
         what: the property, as "… must …".
+        rivals: of prompt and new tokens (B, T + N), which tokens (B, N, V) it is compared with; None: all.
     """
     whole = torch.cat((prompt, new), 1)
     if bool((whole >= lm.config.vocab_size).any()):
         raise CheckFailure(f"{what}, one of {lm.config.vocab_size}, saw the tokens {new.tolist()}")
     logits = lm.logits(whole[:, :-1])[:, prompt.shape[1] - 1 :]
-    best, chosen = logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]
-    trial.varies(best, logits.amin(-1))
+    compared = logits if rivals is None else logits.masked_fill(~rivals(whole), -torch.inf)
+    best, chosen = compared.amax(-1), logits.gather(-1, new[..., None])[..., 0]
+    trial.varies(logits.amax(-1), logits.amin(-1))
     # Both logits carry rounding, and most generators choose in float32.
     dtype, largest = logits.dtype, float(logits.abs().max())
     tolerance = 2 * max(rounding(dtype), rounding(torch.float32)) * largest
@@ -59,9 +69,9 @@ def must_be_likeliest(trial: Trial, lm: LM, prompt: Tensor, new: Tensor, what: s
         row, step = (int(i) for i in (behind > tolerance).nonzero()[0])
         where = f"new token {step} of row {row}" if len(new) > 1 else f"new token {step}"
         raise CheckFailure(
-            f"{what}: after {whole[row, : prompt.shape[1] + step].tolist()} that is {int(logits[row, step].argmax())} "
-            f"with logit {float(best[row, step]):.9g}, saw {int(new[row, step])} with {float(chosen[row, step]):.9g} "
-            f"as {where}; rounding explains {tolerance:.3g}",
+            f"{what}: after {whole[row, : prompt.shape[1] + step].tolist()} that is "
+            f"{int(compared[row, step].argmax())} with logit {float(best[row, step]):.9g}, saw "
+            f"{int(new[row, step])} with {float(chosen[row, step]):.9g} as {where}; rounding explains {tolerance:.3g}",
             worst,
             tolerance,
         )

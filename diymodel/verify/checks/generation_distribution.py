@@ -39,8 +39,10 @@ def follows_distribution(trial: Trial) -> None:
         temperature = trial.draw("temperature", st.sampled_from((1.0, 2.0, 0.5)))
     seed = trial.draw("seed", st.integers(0, 2**16))
     drawn = _draw(lm, ids, seed, temperature)
-    first, second = drawn.unbind(1)
     where = f"after {ids[0].tolist()} at temperature {temperature}"
+    if drawn.shape[1] != 2:
+        raise CheckFailure(f"{where} generate must draw 2 tokens, saw {drawn.shape[1]}: see generation.keeps_prompt")
+    first, second = drawn.unbind(1)
     if bool((drawn >= V).any()):
         raise CheckFailure(f"{where} generate must draw one of {V} tokens, saw {int(drawn.max())}")
     logits = lm.logits(ids)[0, -1]
@@ -59,6 +61,8 @@ def _draw(lm: LM, ids: Tensor, seed: int, temperature: float) -> Tensor:
     rows, T = ids.repeat(MANY, 1), ids.shape[1]
     try:
         return torch.cat([lm.sample(rows, 2, seed + call, **settings)[:, T:] for call in range(_CALLS)])
+    except CheckFailure:
+        raise
     except Exception as error:  # a stranger's generate may raise anything
         if temperature == 1 or crashed(error):
             raise

@@ -104,6 +104,7 @@ class Scribe(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
         pad_token_id: int = 0,
         use_cache: bool = True,
@@ -120,6 +121,7 @@ class Scribe(nn.Module):
             fed = out if cache is None else out[:, -1:]
             logits, cache = self(fed, mask, None, cache, use_cache)
             scores = logits[:, -1].float()
+            scores = self.repel(scores, out, mask, repetition_penalty)
             if do_sample and temperature > 0:
                 scores = self.warp(scores / temperature, top_k, top_p)
                 nxt = torch.multinomial(scores.softmax(-1), 1, generator=gen).squeeze(1)
@@ -135,6 +137,12 @@ class Scribe(nn.Module):
         for m, mode in was_training.items():
             m.training = mode
         return out
+
+    @staticmethod
+    def repel(scores: Tensor, out: Tensor, mask: Tensor, penalty: float) -> Tensor:
+        used = torch.where(mask > 0, out, out[:, -1:])
+        own = scores.gather(1, used)
+        return scores.scatter(1, used, torch.where(own < 0, own * penalty, own / penalty))
 
     @staticmethod
     def warp(scores: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -73,6 +73,7 @@ class Writer(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
         pad_token_id: int = 0,
         seed: int | None = None,
@@ -99,6 +100,7 @@ class Writer(nn.Module):
                     logits, present = self(tokens[:, -1:], mask, position[:, -1:], past, use_cache=True)
                 past = present if use_cache else None
                 logits = logits[torch.arange(B), last] if step == 0 else logits[:, -1]
+                logits = penalise(logits, tokens, mask, repetition_penalty)
                 new = choose(logits, temperature, top_k, top_p, generator)
                 new = torch.where(done, pad_token_id, new)
                 tokens = torch.cat((tokens, new[:, None]), 1)
@@ -111,6 +113,11 @@ class Writer(nn.Module):
             for part, training in modes:
                 part.training = training
         return tokens
+
+
+def penalise(logits: Tensor, tokens: Tensor, mask: Tensor, penalty: float) -> Tensor:
+    held = (F.one_hot(tokens, logits.shape[-1]) * mask[..., None]).amax(1) > 0
+    return torch.where(held, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def choose(

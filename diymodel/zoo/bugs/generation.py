@@ -118,6 +118,22 @@ BUGS = [
         where="choose",
     ),
     Bug(
+        "repetition-penalty-wrong",
+        "writer",
+        "torch.where(logits > 0, logits / penalty, logits * penalty)",
+        "logits / penalty",
+        kills=("generation.repetition_penalty",),
+        where="penalise",
+    ),
+    Bug(
+        "repetition-penalty-wrong",
+        "scribe",
+        "used = torch.where(mask > 0, out, out[:, -1:])",
+        "used = torch.where(mask > 0, out, out[:, -1:])[:1].expand_as(out)",
+        kills=("generation.repetition_penalty",),
+        where="Scribe",
+    ),
+    Bug(
         "generation-overflow",
         "writer",
         "if T + max_new_tokens > self.longest:",
