@@ -198,8 +198,8 @@ class LM:
     def greedy(self, input_ids: Tensor, new_tokens: int, real: Tensor | None = None, **settings: Any) -> Tensor:
         """As :meth:`generate`, taking the likeliest token."""
         found = self.generate(input_ids, new_tokens, real, **{**self.generating.greedy, **settings})
-        # With padding, that may be left out of what is returned.
-        return _with_new_tokens(found, input_ids) if real is None else found
+        # Padding may be left out of what is returned, and so may the token that ends a row.
+        return _with_new_tokens(found, input_ids) if real is None and "eos" not in settings else found
 
     def sample(self, input_ids: Tensor, new_tokens: int, seed: int, **settings: Any) -> Tensor:
         """As :meth:`generate`, drawing each token with a seed, at temperature 1."""
