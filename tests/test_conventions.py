@@ -503,3 +503,118 @@ def test_targets_that_are_shifted_once_more_are_told_of() -> None:
         "targets are shifted inside the module, so its caller must not shift them"
         in Subject(TargetsShiftedInside).describe()
     )
+
+
+class CountsWhatItLost(Past):
+    """nanoGPT-Modern: ``start_pos`` is how many tokens a rolling cache has lost; those in it are counted in forward."""
+
+    def forward(
+        self, idx: Tensor, past_kvs: Tensor | None = None, use_cache: bool = False, start_pos: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if start_pos:
+            idx = idx.roll(start_pos, 1)  # as wrong as any position that is counted twice
+        logits, present, _ = self.step(idx, past_kvs)
+        return (logits * (1 + start_pos), present) if use_cache else logits
+
+
+class MustBeTold(CountsWhatItLost):
+    def forward(  # type: ignore[override]
+        self, idx: Tensor, start_pos: int, past_kvs: Tensor | None = None, use_cache: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return super().forward(idx, past_kvs, use_cache, start_pos)
+
+
+def test_an_optional_start_is_not_given_where_the_next_token_is_wrong_with_it() -> None:
+    assert convention(CountsWhatItLost).start is None
+    assert verdicts(CountsWhatItLost, ("decode.c*",))["decode.cached_equals_full"] == "passed"
+    assert convention(MustBeTold).start == "start_pos"
+    (result,) = check_causal_lm(MustBeTold, only=["decode.cached_equals_full"], profile="quick").results
+    assert result.status == "failed"
+
+
+class Smallest(Tiny):
+    """As Llama in transformers: the mask holds the type's smallest number, and the softmax works in float32."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.again = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        T = input_ids.shape[1]
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x = self.embed(input_ids) + self.positions((real.cumsum(1) - 1).clamp(min=0))
+        hidden = ~(torch.ones(T, T, dtype=torch.bool).tril() & (real[:, None] > 0))
+        for layer in (self.qkv, self.again):  # in the second, what came of rows of nothing else reaches the others
+            q, k, v = layer(x).chunk(3, -1)
+            scores = (q @ k.transpose(1, 2)).masked_fill(hidden, torch.finfo(q.dtype).min)
+            x = x + scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        return self.head(x)
+
+
+def test_padding_on_the_left_is_found_where_it_overflows_in_float64_alone() -> None:
+    found = convention(Smallest)
+    assert (found.dtype, found.padded_dtype, found.pads_left) == (torch.float64, torch.float32, True)
+
+
+class Masks(Tiny):
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        return self.run(x, lambda scores: scores if masks is None else scores.masked_fill(masks == 0, -torch.inf))
+
+
+def test_a_causal_mask_may_be_called_masks() -> None:
+    assert convention(Masks).causal == "masks"
+
+
+class Hooked(Causal):
+    """TransformerLens: ids go to ``input``, and ``tokens`` beside it is for hooks."""
+
+    def forward(self, input: Tensor, tokens: Tensor | None = None, hooks: Any = None) -> Tensor:  # type: ignore[override]  # noqa: A002
+        return super().forward(input)
+
+
+def test_token_ids_go_to_what_must_be_given_and_what_is_not_given_is_told() -> None:
+    found = convention(Hooked)
+    assert found.ids == "input"
+    assert found.describe() == "forward(input); not given: tokens, hooks"
+
+
+class Memory(nn.Module):
+    """lucidrains' feedback transformer: ``memory`` is the cache that ``return_memory`` asks for."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rnn = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, return_memory: bool = False) -> Any:
+        y, memory = self.rnn(self.embed(x), memory)
+        return (self.head(y), memory) if return_memory else self.head(y)
+
+
+def test_memory_is_a_cache_where_forward_is_asked_for_it() -> None:
+    assert (convention(Memory).past, convention(Memory).use_cache) == ("memory", "return_memory")
+
+
+class Segments(Tiny):
+    """Transformer-XL: only a whole segment is remembered, and of less it keeps nothing."""
+
+    def forward(self, x: Tensor, memories: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.run(x, lambda scores: causal(scores)), self.embed(x)[:, :0]
+
+
+def test_a_memory_of_segments_is_no_cache() -> None:
+    lacking = convention(Segments).missing["cache"]
+    assert lacking == "forward(memories=…) of a few tokens hands back tensors without elements"
+
+
+class Crowded(Tiny):
+    """Tokens of earlier rows crowd out others, as in a mixture of experts with a capacity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.run(x, causal)
+        return torch.where((x == x.flatten()[0])[..., None].cumsum(0) > 2, logits * 2, logits)
+
+
+def test_rows_that_reach_each_other_are_no_sign_that_the_sequence_comes_first() -> None:
+    assert not convention(Crowded).sequence_first

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from diymodel.verify import Subject, SubjectError
@@ -37,6 +40,19 @@ class NoWay(Tiny):
         return self.missing
 
 
+class InBlocks(Tiny):
+    """Blockwise attention, or a recurrence in chunks."""
+
+    def __init__(self, config: Any, block: int) -> None:
+        super().__init__(config)
+        self.block = block
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.shape[1] % self.block:
+            raise ValueError("whole blocks only")
+        return self.run(input_ids, causal)
+
+
 class NeverReady(CachesFirst):
     def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
         raise RuntimeError("ready" if self.keys is not None else "not ready")
@@ -62,6 +78,15 @@ FUNCTION = "name a function config -> module instead, whose forward"
             f"all 16 tokens are taken: {FUNCTION} pads to max_seq_len and cuts the logits",
         ),
         (
+            partial(InBlocks, block=8),
+            f"forward failed on token ids: ValueError: whole blocks only {HERE}; {GIVEN}"
+            f"lengths that are multiples of 8 alone are taken: {FUNCTION} pads behind to one and cuts the logits",
+        ),
+        (
+            partial(InBlocks, block=2),
+            f"^lengths that are multiples of 2 alone are taken: {FUNCTION} pads behind to one and cuts the logits",
+        ),
+        (
             OneTokenOnly,
             f"forward failed on token ids: ValueError: only one token at a time {HERE}; {GIVEN}"
             f"one token at a time is taken: {FUNCTION} feeds them singly",
@@ -85,10 +110,24 @@ FUNCTION = "name a function config -> module instead, whose forward"
     ],
 )
 def test_a_module_that_cannot_be_called_is_told_how_it_was_tried_and_what_to_write(
-    module: type[nn.Module], message: str
+    module: Callable[[Any], nn.Module], message: str
 ) -> None:
     with pytest.raises(SubjectError, match=message):
         _ = Subject(module).convention
+
+
+class Lost(Tiny):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("inv_freq", torch.full((config.hidden_size,), torch.nan), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal) + self.inv_freq.sum()
+
+
+def test_a_buffer_that_makes_everything_nan_is_named() -> None:
+    with pytest.raises(SubjectError, match=r"^the buffer inv_freq holds NaN as the module is built, and so do all"):
+        _ = Subject(Lost).convention
 
 
 def test_a_constructor_that_fails_is_told_where() -> None:

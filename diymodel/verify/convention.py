@@ -85,6 +85,7 @@ class Convention:
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
     extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
+    passed_over: tuple[str, ...] = ()  # optional parameters that nothing is known of
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache
     cache_is_new_part: int | None = None  # OpenAI's GPT-2: what comes back is of the new tokens, along this dimension
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
@@ -131,6 +132,8 @@ class Convention:
             more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())
             more += ", and every call is on it" if self.always_cached else ""
             notes.append(f"the cache is {kind}{more}{', one token at a time' if self.one_at_a_time else ''}")
+        if passed_over := [name for name in self.passed_over if name not in {**self.extra, **self.cached_extra}]:
+            notes.append(f"not given: {', '.join(passed_over)}")
         if self.generating and "generate" not in self.missing and self.generating.entry != Entry():
             notes.append(f"it generates by {self.generating.entry}")
         return "; ".join([call, *notes])

@@ -168,8 +168,19 @@ class Signatures:
         for place, (slug, score) in enumerate(zip(self._classes, scores.tolist(), strict=True)):
             best[slug] = max(best.get(slug, (-math.inf, place)), (score, place))
         places = [place for _, place in best.values()]
-        evidence = [_strongest(known, row) for row in speaking[:, places].T.tolist()]
+        evidence = [
+            self._evidence(slug, known, row) for slug, row in zip(best, speaking[:, places].T.tolist(), strict=True)
+        ]
         return {slug: (score, facts) for (slug, (score, _)), facts in zip(best.items(), evidence, strict=True)}
+
+    def _evidence(self, slug: str, facts: Sequence[str], weights: Sequence[float]) -> tuple[str, ...]:
+        """What speaks for a class, the strongest first; a symptom tells a reader something of those it names alone."""
+        speaking = [(weight, fact) for weight, fact in zip(weights, facts, strict=True) if weight > 0]
+        return tuple(
+            fact
+            for _, fact in sorted(speaking, key=lambda pair: -pair[0])
+            if fact not in list_symptoms() or slug in self._causes[fact]
+        )
 
 
 def _unnamed(fact: str, known: Iterable[Sequence[Mapping[str, bool]]]) -> float:
@@ -238,12 +249,6 @@ def _witnesses(facts: Sequence[str]) -> Iterable[list[int]]:
     for place, fact in enumerate(facts):
         groups.setdefault(fact if fact in list_symptoms() else fact.partition(".")[0], []).append(place)
     return groups.values()
-
-
-def _strongest(facts: Sequence[str], weights: Sequence[float]) -> tuple[str, ...]:
-    """Those that speak for a class, the strongest first."""
-    speaking = [(weight, fact) for weight, fact in zip(weights, facts, strict=True) if weight > 0]
-    return tuple(fact for _, fact in sorted(speaking, key=lambda pair: -pair[0]))
 
 
 # --- symptoms that are missed ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from diymodel.verify.calling.cache_makers import (
     set_up,
 )
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
-from diymodel.verify.calling.signature import has_no
+from diymodel.verify.calling.signature import has_no, required_parameters
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
 from diymodel.verify.held import tensors_in, tensors_on
@@ -76,7 +76,7 @@ def find_cache(
     convention, why = _find_new_cache(module, config, convention, ids, factory)
     if why is not None:
         return convention, dict.fromkeys(("cache", "chunks"), why)
-    convention = _given_all(module, config, convention, ids)
+    convention = _given_all(module, config, _not_told_where(module, config, convention, ids), ids)
     missing = {}
     if convention.mask:
         covers, refused = _mask_on_cache(module, config, convention, ids)
@@ -159,6 +159,8 @@ def _tried(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -
     begun: Past | None = None
     try:
         _, begun = lm.extend(ids)
+        if (kept := tensors_in(begun.cache)) and not any(tensor.numel() for tensor in kept):
+            return _Tried(way, f"forward({way.past}=…) of a few tokens hands back tensors without elements")
         _, past = lm.extend(ids[:, :1], begun)
     except NotApplicable:
         why = (
@@ -240,6 +242,18 @@ def _given_all(module: nn.Module, config: DIYConfig, convention: Convention, ids
     whole, others = replace(convention, cached_gets_all=True), (ids[:, :-1] + 1) % config.vocab_size
     reads = _continues(module, config, whole, ids) and not _continues(module, config, whole, ids, others)
     return whole if reads else convention
+
+
+def _not_told_where(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:
+    """The convention, without where new tokens start if the next one is right only so.
+
+    nanoGPT-Modern's forward counts what is cached itself, and is told by it how many tokens a rolling cache has lost.
+    """
+    if convention.start is None or convention.cache_on_module or convention.start in required_parameters(module):
+        return convention
+    untold = replace(convention, start=None)
+    right = not _continues(module, config, convention, ids) and _continues(module, config, untold, ids)
+    return untold if right else convention
 
 
 def _mask_on_cache(

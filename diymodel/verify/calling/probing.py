@@ -33,13 +33,22 @@ from diymodel.verify.calling.signature import (
     parameters,
     required_parameters,
 )
-from diymodel.verify.calling.uncallable import LENGTH, ROWS, Tried, sample_ids, uncallable, wrong_logits
+from diymodel.verify.calling.uncallable import (
+    LENGTH,
+    ROWS,
+    Tried,
+    of_multiples,
+    only_multiples,
+    sample_ids,
+    uncallable,
+    wrong_logits,
+)
 from diymodel.verify.casting import cast
 from diymodel.verify.convention import ROLES, Convention
 from diymodel.verify.failure import SubjectError, refusal, said_where
 from diymodel.verify.trial import draw_weights
 
-_PERHAPS_CAUSAL = ("mask", *NAMES["causal"])  # names of masks (T, S) as well
+_PERHAPS_CAUSAL = ("mask", "masks", *NAMES["causal"])  # names of masks (T, S) as well
 _AFTER = ("input_not_include_cache",)  # x-transformers: True where a call on a cache gets the new tokens only
 _NEW_TOKENS = "cache_age"  # x-transformers, which hands it on by **kwargs
 _MARKS_REAL = ("attention_mask",)  # the one name that everybody gives the same meaning
@@ -81,6 +90,7 @@ def find_convention(
     module = drawn()
     with torch.no_grad():
         convention = _find_logits(module, config, _find_call(module, declared), ids, declared)
+        _refuse_lost_buffers(module, config, convention, ids)
         if "dtype" in declared:
             return rest(convention.dtype)
         if not _runs_in_float64(module, config, convention, ids):
@@ -95,7 +105,25 @@ def find_convention(
         narrower = "cache" not in exact.missing and is_narrower(drawn().double(), config, exact, ids)
         if better or narrower:
             return coarse
-        return replace(exact, padded_dtype=torch.float32) if finite == [True, False] else exact
+        if finite != [True, False]:
+            return exact
+        # How padding is taken, it shows where it does not overflow.
+        return replace(
+            exact,
+            padded_dtype=torch.float32,
+            pads_left=coarse.pads_left,
+            mask_covers_cache=coarse.mask_covers_cache,
+        )
+
+
+def _refuse_lost_buffers(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> None:
+    """Where nothing but NaN comes out, the buffer that it comes from is all there is to say."""
+    lost = [name for name, buffer in module.named_buffers() if bool(buffer.isnan().any())]
+    if lost and bool(LM(module, config, convention).logits(ids).isnan().all()):
+        raise SubjectError(
+            f"the buffer {lost[0]} holds NaN as the module is built, and so do all logits: it was never filled, or "
+            "lost its values, as by to_empty() after the meta device"
+        )
 
 
 def _padded_is_finite(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
@@ -127,12 +155,15 @@ def _find_call(module: nn.Module, declared: Mapping[str, Any]) -> Convention:
     names["positions_always"] = names.get("positions") in required and not names.get("cache_on_module")
     convention = Convention(**{**names, **declared})
     known = {getattr(convention, role) for role in ROLES}
-    if unknown := [name for name in parameters(module) if name in required - known]:
+    others = [name for name in parameters(module) if name not in known]
+    if unknown := [name for name in others if name in required]:
         raise SubjectError(
             f"forward needs {', '.join(unknown)}, which is none of the arguments that the harness knows: name a "
             "function config -> module instead, whose module gives it"
         )
-    return convention
+    if hasattr(module, "generation_config"):  # transformers': a dozen, and all of them known
+        return convention
+    return replace(convention, passed_over=tuple(name for name in others if parameters(module)[name].default is None))
 
 
 def _find_logits(
@@ -178,6 +209,8 @@ def _first_of(
         else:
             continue
         lm = LM(module, config, trial)
+        if trial.sequence_first and not _rows_are_apart(lm, ids):  # they are the tokens of (batch, seq)
+            continue
         reaches = _reaches(lm, ids)
         if reaches and _is_causal(lm, ids):
             return trial, tried
@@ -231,6 +264,13 @@ def _reaches(lm: LM, ids: Tensor) -> bool:
     return not torch.equal(lm.logits(first)[:, -1], lm.logits(ids)[:, -1])
 
 
+def _rows_are_apart(lm: LM, ids: Tensor) -> bool:
+    """Whether the first row reaches no other, as a first token does."""
+    other = ids.clone()
+    other[0] = (ids[0] + 1) % lm.config.vocab_size
+    return close(lm.logits(other)[1:], lm.logits(ids)[1:])
+
+
 def _is_causal(lm: LM, ids: Tensor) -> bool:
     """Whether the last token reaches no earlier logit."""
     last = ids.clone()
@@ -263,7 +303,10 @@ def _find_rest(
     factory: Callable[..., Any] | None,
 ) -> Convention:
     """How short inputs, padding, labels and cache are handled; what is missing."""
-    convention = replace(convention, shortest=_find_shortest(module, config, convention, ids))
+    shortest = _find_shortest(module, config, convention, ids)
+    if shortest > 1 and (step := only_multiples(LM(module, config, convention))) is not None:
+        raise SubjectError(of_multiples(step))
+    convention = replace(convention, shortest=shortest)
     learns = _carries_gradient(module, config, convention, ids)
     convention, no_padding = _find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)

@@ -14,7 +14,7 @@ from diymodel.verify.failure import SubjectError
 
 NAMES = {
     "ids": ("input_ids", "idx", "tokens", "token_ids", "in_idx", "x", "inputs", "input", "src", "ids"),
-    "mask": ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask", "mask"),
+    "mask": ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask", "mask", "masks"),
     "lengths": ("seq_lengths", "lengths", "seq_lens"),
     "left": ("seq_start_pos",),
     "causal": ("causal_mask", "attn_mask", "src_mask", "tgt_mask"),
@@ -57,6 +57,9 @@ def parameter_names(module: nn.Module) -> dict[str, str]:
     asking = [name for name in known if _ASKS.fullmatch(name) or (name in switches and _PAST.fullmatch(name))]
     candidates["use_cache"] += asking
     candidates["past"] += [name for name in values if _PAST.fullmatch(name) and name not in asking]
+    if asking and "memory" in values:  # alone, it may as well be what an encoder made
+        candidates["past"].append("memory")
+    candidates["ids"].sort(key=lambda name: known[name].default is not inspect.Parameter.empty)  # required ones first
     found = {role: names[0] for role, names in candidates.items() if names}
     if not known:
         raise SubjectError("forward takes no arguments: expected forward(input_ids, …)")

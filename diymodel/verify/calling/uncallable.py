@@ -15,8 +15,7 @@ from diymodel.verify.convention import Convention
 from diymodel.verify.failure import SubjectError, began, crashed, said, said_where
 
 ROWS, LENGTH = 3, 4  # apart, and neither the number of heads: a mask of another shape must not pass for one of these
-
-
+_INSTEAD = "name a function config -> module instead, whose forward"
 _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "max_seq_len")
 
 
@@ -66,18 +65,31 @@ def uncallable(module: nn.Module, config: DIYConfig, tried: Sequence[Tried]) -> 
     return SubjectError(f"{text}; {_advice(module, config, shown, cached)}")
 
 
+def only_multiples(lm: LM) -> int | None:
+    """The number whose multiples alone are taken as lengths, as blockwise attention and chunked recurrences do."""
+    lengths = range(1, lm.config.max_seq_len + 1)
+    taken = [T for T in lengths if wrong_logits(lm, sample_ids(lm.config, T)) is None]
+    return taken[0] if len(taken) > 1 and taken[0] > 1 and taken == [*lengths[taken[0] - 1 :: taken[0]]] else None
+
+
+def of_multiples(step: int) -> str:
+    """What to write where lengths must be multiples."""
+    return f"lengths that are multiples of {step} alone are taken: {_INSTEAD} pads behind to one and cuts the logits"
+
+
 def _advice(module: nn.Module, config: DIYConfig, shown: Tried, cached: Tried | None) -> str:
     """What to write instead."""
     way, whole = shown.way, config.max_seq_len
-    instead = "name a function config -> module instead, whose forward"
+    if (step := only_multiples(LM(module, config, way))) is not None:
+        return of_multiples(step)
     if wrong_logits(LM(module, config, way), sample_ids(config, whole)) is None:
-        return f"all {whole} tokens are taken: {instead} pads to max_seq_len and cuts the logits"
+        return f"all {whole} tokens are taken: {_INSTEAD} pads to max_seq_len and cuts the logits"
     if wrong_logits(LM(module, config, way), sample_ids(config, 1)) is None:
-        return f"one token at a time is taken: {instead} feeds them singly"
+        return f"one token at a time is taken: {_INSTEAD} feeds them singly"
     fields = []
     if way.causal or way.mask:
         fields.append(f"causal={way.causal or way.mask!r}")
     if way.past or cached is not None:
         fields += ["always_cached=True", "new_cache=lambda module, config, rows: …"]
     or_say = f", or say how it is called: Subject(factory, {', '.join(fields)})" if fields else ""
-    return f"{instead}({way.ids}) returns logits (batch, seq, vocab){or_say}"
+    return f"{_INSTEAD}({way.ids}) returns logits (batch, seq, vocab){or_say}"
