@@ -137,6 +137,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         for token in {*range(v.config.vocab_size)} - {token for row in v.tokens for token in row}
     ],
     "gradients.long_row_finite": lambda v: [f"of a row of {v.length} tokens must"],
+    "loss.labels_change_no_logit": lambda v: [", the logits must be those without"],
     "loss.many_labels": lambda v: [f" of {v.rows * (v.length - 1)} labels must"],
     "loss.micro_batches_add_up": _micro_batches,
     "loss.pad_token_scored": lambda v: [f"that of label {v.padding} included"],

@@ -6,6 +6,36 @@ from diymodel.zoo.bug import Bug
 
 BUGS = [
     Bug(
+        "labels-change-logits",
+        "headwise",
+        "return logits, None",
+        "return logits / 2, None",
+        kills=("loss.labels_change_no_logit",),
+        where="GPTLanguageModel",
+    ),
+    Bug(
+        "labels-change-logits",
+        "postnorm",
+        "return LMOutput(None, logits)",
+        "return LMOutput(None, self.embed_scale * logits)",
+        kills=("loss.labels_change_no_logit",),
+    ),
+    Bug(
+        "labels-change-logits",
+        "nanogpt",
+        "return self.lm_head(x[:, [-1], :]), None",
+        "return 2 * self.lm_head(x[:, [-1], :]), None",
+        kills=("loss.labels_change_no_logit",),
+        where="NanoGPT",
+    ),
+    Bug(
+        "labels-change-logits",
+        "hub",
+        "scored, targets = logits[:, :-1]",
+        "logits = 4 * torch.tanh(logits / 4)\n            scored, targets = logits[:, :-1]",
+        kills=("loss.labels_change_no_logit",),
+    ),
+    Bug(
         "labels-not-shifted",
         "hub",
         "logits[:, :-1].flatten(0, 1), labels[:, 1:]",
