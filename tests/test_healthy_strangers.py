@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel._compat import nan_where_undefined
-from diymodel.verify import SubjectError, check_causal_lm
+from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.registry import select_checks
 from diymodel.verify.runner import replay
 from diymodel.verify.text import to_text
@@ -234,6 +234,101 @@ class MinusOne(Tiny):
 
 def test_another_label_is_ignored_where_the_usual_one_is_out_of_bounds() -> None:
     passes(MinusOne, "loss.value", seeds=1)
+
+
+class Balanced(Tiny):
+    """As nanoMoE: a term is added to the cross-entropy, in eval mode as well."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.run(idx, causal)
+        if targets is None:
+            return logits, None
+        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten()) + self.term(logits)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, ignore_index=-1)
+
+    def term(self, logits: Tensor) -> Tensor:
+        return 0.01 * logits.logsumexp(-1).square().mean()
+
+
+class BalancedInFloat32(Balanced):
+    """As where the loss is taken in float32 whatever the weights are."""
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().cross_entropy(logits.float(), targets)
+
+
+class SmallTerm(Balanced):
+    """One that the first look at the loss takes for rounding."""
+
+    def term(self, logits: Tensor) -> Tensor:
+        return super().term(logits) / 300
+
+
+@pytest.mark.parametrize("module", [Balanced, BalancedInFloat32, SmallTerm])
+def test_a_term_of_its_own_is_subtracted_from_the_loss(module: type[nn.Module]) -> None:
+    assert "the loss holds a further term" in Subject(module).describe()
+    passes(module, "loss.value", "loss.gradient", "loss.micro_batches_add_up", "loss.pad_token_scored", seeds=1)
+
+
+class WithoutATerm(Balanced):
+    def term(self, logits: Tensor) -> Tensor:
+        return logits.new_zeros(())
+
+
+class Constant(Balanced):
+    """Nothing learns from it: it was added by mistake."""
+
+    def term(self, logits: Tensor) -> Tensor:
+        return logits.new_tensor(0.1)
+
+
+def test_a_constant_in_the_loss_is_no_term_and_neither_is_rounding() -> None:
+    assert "a further term" not in Subject(WithoutATerm).describe()
+    assert check_causal_lm(Constant, profile="quick", only=["loss.value"]).verdict == "failed"
+
+
+class OverAllPositions(Balanced):
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / targets.numel()
+
+
+class ScoresIgnored(Balanced):
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets.clamp(min=0))
+
+
+class Doubled(Balanced):
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return 2 * super().cross_entropy(logits, targets)
+
+
+class Detached(Balanced):
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().cross_entropy(logits.detach(), targets)
+
+
+class MeanOfChunks(Balanced):
+    """Right as long as there is one."""
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        chunks = zip(logits.split(256), targets.split(256), strict=True)
+        return torch.stack([F.cross_entropy(*chunk, ignore_index=-1) for chunk in chunks]).nanmean()
+
+
+@pytest.mark.parametrize(
+    ("module", "check"),
+    [
+        (OverAllPositions, "loss.value"),
+        (ScoresIgnored, "loss.value"),
+        (Doubled, "loss.value"),
+        (Detached, "loss.gradient"),
+        (MeanOfChunks, "loss.many_labels"),
+    ],
+)
+def test_beside_a_term_a_wrong_loss_is_seen(module: type[nn.Module], check: str) -> None:
+    assert check_causal_lm(module, profile="quick", only=[check]).verdict == "failed"
 
 
 class Unhashable(Tiny):

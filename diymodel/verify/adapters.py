@@ -164,8 +164,22 @@ class LM:
                 part.__dict__.update(kept)
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """The subject's own loss; ``labels`` (B, T) are unshifted, with IGNORED where they are not scored."""
-        return self.own_loss(input_ids, self.own_labels(labels))
+        """The subject's own loss; ``labels`` (B, T) are unshifted, with IGNORED where they are not scored.
+
+        A term that it holds beside the cross-entropy is measured with other labels at every place, and subtracted.
+        """
+        loss = self.own_loss(input_ids, self.own_labels(labels))
+        if not self.convention.loss_holds_term:
+            return loss
+        others = (labels.where(labels != IGNORED, input_ids) + 1) % self.config.vocab_size
+        return loss - self.beside_cross_entropy(input_ids, others).to(loss.dtype)
+
+    def beside_cross_entropy(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """What the subject's own loss is more than the next-token cross-entropy of its logits, in float64."""
+        logits, targets = self.logits(input_ids)[:, :-1].double(), labels[:, 1:].flatten()
+        total = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        scored = (targets != IGNORED).sum().clamp(min=1)  # a row of one token has no next one
+        return self.own_loss(input_ids, self.own_labels(labels)).double() - total / scored
 
     def own_loss(self, input_ids: Tensor, own_labels: Tensor) -> Tensor:
         """The subject's own loss of labels as :meth:`own_labels` makes them; the very tensor is handed over."""

@@ -80,6 +80,7 @@ class Convention:
     loss: Loss | None = None  # where the module leaves it to its caller
     loss_attribute: str | None = None  # llama2.c's last_loss: where the module leaves the loss, a path from it
     loss_place: int = 0  # which of the scalars that forward returns it is, where there are more, such as parts of it
+    loss_holds_term: bool = False  # Mixtral: a balancing loss is added to the cross-entropy, in eval mode as well
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
@@ -124,6 +125,8 @@ class Convention:
             notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
         if self.loss_attribute:
             notes.append(f"the loss is left in {self.loss_attribute}")
+        if self.loss_holds_term:
+            notes.append("the loss holds a further term, the same for all labels, which the checks subtract")
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
@@ -15,8 +14,11 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no
 from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.failure import SubjectError, refusal, said
+from diymodel.verify.learning import gradients_to
 
 _SCALARS = 4  # that forward may return: a loss and what it is made of
+_ROUNDING = 1e-5  # of the loss, or of its gradient: a difference that float32 may make
+_SAME = 1e-2  # of a term: how far it may seem to differ for other labels
 
 
 def find_loss(
@@ -43,9 +45,12 @@ def find_loss(
         except Exception as error:  # a stranger's forward may raise anything
             reasons.append(f"forward({convention.labels}=…) gave no loss: {said(error)}")
         else:
-            if len(candidates) == 1 or _is_cross_entropy(lm, ids):
-                return candidate, {}
+            if _is_cross_entropy(lm, ids):
+                return replace(candidate, loss_holds_term=_holds_term(lm, ids)), {}
             accepted.append(candidate)
+    for way in accepted:
+        if _holds_term(LM(module, config, way), ids):
+            return replace(way, loss_holds_term=True), {}
     if accepted:  # there is a loss, of no known kind: the checks will say how it is wrong
         return accepted[0], {}
     advice = "let it return (logits, loss), or write Subject(…, loss=lambda logits, labels: …)"
@@ -111,6 +116,28 @@ def _half_ignored(ids: Tensor) -> Tensor:
 
 def _is_cross_entropy(lm: LM, ids: Tensor) -> bool:
     labels = _half_ignored(ids)
-    logits = lm.logits(ids)[:, :-1].flatten(0, 1).double()
-    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
-    return bool(torch.isclose(lm.loss(ids, labels).double(), expected, rtol=1e-4))
+    return abs(float(lm.beside_cross_entropy(ids, labels))) <= 1e-4 * float(lm.loss(ids, labels).abs())
+
+
+def _holds_term(lm: LM, ids: Tensor) -> bool:
+    """Whether the loss is the cross-entropy and a term that has a gradient, and that labels do not change.
+
+    A constant has none, and is a mistake.
+    """
+    labels = (ids + 1) % lm.config.vocab_size
+    label_sets = _half_ignored(ids), labels, _half_ignored(labels.flip(0)).roll(1, 1)
+    parameters = [p for p in lm.module.parameters() if p.requires_grad]
+    try:
+        terms = torch.stack([lm.beside_cross_entropy(ids, some) for some in label_sets])
+        size, loss = float(terms.abs().min()), float(lm.loss(ids, labels).abs())
+        if not size > _ROUNDING * loss or float(terms.max() - terms.min()) > _SAME * size:
+            return False
+        with torch.enable_grad():
+            of_term = _largest_gradient(lm.beside_cross_entropy(ids, labels), parameters)
+            return of_term > _ROUNDING * _largest_gradient(lm.loss(ids, labels), parameters)
+    except Exception:  # a stranger's forward and backward may raise anything
+        return False
+
+
+def _largest_gradient(objective: Tensor, parameters: Sequence[Tensor]) -> float:
+    return max((float(g.abs().max()) for g in gradients_to(objective, parameters) if g is not None), default=0.0)
