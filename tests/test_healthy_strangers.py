@@ -531,6 +531,58 @@ def test_of_many_parameters_the_first_few_are_named() -> None:
     assert "must lower it by about that, saw a rise of" in messages[only[1]]
 
 
+class KeyBias(Tiny):
+    """As TransformerLens: biases have a row a head, and that of the keys moves all scores of a query alike."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.b_K = nn.Parameter(torch.zeros(2, config.hidden_size // 2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = self.scores(q, k + self.b_K.flatten())
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        return self.head(x + scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT
+
+
+class IdleTable(KeyBias):
+    """A matrix on the scores that is the same for all keys, where it was meant to tell them apart."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.table = nn.Parameter(torch.zeros(1, 1))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(q, k) + self.table
+
+
+class IdleMatrix(KeyBias):
+    """One that is divided by itself, as the weight of a router of one expert."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.router = nn.Parameter(torch.zeros(config.hidden_size, 1))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        chosen = (q @ self.router).exp()
+        return super().scores(q, k) * (chosen / chosen)
+
+
+def test_the_bias_of_a_key_needs_no_gradient_whatever_its_shape() -> None:
+    passes(KeyBias, "gradients.reach_every_parameter", seeds=2)
+
+
+@pytest.mark.parametrize(("module", "name"), [(IdleTable, "table"), (IdleMatrix, "router")])
+def test_a_matrix_without_gradient_is_no_bias(module: type[nn.Module], name: str) -> None:
+    (result,) = check_causal_lm(module, profile="quick", only=["gradients.reach_every_parameter"]).failed
+    assert result.failure is not None
+    assert result.failure.message.endswith(f"saw none at {name}")
+
+
 class OddHeads(Tiny):
     """It is built with heads of two numbers, and then raises whatever it is given."""
 

@@ -257,7 +257,8 @@ def test_a_gradient_below_the_rounding_of_the_largest_is_none() -> None:
     """As that of a router whose weights are divided by their own sum; but what a key's bias gets is nothing else."""
     large, tiny = torch.ones(2, 2), torch.full((2, 2), 1e-17)
     found = {"large": large, "router": tiny, "bias": tiny[0], "cut": None, "unused": torch.zeros(2), "empty": large[:0]}
-    assert _reached(found) == {"large", "bias"}
+    assert _reached(found, set()) == {"large", "bias"}
+    assert _reached({**found, "b_K": tiny}, {"b_K", "unused"}) == {"large", "bias", "b_K"}
 
 
 class Crashing(DIYForCausalLM):
