@@ -646,6 +646,57 @@ def test_an_embedding_that_is_written_by_hand_is_found() -> None:
     assert [result.status for result in report.results] == ["failed"]
 
 
+class LooksUp(Tiny):
+    """As RWKV_Explained: the table is a parameter of the whole, whose forward looks up its rows."""
+
+    eps = 1e-6
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Parameter(self.embed.weight.detach())
+        del self.embed, self.positions
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.wte[ids]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.rows(input_ids)
+        hidden = self.hidden(x)
+        return self.head(hidden / (hidden.abs().mean(-1, keepdim=True) + self.eps))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+class LooksUpByFunction(LooksUp):
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.wte)
+
+
+class LooksUpWithoutEps(LooksUp):
+    eps = 0.0
+
+
+class LooksUpAndLeaks(LooksUpByFunction):
+    def hidden(self, x: Tensor) -> Tensor:
+        return x + x.mean(1, keepdim=True)
+
+
+_OF_TABLES = ("causality.gradient", "gradients.absent_tokens_zero", "numerics.zeros_finite", "numerics.large*")
+
+
+@pytest.mark.parametrize("module", [LooksUp, LooksUpByFunction])
+def test_a_parameter_that_rows_are_looked_up_in_is_an_embedding(module: type[nn.Module]) -> None:
+    passes(module, *_OF_TABLES, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "check"), [(LooksUpWithoutEps, "numerics.zeros_finite"), (LooksUpAndLeaks, "causality.gradient")]
+)
+def test_what_is_wrong_with_such_an_embedding_is_seen(module: type[nn.Module], check: str) -> None:
+    assert check_causal_lm(module, profile="quick", only=[check]).verdict == "failed"
+
+
 class OneBlock(nn.Module):
     """ALBERT and universal transformers: one block is every layer. It is recomputed in backward, the old way."""
 

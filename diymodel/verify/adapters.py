@@ -23,7 +23,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.calling.masks import causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
 from diymodel.verify.convention import IGNORED, Convention
-from diymodel.verify.embeddings import Table, tables_of
+from diymodel.verify.embeddings import Table, looked_up, tables_of
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 
 if TYPE_CHECKING:
@@ -232,11 +232,22 @@ class LM:
         Raises:
             NotApplicable: none is found.
         """
-        tables, vocab_size = tables_of(self.module), self.config.vocab_size
+        tables, vocab_size = self.tables(), self.config.vocab_size
         exact = [table for table in tables if len(table.weight) == vocab_size]
         for table in exact or [table for table in tables if len(table.weight) > vocab_size]:
             return table
-        raise NotApplicable("no nn.Embedding, and no class called so, with a row for every token was found")
+        raise NotApplicable(
+            "no nn.Embedding, no class called so and no parameter with a row for every token, by its number, was found"
+        )
+
+    def tables(self) -> list[Table]:
+        """Of tokens and positions; if no part is one of all tokens, parameters that a call looks rows up in too."""
+        tables = tables_of(self.module)
+        if any(len(table.weight) >= self.config.vocab_size for table in tables):
+            return tables
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=next(self.module.parameters()).device)
+        with self.aside(), torch.no_grad():
+            return [*tables, *looked_up(self.module, lambda: self.logits(ids))]
 
     def _extend(self, input_ids: Tensor, past: Past | None, real: Tensor | None) -> tuple[Tensor, Past]:
         convention, new = self.convention, input_ids.shape[1]

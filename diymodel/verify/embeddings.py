@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_LOOKUPS = {"embedding", "__getitem__", "index_select"}
 
 
 class Table(NamedTuple):
-    """A part that gives every token, or position, a row of its weights."""
+    """A matrix that gives every token, or position, a row."""
 
-    part: nn.Module
     weight: nn.Parameter  # (rows, hidden)
+    part: nn.Module | None = None  # which gives the rows; None: a part looks them up beside what else it does
+
+    @contextmanager
+    def giving(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, calls go on with what ``change`` makes of the rows that the table gives."""
+        if self.part is None:
+            with _Lookups(lambda table, rows: change(rows) if table is self.weight else rows):
+                yield
+            return
+        hook = self.part.register_forward_hook(lambda part, inputs, rows: change(rows))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def tables_of(module: nn.Module) -> list[Table]:
@@ -21,5 +40,37 @@ def tables_of(module: nn.Module) -> list[Table]:
         own = list(part.parameters(recurse=False))
         by_hand = "embed" in type(part).__name__.lower() and len(own) == 1 and own[0].dim() == 2
         if isinstance(part, nn.Embedding) or by_hand:
-            found.append(Table(part, own[0]))
+            found.append(Table(own[0], part))
     return found
+
+
+def looked_up(module: nn.Module, call: Callable[[], object]) -> list[Table]:
+    """The matrices among a module's parameters in which a call of it looks up rows by their numbers."""
+    seen: set[int] = set()
+
+    def note(table: Tensor, rows: Tensor) -> Tensor:
+        seen.add(id(table))
+        return rows
+
+    with _Lookups(note):
+        call()
+    return [Table(parameter) for parameter in module.parameters() if id(parameter) in seen and parameter.dim() == 2]
+
+
+class _Lookups(TorchFunctionMode):
+    """Hands over tables, and the rows that are looked up in them by their numbers, and goes on with the answer."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") not in _LOOKUPS:
+            return result
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+        table = next((x for x in given if x.is_floating_point()), None)
+        numbers = any(x.dtype in (torch.int64, torch.int32) for x in given)
+        return result if table is None or not numbers else self.answer(table, result)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
@@ -166,20 +166,16 @@ def _gradient_to_embeddings(lm: LM, ids: Tensor, cut: int) -> Tensor | None:
     """Of a random sum of the logits before ``cut``, to what the embedding table gives each token; None: there is none.
 
     Raises:
-        NotApplicable: the table is not called as a module, one row a token, or nothing can be differentiated.
+        NotApplicable: the table does not give one row a token, or nothing can be differentiated.
     """
     looked_up: list[Tensor] = []
 
-    def record(table: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        looked_up.append(output.detach().requires_grad_())
+    def record(rows: Tensor) -> Tensor:
+        looked_up.append(rows.detach().requires_grad_())
         return looked_up[-1].clone()  # which the module may write to
 
-    hook = lm.embedding().part.register_forward_hook(record)
-    try:
-        with torch.enable_grad():
-            logits = lm.logits(ids)[:, :cut]
-    finally:
-        hook.remove()
+    with lm.embedding().giving(record), torch.enable_grad():
+        logits = lm.logits(ids)[:, :cut]
     if len(looked_up) != 1 or looked_up[0].shape[:2] != ids.shape:
         raise NotApplicable("the token embedding is not called once with all tokens")
     if not logits.requires_grad:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
-from diymodel.verify.embeddings import tables_of
 from diymodel.verify.experiments.first_overflow import first_overflow
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.learning import gradients_of, trainable
@@ -116,9 +115,9 @@ def large_activations_finite(trial: Trial) -> None:
 def zeros_finite(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
-    tables = tables_of(lm.module)  # those of positions as well
+    tables = lm.tables()  # those of positions as well
     if not tables:
-        raise NotApplicable("no nn.Embedding, and no class called so, was found")
+        raise NotApplicable("no nn.Embedding, no class called so and no parameter that is looked up by rows was found")
     with torch.no_grad():
         for table in tables:
             table.weight.zero_()
