@@ -697,6 +697,37 @@ def test_what_is_wrong_with_such_an_embedding_is_seen(module: type[nn.Module], c
     assert check_causal_lm(module, profile="quick", only=[check]).verdict == "failed"
 
 
+class MovesByOne(Tiny):
+    """As TransformerLens, whose ``to`` takes a device or a dtype, and after it whether to say so."""
+
+    def to(self, device_or_dtype: Any, print_details: bool = True) -> MovesByOne:  # type: ignore[override]
+        return super().to(device_or_dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal)
+
+
+class MovesByName(MovesByOne):
+    def to(self, dtype: Any = None, device: Any = None) -> MovesByName:  # type: ignore[override]
+        return nn.Module.to(self, device, dtype)
+
+
+class LeavesBehind(MovesByOne):
+    """What it keeps from its first call stays of the type that it was."""
+
+    kept: Tensor | None = None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.kept = torch.ones_like(self.head.bias) if self.kept is None else self.kept
+        return super().forward(input_ids) * self.kept
+
+
+def test_a_module_is_moved_by_a_method_of_its_own() -> None:
+    for module in (MovesByOne, MovesByName):
+        passes(module, "state.moves", seeds=1)
+    assert check_causal_lm(LeavesBehind, profile="quick", only=["state.moves"]).verdict == "failed"
+
+
 class OneBlock(nn.Module):
     """ALBERT and universal transformers: one block is every layer. It is recomputed in backward, the old way."""
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
@@ -38,7 +38,7 @@ def moves(trial: Trial) -> None:
     for device, dtype in places:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of imaginary parts that are dropped: it fails for them
-            lm.module.to(device, dtype)
+            _move(lm.module, device, dtype)
         there = built.twin()
         cast(there.module, dtype, device)
         if lost := [name for name, tensor in _complex(there).items() if name not in _complex(lm)]:
@@ -60,6 +60,18 @@ def moves(trial: Trial) -> None:
         worst, tolerance = float((seen - expected).abs().max()), _ROUNDED[dtype] * float(expected.abs().max())
         if not worst <= tolerance:
             raise CheckFailure(f"{what}, saw a difference of {worst:.3g}", worst, tolerance)
+
+
+def _move(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """``module.to(device, dtype)``, or one after the other where its own ``to`` takes a single thing to go to."""
+    taken = inspect.signature(module.to).parameters
+    if {"device", "dtype"} <= taken.keys():
+        module.to(device=device, dtype=dtype)
+    elif any(parameter.kind is parameter.VAR_POSITIONAL for parameter in taken.values()):
+        module.to(device, dtype)
+    else:
+        module.to(dtype)
+        module.to(device)
 
 
 def _complex(lm: LM) -> dict[str, Tensor]:
