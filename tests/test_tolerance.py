@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diymodel import DIYConfig
 from diymodel.verify import tolerance
-from diymodel.verify.failure import CheckFailure
+from diymodel.verify.failure import CheckFailure, told_apart
 from diymodel.verify.subject import resolve
 from diymodel.verify.tolerance import estimate_noise, float32_step, noise_factor, rounding
 from diymodel.verify.trial import Trial
@@ -219,3 +219,26 @@ def test_no_graph_is_recorded() -> None:
     seen: list[bool] = []
     estimate_noise(line, lambda: (seen.append(line.first.sum().requires_grad), line.first)[1], 0)
     assert not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        (1.13, 0.5, ("1.13", "0.5")),
+        (1.1312, 1.1309, ("1.1312", "1.1309")),
+        (math.inf, 1e-11, ("inf", "1e-11")),
+        (1.0, 1.0, ("1", "1")),
+    ],
+)
+def test_a_difference_and_what_explains_less_are_told_apart(one: float, other: float, told: tuple[str, str]) -> None:
+    assert told_apart(one, other) == told
+
+
+def test_a_failure_shows_that_the_difference_is_the_larger() -> None:
+    subject = resolve(None)
+    trial = Trial(subject, None, {"weights": 0}, torch.float32)
+    lm = trial.fresh(DIYConfig(vocab_size=8))
+    tolerance = rounding(torch.float32)
+    seen = torch.tensor([1.0, (1 + 1e-5) * tolerance])
+    with pytest.raises(CheckFailure, match=r"difference is 1\.9074e-06, rounding explains 1\.9073e-06$"):
+        trial.same(seen, torch.tensor([1.0, 0.0]), "they must be equal", lm, lambda: torch.tensor([1.0]))

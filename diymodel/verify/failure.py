@@ -42,6 +42,12 @@ class SubjectError(ValueError):
     """The subject cannot be found, built or called; the text is one line for its author."""
 
 
+def told_apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers in three digits, or in as many as show that they differ."""
+    texts = ((f"{one:.{digits}g}", f"{other:.{digits}g}") for digits in range(3, 18))
+    return next((pair for pair in texts if pair[0] != pair[1]), (f"{one:.3g}", f"{other:.3g}"))
+
+
 def first_of(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

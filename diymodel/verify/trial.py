@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.casting import cast
-from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, float32_step, noise_factor, rounding
@@ -216,9 +216,10 @@ class Trial:
             tolerance = max(tolerance, self._measured_rounding(lm, rerun, worst, largest))
         wrong = ~(difference <= tolerance)  # a NaN is wrong
         if bool(wrong.any()):
+            apart, explained = told_apart(worst, tolerance)
             raise CheckFailure(
                 f"{what}, saw {_first_wrong(wrong, seen, expected)}; "
-                f"the largest difference is {worst:.3g}, rounding explains {tolerance:.3g}",
+                f"the largest difference is {apart}, rounding explains {explained}",
                 worst,
                 tolerance,
             )

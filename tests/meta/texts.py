@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diymodel.verify.failure import CheckFailure
+from diymodel.verify.failure import CheckFailure, told_apart
 from diymodel.verify.report import Failure
 
 Drawn = Any  # values by name; those of the configuration as config.<field>
@@ -186,10 +186,13 @@ def assert_numbers(failure: Failure | CheckFailure) -> None:
     """What the text says of a difference and of rounding is what the report holds."""
     message = failure.message
     assert (failure.tolerance is None) == (failure.max_abs_diff is None)
+    difference = tolerance = None
+    if failure.max_abs_diff is not None and failure.tolerance is not None:
+        difference, tolerance = told_apart(failure.max_abs_diff, failure.tolerance)
     if found := re.search(r"(?:rounding|which) explains (\S+?)(?:,|;|$)", message):
-        assert found.group(1) == f"{failure.tolerance:.3g}"
+        assert found.group(1) == tolerance
     if found := re.search(r"(?:difference is|difference of|to rounding.*saw) ([\d.e+-]+|inf)\b", message):
-        assert found.group(1) == f"{failure.max_abs_diff:.3g}", message
+        assert found.group(1) == difference, message
     if found := re.search(r"on \[\[(.*)\]\] .* loss of (\S+) below (\S+), saw (.*) at rates of (.*)$", message):
         first, enough, *last = map(float, (*found.groups()[1:3], *found.group(4).split(", ")))
         others = found.group(1).count(",")  # than the first token, which a last bias can but take to be equally likely

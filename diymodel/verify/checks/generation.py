@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure
+from diymodel.verify.failure import CheckFailure, told_apart
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, noise_factor, rounding
 from diymodel.verify.trial import Trial
@@ -68,10 +68,12 @@ def must_be_likeliest(
     if worst > tolerance:
         row, step = (int(i) for i in (behind > tolerance).nonzero()[0])
         where = f"new token {step} of row {row}" if len(new) > 1 else f"new token {step}"
+        apart, explained = told_apart(worst, tolerance)
         raise CheckFailure(
             f"{what}: after {whole[row, : prompt.shape[1] + step].tolist()} that is "
             f"{int(compared[row, step].argmax())} with logit {float(best[row, step]):.9g}, saw "
-            f"{int(new[row, step])} with {float(chosen[row, step]):.9g} as {where}; rounding explains {tolerance:.3g}",
+            f"{int(new[row, step])} with {float(chosen[row, step]):.9g} as {where}; "
+            f"the largest difference is {apart}, rounding explains {explained}",
             worst,
             tolerance,
         )

@@ -13,7 +13,7 @@ from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.experiments.first_overflow import first_overflow
-from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, told_apart
 from diymodel.verify.learning import gradients_of, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import estimate_noise
@@ -54,9 +54,10 @@ def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -
         tolerance = max(tolerance, _HALF_FACTOR * noise)
     if largest > tolerance:
         position = int((difference > tolerance).nonzero()[0][1])
+        apart, explained = told_apart(largest, tolerance)
         raise CheckFailure(
-            f"{what} must be those of float64 with the same weights up to rounding, which explains {tolerance:.3g}, "
-            f"saw {largest:.3g}; first too far at position {position}{_where_first(narrow, ids)}",
+            f"{what} must be those of float64 with the same weights up to rounding, which explains {explained}, "
+            f"saw {apart}; first too far at position {position}{_where_first(narrow, ids)}",
             largest,
             tolerance,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.checks.causality import edited
-from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.failure import CheckFailure, NotApplicable, told_apart
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import Trial, draw_weights
@@ -113,8 +113,9 @@ def _near(seen: Tensor, expected: Tensor, lm: LM, ids: Tensor, share: float, rou
         tolerance = max(tolerance, _PERTURBED_FACTOR * _effect_of_weights(lm, ids, rounded))
     if worst > tolerance:
         position = int((~(difference <= tolerance)).nonzero()[0][1])
+        apart, explained = told_apart(worst, tolerance)
         raise CheckFailure(
-            f"{what}, saw a difference of {worst:.3g} first at position {position}; rounding explains {tolerance:.3g}",
+            f"{what}, saw a difference of {apart} first at position {position}; rounding explains {explained}",
             worst,
             tolerance,
         )
