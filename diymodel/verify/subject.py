@@ -286,7 +286,9 @@ class Subject:
 
 
 def _advice(error: Exception) -> str:
-    """What to write where a constructor wants something else than a configuration with our names."""
+    """What to write where a constructor wants other sizes, or something else than a configuration with our names."""
+    if isinstance(error, (AssertionError, ValueError)):
+        return "; a factory refuses sizes by NotImplementedError, or rounds them, as hidden_size, to what it can build"
     asked = isinstance(error, AttributeError) and isinstance(error.obj, DIYConfig)
     if not asked and not isinstance(error, TypeError):
         return ""
