@@ -261,6 +261,24 @@ class YieldsAllSoFar(YieldsColumns):
             yield ids
 
 
+class WithMore(Pairs):
+    """Scores and whether rows have ended stand beside the token ids."""
+
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Any:
+        found = self.following(ids, max_new_tokens)
+        return self(found), torch.zeros(len(ids), dtype=torch.bool), found, {"seconds": 0.1}
+
+
+class InADict(Pairs):
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Any:
+        return {"seconds": 0.1, "tokens": self.following(ids, max_new_tokens)}
+
+
+class ListWithMore(OneList):
+    def generate(self, prompt: list[int], max_new_tokens: int) -> Any:
+        return super().generate(prompt, max_new_tokens), 0.1
+
+
 @pytest.mark.parametrize(
     ("factory", "form", "one_row", "counts_prompt", "returns_prompt"),
     [
@@ -270,6 +288,9 @@ class YieldsAllSoFar(YieldsColumns):
         (YieldsNumbers, "rows", True, False, False),
         (YieldsColumns, "rows", False, False, False),
         (YieldsAllSoFar, "rows", False, False, True),
+        (WithMore, "rows", False, False, True),
+        (InADict, "rows", False, False, True),
+        (ListWithMore, "list", True, False, True),
     ],
 )
 def test_prompts_and_tokens_come_in_many_forms(
@@ -292,7 +313,13 @@ def test_a_wrong_token_of_any_form_is_seen() -> None:
             *most, last = super().generate(prompt, max_new_tokens)
             return [*most, (last + 1) % self.head.out_features]
 
-    assert verify_one(subject(Second), CHECKS["generation.greedy_is_argmax"], Settings(5)).status == "failed"
+    class SecondWithMore(Second):
+        def generate(self, prompt: list[int], max_new_tokens: int) -> Any:
+            return torch.tensor([super().generate(prompt, max_new_tokens)]), False
+
+    for factory in (Second, SecondWithMore):
+        result = verify_one(subject(factory), CHECKS["generation.greedy_is_argmax"], Settings(5))
+        assert result.status == "failed", result
 
 
 # --- what is a refusal, and what a mistake ----------------------------------------------------------------------------

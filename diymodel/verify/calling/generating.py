@@ -97,11 +97,25 @@ class Generating:
         with torch.no_grad(), _quiet():
             returned = self.entry.of(module)(**arguments)
             found = list(returned) if isinstance(returned, Iterator) else getattr(returned, "sequences", returned)
+        found = _ids_among(found)
         ids = _joined(found, rows) if isinstance(found, list) else _as_rows(found, rows)
         if ids is None or ids.dim() != 2:
             kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(returned).__name__
             raise SubjectError(f"{self.entry} returned {kind}: expected token ids (batch, length)")
         return ids.clone()  # no longer of inference mode
+
+
+def _ids_among(found: Any) -> Any:
+    """The token ids of a tuple or dict that holds more: its first tensor of integers, or else its first list."""
+    if not isinstance(found, (tuple, Mapping)):
+        return found
+    parts = list(found.values() if isinstance(found, Mapping) else found)
+    tensors = [part for part in parts if isinstance(part, Tensor) and _holds_ids(part)]
+    return next(iter([*tensors, *(part for part in parts if isinstance(part, list))]), found)
+
+
+def _holds_ids(part: Tensor) -> bool:
+    return not (part.is_floating_point() or part.is_complex() or part.dtype == torch.bool)
 
 
 def _joined(parts: list[Any], rows: int) -> Tensor | None:
@@ -119,7 +133,7 @@ def _as_rows(part: Any, rows: int) -> Tensor | None:
     """Token ids as (B, L): a number, one of each row, or all of one row."""
     if isinstance(part, int):
         return torch.tensor([[part]])
-    if not isinstance(part, Tensor) or part.dim() > 2 or part.is_floating_point():
+    if not isinstance(part, Tensor) or part.dim() > 2 or not _holds_ids(part):
         return None
     if part.dim() == 2:
         return part
