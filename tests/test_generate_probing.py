@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, verify_one
-from tests.test_generating import LikeMiniMind, Pairs, found, subject
+from tests.test_generating import LikeMiniMind, OneRow, Pairs, found, subject
 
 CHECKS = {check.id: check for check in list_checks()}
 
@@ -279,6 +279,32 @@ class ListWithMore(OneList):
         return super().generate(prompt, max_new_tokens), 0.1
 
 
+class YieldsWithState(Pairs):
+    """Each token with the state after it, of a prompt (T,), until the end token, which is not yielded."""
+
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, eos_token_id: int = 0) -> Any:
+        if ids.dim() != 1:
+            raise ValueError("one prompt (T,)")
+        for _ in range(max_new_tokens):
+            longer = self.following(ids[None], 1, temperature)[0]
+            if self.ends(int(longer[-1]), eos_token_id):
+                return
+            ids = longer
+            yield int(ids[-1]), self.embed(ids[-1])
+
+    def ends(self, token: int, eos: int) -> bool:
+        return token == eos
+
+
+class YieldsAmongFifty(YieldsWithState):
+    """It draws among more tokens than there are."""
+
+    def generate(self, ids: Tensor, max_new_tokens: int, top_k: int = 50) -> Any:  # type: ignore[override]
+        if top_k > self.head.out_features:
+            raise ValueError(f"no {top_k} tokens to draw among")
+        return super().generate(ids, max_new_tokens, temperature=float(top_k == 0), eos_token_id=-1)
+
+
 @pytest.mark.parametrize(
     ("factory", "form", "one_row", "counts_prompt", "returns_prompt"),
     [
@@ -291,6 +317,8 @@ class ListWithMore(OneList):
         (WithMore, "rows", False, False, True),
         (InADict, "rows", False, False, True),
         (ListWithMore, "list", True, False, True),
+        (YieldsWithState, "row", True, False, False),
+        (YieldsAmongFifty, "row", True, False, False),
     ],
 )
 def test_prompts_and_tokens_come_in_many_forms(
@@ -320,6 +348,33 @@ def test_a_wrong_token_of_any_form_is_seen() -> None:
     for factory in (Second, SecondWithMore):
         result = verify_one(subject(factory), CHECKS["generation.greedy_is_argmax"], Settings(5))
         assert result.status == "failed", result
+
+
+class EndsEarly(YieldsWithState):
+    """Half of the other tokens end it as well."""
+
+    def ends(self, token: int, eos: int) -> bool:
+        return eos >= 0 and token % 2 == eos % 2
+
+
+class EndsAlways(YieldsWithState):
+    def ends(self, token: int, eos: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("factory", "check", "status"),
+    [
+        (YieldsWithState, "generation.eos_per_row", "passed"),
+        (OneRow, "generation.eos_per_row", "passed"),
+        (EndsEarly, "generation.eos_per_row", "failed"),
+        (EndsAlways, "generation.keeps_prompt", "failed"),
+        (EndsAlways, "generation.greedy_is_argmax", "failed"),
+    ],
+)
+def test_a_row_may_end_at_once_by_its_end_token_alone(factory: Any, check: str, status: str) -> None:
+    result = verify_one(subject(factory), CHECKS[check], Settings(40))
+    assert result.status == status, result
 
 
 # --- what is a refusal, and what a mistake ----------------------------------------------------------------------------

@@ -160,6 +160,13 @@ class Yields(Pairs):
         yield "token"
 
 
+class YieldsAndCounts(Yields):
+    """And how many there were so far, which is no token."""
+
+    def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0) -> Iterator[Any]:
+        yield 0, "token"
+
+
 class OfText(Pairs):
     def generate(self, prompt: str, max_tokens: int = 10) -> str:
         return prompt.upper()
@@ -250,6 +257,7 @@ def test_one_row_at_a_time_is_told_from_batches() -> None:
     [
         (Pairs, "generate is not a method of the module"),
         (Yields, "generate returned generator: expected token ids"),
+        (YieldsAndCounts, "generate returned generator: expected token ids"),
         (OfText, "generate failed on token ids: AttributeError"),
         (Endless, "generate has no parameter for the number of new tokens: it has idx"),
     ],

@@ -174,18 +174,18 @@ def _refused_alone(lm: LM, ids: Tensor) -> str | None:
 
 
 def _in_form(lm: LM, ids: Tensor) -> LM:
-    """With prompts in the first form that is taken; in the usual one, where none is."""
-    forms = (_with(lm, replace(lm.generating, form=form)) for form in FORMS)
-    return next((way for way in forms if _refused_alone(way, ids) is None), lm)
+    """With prompts in the first form that is taken; in the usual one, where none is.
+
+    Each is tried with top_k switched off as well: a default that is more than there are tokens would have all refused.
+    """
+    ways = (_with(way, replace(way.generating, form=form)) for way in (lm, *_top_k_off(lm)) for form in FORMS)
+    return next((way for way in ways if _refused_alone(way, ids) is None), lm)
 
 
 def _settled(lm: LM, ids: Tensor) -> Generating:
     """All that trying says of an entry that takes token ids and a number of new ones."""
-    generating = lm.generating
-    if _narrows(generating.entry.parameters(lm.module).get(generating.names.get("top_k", ""))):
-        generating = _without_top_k(lm, ids[1:])
-        lm = _with(lm, generating)
-    missing = {}
+    lm = next((way for way in _top_k_off(lm) if _refused(way, ids[1:], {}) is None), lm)
+    generating, missing = lm.generating, {}
     if (why := _refused(lm, ids, {})) is not None:
         missing["generate_batch"] = f"generate does not take two rows: {why}"
         ids = ids[1:]
@@ -245,13 +245,13 @@ def _narrows(top_k: inspect.Parameter | None) -> bool:
     return top_k.default is top_k.empty or (isinstance(top_k.default, int) and top_k.default > 1)
 
 
-def _without_top_k(lm: LM, ids: Tensor) -> Generating:
-    """top_k switched off: its default narrows every draw, and may be more than there are tokens."""
+def _top_k_off(lm: LM) -> list[LM]:
+    """With top_k switched off, in either way, where its default narrows every draw."""
     generating = lm.generating
-    for off in _SWITCHED_OFF:
-        if _refused(lm, ids, {"top_k": off}) is None:
-            return replace(generating, fixed={**generating.fixed, generating.names["top_k"]: off})
-    return generating
+    name = generating.names.get("top_k", "")
+    if not _narrows(generating.entry.parameters(lm.module).get(name)):
+        return []
+    return [_with(lm, replace(generating, fixed={**generating.fixed, name: off})) for off in _SWITCHED_OFF]
 
 
 def _find_counting(lm: LM, ids: Tensor) -> Generating:

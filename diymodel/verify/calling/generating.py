@@ -76,7 +76,8 @@ class Generating:
             arguments[names["mask"]] = (~real if self.mask_marks_padding else real).to(self.mask_dtype)
         found = self._call(module, arguments, len(ids))
         found = found.to(ids.device)
-        return found if self.returns_prompt else torch.cat((ids, found), 1)
+        # A generator that ends at once has yielded no prompt either.
+        return found if self.returns_prompt and found.shape[1] else torch.cat((ids, found), 1)
 
     def new_tokens(self, found: Tensor, real: Tensor) -> list[Tensor]:
         """What follows each row's prompt in ``found`` (B, L), for prompts padded as in ``real`` (B, T)."""
@@ -96,8 +97,10 @@ class Generating:
     def _call(self, module: nn.Module, arguments: Mapping[str, Any], rows: int) -> Tensor:
         with torch.no_grad(), _quiet():
             returned = self.entry.of(module)(**arguments)
-            found = list(returned) if isinstance(returned, Iterator) else getattr(returned, "sequences", returned)
-        found = _ids_among(found)
+            if isinstance(returned, Iterator):
+                found = [_ids_of_step(step) for step in returned]
+            else:
+                found = _ids_among(getattr(returned, "sequences", returned))
         ids = _joined(found, rows) if isinstance(found, list) else _as_rows(found, rows)
         if ids is None or ids.dim() != 2:
             kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(returned).__name__
@@ -114,14 +117,31 @@ def _ids_among(found: Any) -> Any:
     return next(iter([*tensors, *(part for part in parts if isinstance(part, list))]), found)
 
 
+def _ids_of_step(step: Any) -> Any:
+    """As :func:`_ids_among`, or the number that a tuple begins with.
+
+    Beside a text or another number it may as well count the steps.
+    """
+    found = _ids_among(step)
+    if found is not step or not isinstance(step, tuple):
+        return found
+    first, *others = step
+    return first if type(first) is int and not {type(other) for other in others} & {int, str} else step
+
+
 def _holds_ids(part: Tensor) -> bool:
     return not (part.is_floating_point() or part.is_complex() or part.dtype == torch.bool)
 
 
 def _joined(parts: list[Any], rows: int) -> Tensor | None:
-    """Token ids (B, L) of a list of them, a list a row, or what was yielded step by step: new tokens, or all so far."""
-    if parts and all(isinstance(part, list) for part in parts):
-        return torch.tensor(parts) if len({len(part) for part in parts}) == 1 else None
+    """Token ids (B, L) of a list of them, a list a row, or what was yielded step by step: new tokens, or all so far.
+
+    Nothing at all is no new token of any row.
+    """
+    if all(isinstance(part, list) for part in parts):
+        lists = parts or [[]] * rows
+        dtype = None if any(lists) else torch.int64  # or nothing would be floating point
+        return torch.tensor(lists, dtype=dtype) if len({len(one) for one in lists}) == 1 else None
     steps = [step for part in parts if (step := _as_rows(part, rows)) is not None]
     if not steps or len(steps) < len(parts) or len({len(step) for step in steps}) > 1:
         return None
