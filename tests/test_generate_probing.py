@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import Settings, verify_one
-from tests.test_generating import LikeMiniMind, OneRow, Pairs, found, subject
+from tests.test_generating import LikeMinGPT, LikeMiniMind, LikeNanoGPT, OneRow, Pairs, found, subject
 
 CHECKS = {check.id: check for check in list_checks()}
 
@@ -209,6 +209,46 @@ def test_a_top_k_that_leaves_nothing_to_draw_among_is_a_bug_and_a_temperature_of
     result = verify_one(subject(LeavesNone), CHECKS["generation.top_k"], Settings(5))
     assert result.failure is not None, result
     assert "probability tensor contains" in result.failure.message
+
+
+class DrawsAtZero(LikeNanoGPT):
+    """A temperature of 0 is taken for not given."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        return super().generate(idx, max_new_tokens, temperature or 1.0, top_k)
+
+
+class DrawsAmongOne(LikeNanoGPT):
+    """At a temperature of 0 it divides by next to nothing; nothing but top_k=1 is wrong."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        return super().generate(idx, max_new_tokens, temperature or 1e-9, 3 if top_k == 1 else top_k)
+
+
+class SamplesAnyway(LikeMinGPT):
+    """Told not to sample, it does."""
+
+    def generate(  # type: ignore[override]
+        self, idx: Tensor, max_new_tokens: int, do_sample: bool = False, top_k: int | None = None
+    ) -> Tensor:
+        return super().generate(idx, max_new_tokens, do_sample=True, top_k=top_k)
+
+
+@pytest.mark.parametrize(
+    ("factory", "greedy", "failing"),
+    [
+        (DrawsAtZero, {"top_k": 1}, "generation.temperature_zero"),
+        (DrawsAmongOne, {"temperature": 0.0}, "generation.top_k"),
+        (SamplesAnyway, {"do_sample": False}, "generation.greedy_is_argmax"),
+    ],
+)
+def test_greedy_is_what_does_not_draw_and_what_draws_instead_is_one_failure(
+    factory: Any, greedy: dict[str, Any], failing: str
+) -> None:
+    assert found(factory).greedy == greedy
+    for check in ("generation.temperature_zero", "generation.top_k", "generation.greedy_is_argmax"):
+        result = verify_one(subject(factory), CHECKS[check], Settings(10))
+        assert (result.status == "failed") == (check == failing), result
 
 
 # --- forms of prompts, and of what comes back -------------------------------------------------------------------------

@@ -655,7 +655,7 @@ MUTATIONS = [
     Mutation(
         "temperature-zero",
         lambda: choose_as(lambda choose, logits, temperature, *rest: choose(logits, temperature or 9.0, *rest)),
-        ("generation.temperature_zero", "generation.greedy_is_argmax"),
+        ("generation.temperature_zero",),
     ),
     Mutation(
         "temperature-misapplied",

@@ -72,6 +72,7 @@ _NARROWING = ("eos", "top_p", "min_p", "filter", "repetition_penalty")
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _ALWAYS_TOTALS = ("max_returned_tokens", "total_tokens")  # litgpt's: of prompt and new tokens together
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
+_CALLS = 6  # in which a draw shows
 _SECONDS = 30  # for all of a module's answers
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
 _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
@@ -274,16 +275,29 @@ def _find_greedy(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     generating = lm.generating
     settings = {"do_sample": False, "temperature": 0.0, "top_k": 1}
     candidates = [{role: value} for role, value in settings.items() if role in generating.names]
-    refusals = []
+    taken, refusals = [], []
     for greedy in candidates:
         if (refused := _refused(lm, ids, greedy)) is None:
-            return replace(generating, greedy=greedy), {}
+            taken.append(greedy)
+            continue
         ((role, value),) = greedy.items()
         refusals.append(f"{generating.names[role]}={value}: {refused}")
+    if taken:
+        return replace(generating, greedy=_greediest(lm, ids, taken)), {}
     if not candidates and not _draws(lm, ids, {}):
         return generating, {}
     why = "generate has no do_sample, no temperature that may be 0 and no top_k to be greedy by"
     return generating, {"greedy": f"{why}; {'; '.join(refusals)}" if refusals else why}
+
+
+def _greediest(lm: LM, ids: Tensor, taken: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the settings that draws nothing; without one, the first that gives the same each time, or of all.
+
+    A temperature of 0 that draws is the matter of a check of its own. No other asks whether ``do_sample=False`` does.
+    """
+    if len(taken) == 1 or "do_sample" in taken[0]:
+        return taken[0]
+    return min(taken, key=lambda greedy: _chances(lm, ids, greedy))
 
 
 def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
@@ -350,9 +364,15 @@ def _is_of_kind(value: float, parameter: inspect.Parameter) -> bool:
 
 def _draws(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether a call draws from torch's global generator, or gives another result each time."""
+    return any(_chances(lm, ids, settings))
+
+
+def _chances(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether calls give different results, and whether they draw from torch's global generator."""
     before = torch.get_rng_state()
-    found = [lm.generate(ids, 4, **settings) for _ in range(3)]
-    return not torch.equal(torch.get_rng_state(), before) or any(not torch.equal(f, found[0]) for f in found)
+    first, *others = [lm.generate(ids, 4, **settings) for _ in range(_CALLS)]
+    differ = any(not torch.equal(other, first) for other in others)
+    return differ, not torch.equal(torch.get_rng_state(), before)
 
 
 def _find_padding(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:

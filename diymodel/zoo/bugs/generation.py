@@ -26,7 +26,7 @@ BUGS = [
         "writer",
         "if temperature == 0:\n        return logits.argmax(-1)\n    logits = logits / temperature",
         "if temperature:\n        logits = logits / temperature",
-        kills=("generation.greedy_is_argmax", "generation.temperature_zero"),
+        kills=("generation.temperature_zero",),
         where="choose",
     ),
     Bug(
