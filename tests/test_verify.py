@@ -16,6 +16,7 @@ import torch
 from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
 from diymodel.verify.registry import select_checks
+from diymodel.verify.report import Result, Status
 from diymodel.verify.runner import replay
 
 # A small rotary model with a tuple cache, as somebody would write it from memory, and the line where a bug goes.
@@ -273,6 +274,27 @@ def test_the_command_prints_writes_and_exits(broken: str, tmp_path: Path, capsys
     assert main(["verify", broken, "--only", CACHED, "--replay", values]) == 1
     again = capsys.readouterr().out
     assert all(half in again for half in failed["failure"]["message"].split(", saw "))
+
+
+@pytest.mark.parametrize(
+    ("statuses", "verdict"),
+    [
+        (["skipped"], "inconclusive"),
+        (["skipped", "inconclusive"], "inconclusive"),
+        (["skipped", "passed"], "passed"),
+        (["inconclusive", "expected_failure"], "passed"),
+        (["skipped", "error"], "failed"),
+    ],
+)
+def test_nothing_is_passed_where_no_check_came_to_a_verdict(statuses: list[Status], verdict: str) -> None:
+    results = [Result(check, status) for check, status in zip(list_checks(), statuses, strict=False)]
+    assert Report("x", results=results).verdict == verdict
+
+
+def test_a_run_of_nothing_but_skipped_checks_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = f"{EXAMPLES / 'nano_gpt.py'}:GPT"
+    assert main(["verify", spec, "--profile", "quick", "--only", CACHED]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: 1 skipped; ")
 
 
 def test_list_and_explain(capsys: pytest.CaptureFixture[str]) -> None:

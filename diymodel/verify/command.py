@@ -31,9 +31,10 @@ def add_commands(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="prove or refute that a causal language model behaves",
-        description="Run every property on SUBJECT. Exit code: 0 all passed (or skipped, or expected to fail), "
-        "1 a check failed, 2 SUBJECT cannot be found, built or called, 130 Ctrl-C, with what was found by then. What "
-        "SUBJECT itself prints is shown with --replay only.",
+        description="Run every property on SUBJECT. Exit code: 0 passed: no check failed (unless it was expected to), "
+        "and not all were skipped or inconclusive; 1 a check failed, or none came to a verdict; 2 SUBJECT cannot be "
+        "found, built or called; 130 Ctrl-C, with what was found by then. What SUBJECT itself prints is shown with "
+        "--replay only.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -140,7 +141,7 @@ def _replay(args: argparse.Namespace) -> int:
     result = replay(args.subject, checks[0], values, args.device)
     if result.status not in ("failed", "error"):
         print(f"{result.status}: {checks[0].id} {result.reason or ''}".rstrip())
-        return 0
+        return 0 if result.status == "passed" else 1
     print("\n".join(failure_lines(result, _wants_color(), args.lang)))
     return 1
 
