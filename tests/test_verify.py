@@ -297,6 +297,19 @@ def test_a_run_of_nothing_but_skipped_checks_is_no_success(capsys: pytest.Captur
     assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: 1 skipped; ")
 
 
+def test_reports_go_where_the_command_was_given_whatever_the_subject_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    spec = write_model(tmp_path / "wanders.py")
+    with (tmp_path / "wanders.py").open("a", encoding="utf-8") as file:
+        file.write("\n\nimport os\nos.chdir('elsewhere')\n")
+    options = ["--profile", "quick", "--only", "shape.logits", "--json", "r.json", "--html", "r.html"]
+    assert main(["verify", spec, *options]) == 0
+    assert {path.name for path in tmp_path.glob("r.*")} == {"r.json", "r.html"}
+
+
 def test_list_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list_checks())

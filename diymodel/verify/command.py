@@ -98,6 +98,7 @@ def _verify(args: argparse.Namespace) -> int:
         return _replay(args)
     for path in filter(None, (args.json, args.html)):
         require_place(path)
+    _make_absolute(args)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the module prints
         report = check_causal_lm(
             args.subject,
@@ -183,6 +184,13 @@ def _clear_progress() -> None:
 
 def _wants_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _make_absolute(args: argparse.Namespace) -> None:
+    """The files to be written, which a subject may lose that changes the working directory."""
+    for name in ("json", "html"):
+        if (path := getattr(args, name)) is not None:
+            setattr(args, name, path.absolute())
 
 
 def _write(report: Report, args: argparse.Namespace) -> None:
