@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify import Subject, SubjectError, check_causal_lm
-from diymodel.verify.calling.building import ByNames
+from diymodel.verify.calling.building import SIZE_NAMES, ByNames
 from diymodel.verify.importing import import_named
 
 CONFIG = DIYConfig(
@@ -63,6 +64,16 @@ class Deep(Bag):
         super().__init__(vocab_size, dim, seq_len, mlp=hidden_dim, kv_heads=n_kv_heads, head=head_dim)
 
 
+class Tutorial(Bag):
+    def __init__(self, ntoken: int, ninp: int, nhead: int, nhid: int, nlayers: int, maxlen: int) -> None:
+        super().__init__(ntoken, ninp, maxlen, heads=nhead, mlp=nhid, layers=nlayers)
+
+
+class FromScratch(Bag):
+    def __init__(self, vocab_size: int, embd_size: int, n_attn_heads: int, n_block: int, block_len: int) -> None:
+        super().__init__(vocab_size, embd_size, block_len, heads=n_attn_heads, layers=n_block)
+
+
 @pytest.mark.parametrize(
     ("make", "sizes", "said"),
     [
@@ -87,8 +98,20 @@ class Deep(Bag):
             "Deep(dim=hidden_size, head_dim=head_size, n_kv_heads=num_kv_heads, seq_len=max_seq_len, vocab_size, "
             "hidden_dim=intermediate_size)",
         ),
+        (
+            Tutorial,
+            {"heads": 2, "mlp": 7, "layers": 3},
+            "Tutorial(maxlen=max_seq_len, nhead=num_heads, nhid=intermediate_size, ninp=hidden_size, "
+            "nlayers=num_layers, ntoken=vocab_size)",
+        ),
+        (
+            FromScratch,
+            {"heads": 2, "layers": 3},
+            "FromScratch(block_len=max_seq_len, embd_size=hidden_size, n_attn_heads=num_heads, n_block=num_layers, "
+            "vocab_size)",
+        ),
     ],
-    ids=["Positional", "Wide", "Switched", "Deep"],
+    ids=["Positional", "Wide", "Switched", "Deep", "Tutorial", "FromScratch"],
 )
 def test_arguments_are_sizes_by_the_names_that_people_give_them(
     make: type[Bag], sizes: dict[str, Any], said: str
@@ -97,6 +120,11 @@ def test_arguments_are_sizes_by_the_names_that_people_give_them(
     module: Any = factory(CONFIG)
     assert module.sizes == {"vocab_size": 11, "width": 12, "length": 9, **sizes}
     assert factory.said == said
+
+
+def test_no_name_stands_for_two_sizes() -> None:
+    names = [name for theirs in SIZE_NAMES.values() for name in theirs]
+    assert not [name for name, count in Counter(names).items() if count > 1]
 
 
 FILE = """

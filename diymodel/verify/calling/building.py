@@ -19,42 +19,75 @@ from torch import nn
 from diymodel.config import DIYConfig
 from diymodel.verify.failure import SubjectError
 
-_NAMES = {  # of ours: theirs
+SIZE_NAMES = {  # of ours: theirs
     "vocab_size": (
         *("vocab_size", "n_vocab", "vocab", "vocabulary_size", "num_tokens", "n_tokens", "ntoken", "words"),
-        "num_embeddings",
+        *("num_embeddings", "num_vocab", "vocab_len", "vocab_length", "voc_size", "n_token", "num_words", "n_words"),
+        "padded_vocab_size",
     ),
     "num_layers": (
         *("num_layers", "n_layers", "n_layer", "num_hidden_layers", "nlayers", "layers", "depth", "num_blocks"),
         *("n_blocks", "num_decoder_layers", "number_of_layers"),
+        *("num_layer", "layer_num", "n_block", "num_block"),
+        *("num_decoder_blocks", "n_decoder_layers", "n_decoder_blocks"),
+        *("num_transformer_layers", "n_transformer_layers", "num_transformer_blocks", "n_transformer_blocks"),
     ),
     "hidden_size": (
         *("hidden_size", "d_model", "n_embd", "n_embed", "dim", "embed_dim", "emb_dim", "embedding_dim", "emb_size"),
         *("embed_size", "embedding_size", "model_dim", "d_embed", "dim_model", "embeddings_size", "dims"),
+        *("embd_size", "embd_dim", "n_emb", "n_embs", "n_embds", "n_embeds", "n_embedding", "d_emb"),
+        *("d_embd", "d_embedding", "dim_emb", "dim_embd", "dim_embed", "dim_embedding", "num_embd", "num_embed"),
+        *("emb_dims", "embd_dims", "embed_dims", "embedding_dims", "n_dim", "n_dims", "n_model", "model_size"),
+        *("model_width", "hidden_dims", "num_hiddens", "ninp"),
     ),
-    "num_heads": ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead", "nheads", "heads", "num_head"),
-    "num_kv_heads": ("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "n_kv_groups", "kv_heads"),
+    "num_heads": (
+        *("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead", "nheads", "heads", "num_head", "head_num"),
+        *("attn_heads", "n_attn_heads", "num_attn_heads", "attention_heads", "n_attention_heads", "number_of_heads"),
+        *("n_q_heads", "num_q_heads", "n_query_heads", "num_query_heads"),
+    ),
+    "num_kv_heads": (
+        *("num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads", "n_kv_groups", "kv_heads", "num_kv_head"),
+        *("num_kv_groups", "n_key_value_heads", "n_query_groups", "num_query_groups"),
+    ),
     "intermediate_size": (
         *("intermediate_size", "d_ff", "ffn_dim", "ff_dim", "dff", "dim_feedforward", "mlp_dim", "ffn_hidden_size"),
         *("ffn_size", "n_inner", "ffn_hidden_dim", "ff_hidden_dim", "mlp_hidden_dim", "d_inner", "hidden_features"),
+        *("d_ffn", "d_mlp", "d_hid", "nhid", "n_ff", "n_ffn", "dim_ff", "dim_ffn", "d_feedforward", "ff_size"),
+        *("feedforward_dim", "feed_forward_dim", "feedforward_size"),
+        *("feed_forward_size", "mlp_size", "mlp_hidden_size"),
+        *("intermediate_dim", "d_intermediate", "ffn_num_hiddens"),
     ),
     "max_seq_len": (
         *("max_seq_len", "block_size", "context_length", "max_len", "seq_len", "max_position_embeddings", "max_length"),
         *("n_positions", "n_ctx", "ctx_len", "sequence_length", "context_size", "max_seq_length", "seq_length"),
-        *("max_sequence_length", "context_len", "max_context", "context_window", "max_positions"),
-        "num_max_positions",
+        *("max_sequence_length", "context_len", "max_context", "context_window", "max_positions", "num_max_positions"),
+        *("max_seqlen", "seqlen", "maxlen", "max_sequence_len", "sequence_len", "max_position", "num_positions"),
+        *("max_context_len", "max_context_length", "max_context_size", "ctx_size"),
+        *("ctx_length", "n_context", "max_ctx"),
+        *("max_block_size", "block_len", "block_length"),
     ),
     "dropout": (
         *("dropout", "dropout_rate", "drop_rate", "dropout_p", "p_drop", "dropout_prob", "p_dropout", "attn_dropout"),
         *("resid_pdrop", "attn_pdrop", "embd_pdrop", "attention_dropout", "resid_dropout", "emb_dropout", "drop_prob"),
+        *("pdrop", "drop_p", "dropout_ratio", "dropout_probability", "hidden_dropout", "hidden_dropout_prob"),
+        *("attn_drop", "attn_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob", "embd_dropout"),
+        *("embed_dropout", "embedding_dropout", "residual_dropout", "ff_dropout", "ffn_dropout", "mlp_dropout"),
     ),
-    "rms_norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_eps", "eps"),
-    "rope_theta": ("rope_theta", "rope_base", "theta"),
-    "tie_word_embeddings": ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings", "tied_embedding"),
-    "pad_token_id": ("pad_token_id", "pad_id", "pad_idx", "padding_idx", "pad_token"),
-    "head_size": ("head_size", "head_dim", "d_head", "dim_head", "d_k", "d_v"),
+    "rms_norm_eps": (
+        *("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_eps", "eps", "epsilon", "ln_eps"),
+        *("layernorm_eps", "layernorm_epsilon", "rmsnorm_eps", "norm_epsilon"),
+    ),
+    "rope_theta": ("rope_theta", "rope_base", "theta", "rotary_base", "rotary_theta", "rotary_emb_base"),
+    "tie_word_embeddings": (
+        *("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings", "tied_embedding", "tie_embedding"),
+        *("tied_embeddings", "tie_word_embedding", "tied_weights"),
+    ),
+    "pad_token_id": (
+        *("pad_token_id", "pad_id", "pad_idx", "padding_idx", "pad_token", "pad_index", "padding_id", "pad_token_idx"),
+    ),
+    "head_size": ("head_size", "head_dim", "d_head", "dim_head", "d_k", "d_v", "d_kv", "dim_per_head"),
 }
-_OURS = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
+_OURS = {theirs: ours for ours, names in SIZE_NAMES.items() for theirs in names}
 _EITHER = "hidden_dim"  # the model's width, or its MLP's where another name says the model's
 _SWITCH = re.compile(r"(\w+_)?bias|use_\w+")  # off, where nothing says what it is by default
 _CONFIGURATION = re.compile(r"(config|configuration|args|arguments|params|hparams|hyperparameters|settings)$", re.I)
