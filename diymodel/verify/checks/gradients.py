@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, first_of, refusal, said
+from diymodel.verify.graph import only_added
 from diymodel.verify.learning import (
     accumulated,
     distinct_tokens,
@@ -32,21 +31,6 @@ _WIDE_ENOUGH = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermedia
 _DRAWS = 3  # what is 0 by bad luck in one draw is not in three
 _MANY_ROWS = 32
 _VOCABULARY = 16  # more than there are positions, so that a table with as many rows is the token embedding
-# Kinds of nodes of a graph.
-_RESHAPES = {
-    "ExpandBackward",
-    "PermuteBackward",
-    "ReshapeAliasBackward",
-    "SqueezeBackward",
-    "ToCopyBackward",
-    "TransposeBackward",
-    "UnsafeViewBackward",
-    "UnsqueezeBackward",
-    "ViewBackward",
-}
-_ADDITIONS = {"AddBackward", "SubBackward"}
-_ADDITIONS_OF_THE_FIRST = {"AddmmBackward", "BaddbmmBackward"}  # to a product of the others
-_PRODUCT = re.compile("mm|Mv|Dot|Attention")
 _CHECKPOINTING = (  # methods that turn it on; transformers deprecates its second name
     "activation_checkpointing_enable",
     "gradient_checkpointing_enable",
@@ -79,7 +63,7 @@ def reach_every_parameter(trial: Trial) -> None:
         lm = trial.build(lm.config, trial.values["weights"] + seed, 1)
         logits = lm.logits(ids)
         weights = torch.randn(logits.shape, generator=generator).to(logits)
-        unreached -= _reached(gradients_of((logits * weights).sum(), trainable(lm)), _biases(logits, trainable(lm)))
+        unreached -= _reached(gradients_of((logits * weights).sum(), trainable(lm)), only_added(logits, trainable(lm)))
     unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
     if unreached:
         raise CheckFailure(
@@ -97,52 +81,6 @@ def _reached(found: dict[str, Tensor | None], biases: set[str]) -> set[str]:
     least = torch.finfo(torch.float64).eps * max(sizes.values(), default=0.0)
     vectors = {name for name, gradient in found.items() if gradient is not None and gradient.dim() < 2}
     return {name for name, size in sizes.items() if size > (0.0 if name in vectors | biases else least)}
-
-
-def _biases(logits: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
-    """The parameters that are only ever added, whole, to features; what is added to scores is meant to change them."""
-    users = _users(logits)
-    leaves = {id(node.variable): node for node in users if node is not None and hasattr(node, "variable")}
-    return {name for name, p in parameters.items() if id(p) in leaves and _is_added(leaves[id(p)], users)}
-
-
-def _users(objective: Tensor) -> dict[Any, list[tuple[Any, int]]]:
-    """The nodes of a graph, each with those that take its result, and as which of their operands."""
-    users: dict[Any, list[tuple[Any, int]]] = {objective.grad_fn: []}
-    waiting: list[Any] = [objective.grad_fn]
-    while waiting:
-        user = waiting.pop()
-        for operand, (node, _) in enumerate(user.next_functions):
-            if node is None:
-                continue
-            if node not in users:
-                waiting.append(node)
-            users.setdefault(node, []).append((user, operand))
-    return users
-
-
-def _is_added(node: Any, users: dict[Any, list[tuple[Any, int]]]) -> bool:
-    def adds(user: Any, operand: int) -> bool:
-        kind = user.name().rstrip("0123456789")
-        if kind in _RESHAPES:
-            return _is_added(user, users)
-        is_sum = kind in _ADDITIONS or (kind in _ADDITIONS_OF_THE_FIRST and operand == 0)
-        return is_sum and not _is_softmaxed(user, users)
-
-    return all(adds(user, operand) for user, operand in users[node])
-
-
-def _is_softmaxed(node: Any, users: dict[Any, list[tuple[Any, int]]]) -> bool:
-    """Whether a softmax takes what a node gives, with no product of matrices between."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        for user, _ in users[waiting.pop()]:
-            if "Softmax" in user.name():
-                return True
-            if user not in seen and not _PRODUCT.search(user.name()):
-                seen.add(user)
-                waiting.append(user)
-    return False
 
 
 @check(
