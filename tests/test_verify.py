@@ -249,6 +249,14 @@ def test_a_module_that_rejects_every_configuration_is_told_so_with_its_own_messa
         check_causal_lm(f"{path}:build", profile="quick", only=["causality.edit"])
 
 
+def test_a_factory_that_refuses_small_widths_is_given_those_that_it_took(tmp_path: Path) -> None:
+    path = tmp_path / "wide.py"
+    build = "def build(config):\n    if config.hidden_size % 64: raise NotImplementedError('kernels of 64')\n"
+    path.write_text(MODEL + build + "    return LM(config)\n", "utf-8")
+    report = check_causal_lm(f"{path}:build", profile="quick", only=["causality.edit"])
+    assert (report.verdict, report.results[0].examples) == ("passed", 10)
+
+
 def test_an_unknown_transformers_type_names_the_nearest() -> None:
     pytest.importorskip("transformers")
     with pytest.raises(SubjectError, match="no causal language model of type 'lama'; the nearest is 'llama'"):

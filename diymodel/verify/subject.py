@@ -45,6 +45,7 @@ _FIRST_SIZES = (
     {"num_layers": 2, "num_heads": 2, "hidden_size": 16},
     {"num_layers": 2, "num_heads": 4, "hidden_size": 64},
 )
+_WIDTHS = ("hidden_size", "num_heads", "num_kv_heads")
 _FIRST_LENGTH = 16  # and as many tokens in the vocabulary
 
 
@@ -131,6 +132,7 @@ class Subject:
         self._factory = factory
         self._by_names: ByNames | None = None  # builds it, where the factory does not take a configuration of ours
         self.own_sizes: Mapping[str, Any] = {}  # fields of the configuration that the module does not heed
+        self.widths: Mapping[str, int] = {}  # in whose place smaller ones are refused
         self.num_parameters = 0  # of the module that its convention was found with
         self.name = name or getattr(factory, "__name__", type(self).__name__)
         self.claims = frozenset(claims)
@@ -177,6 +179,8 @@ class Subject:
             try:
                 with time_limit(_PATIENCE):
                     config = self._first_config()
+                    if config.hidden_size > _FIRST_SIZES[0]["hidden_size"]:
+                        self.widths = {name: getattr(config, name) for name in _WIDTHS}
                     convention = self._found(config)
                     self.own_sizes = find_own_sizes(self.made, config, convention)
                     if self.own_sizes:

@@ -101,7 +101,10 @@ class Trial:
             fixed: configuration fields that are not drawn, unless the subject refuses them: see :func:`_nearest`.
         """
         drawn = self.draw("config", self.subject.configs(length))
-        values = {**self._first_taken(_nearest(drawn, fixed)), **self.subject.own_sizes}
+        choices = _nearest(drawn, fixed)
+        if self.subject.widths:
+            choices += [{**choice, **self.subject.widths} for choice in choices]
+        values = {**self._first_taken(choices), **self.subject.own_sizes}
         self.values["config"] = values  # the report shows what was built
         config = DIYConfig.from_dict(values)
         seed = self.draw("weights", st.integers(0, 2**16))
