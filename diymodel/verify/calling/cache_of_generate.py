@@ -16,7 +16,7 @@ from torch import nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.calling.entries import Entry, others
-from diymodel.verify.calling.generate_probing import by_names
+from diymodel.verify.calling.generate_names import by_names
 from diymodel.verify.calling.generating import FORMS, Generating
 from diymodel.verify.convention import Convention, NewCache
 from diymodel.verify.failure import NotApplicable

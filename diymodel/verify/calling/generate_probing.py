@@ -1,4 +1,4 @@
-"""Finds how a stranger's module generates, by the names of parameters and by trying each once.
+"""Finds how a stranger's module generates, by trying what the names of parameters tell.
 
 Shapes: B batch, T prompt length, N new tokens, L length of what is returned, V vocabulary.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.calling.entries import Entry, others
+from diymodel.verify.calling.generate_names import NAMES, by_names, lacking
 from diymodel.verify.calling.generating import CAPABILITIES, FORMS, MANY, Generating
 from diymodel.verify.casting import cast
 from diymodel.verify.convention import Convention
@@ -24,53 +25,7 @@ from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import draw_weights
 
-_NAMES = {
-    "ids": (
-        *("input_ids", "input_tensor", "idx", "tokens", "token_ids", "inputs", "prompt", "prompts", "prompt_ids"),
-        *("prime", "context", "x"),
-    ),
-    "new_tokens": (
-        *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
-        *("max_new_token", "max_new_length", "max_length_new", "max_generate_tokens", "max_gen_tokens"),
-        *("tokens_to_generate", "max_gen_len", "max_gen", "gen_len", "num_steps", "n_steps", "steps", "seq_len"),
-        *("max_length", "max_len", "length", "max_returned_tokens", "total_tokens"),
-    ),
-    "mask": ("attention_mask", "padding_mask", "mask"),
-    "lengths": ("seq_lengths", "prompt_lens", "prompt_lengths", "lengths"),
-    "eos": ("eos_token_id", "eos_token", "eos_id", "eos", "stop_token_id", "stop_token", "end_token"),
-    "pad": ("pad_token_id", "pad_token", "pad_id", "pad"),
-    "do_sample": ("do_sample", "sample"),
-    "temperature": ("temperature", "temp"),
-    "top_k": ("top_k", "topk"),
-    "top_p": ("top_p", "topp"),
-    "min_p": ("min_p",),
-    "filter": ("filter_thres",),  # lucidrains': the share of the tokens that is left out
-    "repetition_penalty": ("repetition_penalty", "rep_penalty", "repeat_penalty"),
-    "seed": ("seed",),
-    "use_cache": ("use_cache", "cache_kv", "use_kv_cache"),
-    "context": (  # how many tokens the model holds
-        *("context_size", "context_length", "context_len", "context_window", "ctx_size", "ctx_len", "block_size"),
-        *("max_context", "max_context_size", "max_context_length", "max_seq_len", "max_seq_length"),
-    ),
-    "device": ("device",),
-}
-_NEUTRAL = {  # what settings are that change nothing, where they have no default
-    "eos": -1,
-    "pad": 0,
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": None,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "filter": 0.0,
-    "repetition_penalty": 1.0,
-    "seed": 0,
-    "use_cache": False,
-}
-# Each is switched off, whatever number is its default.
-_NARROWING = ("eos", "top_p", "min_p", "filter", "repetition_penalty")
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
-_ALWAYS_TOTALS = ("max_returned_tokens", "total_tokens")  # litgpt's: of prompt and new tokens together
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _CALLS = 6  # in which a draw shows
 _SECONDS = 30  # for all of a module's answers
@@ -79,9 +34,6 @@ _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, 
 _MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
 _NO_CHOICE = re.compile("probability tensor contains")  # torch's, where nothing is left to draw among
 _NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
-_TRANSFORMERS = {  # its generate hides them behind **kwargs
-    role: _NAMES[role][0] for role in _NAMES if role not in ("lengths", "seed", "context", "device")
-}
 
 
 def with_generating(
@@ -126,8 +78,8 @@ def find_generating(
     failed, unknown = [], []
     for entry in others(module, factory):
         other = _with(lm, by_names(module, convention, entry))
-        if (lacking := _lacking(other.generating, entry.parameters(module))) is not None:
-            unknown.append(f", and {entry} {lacking}")
+        if (lacks_it := lacking(other.generating, entry.parameters(module))) is not None:
+            unknown.append(f", and {entry} {lacks_it}")
             continue
         other = _in_form(other, ids)
         if (why := _refused_alone(other, ids)) is None:
@@ -136,37 +88,8 @@ def find_generating(
     return _without_all(f"generate {lacks}{''.join([*failed, *unknown][:1])}")
 
 
-def by_names(module: nn.Module, convention: Convention, entry: Entry) -> Generating:
-    """By the names of its parameters; no names: there is no such entry."""
-    parameters = entry.parameters(module)
-    names = _names(module, parameters)
-    return Generating(
-        names,
-        _fixed(names, parameters),
-        counts_prompt=names.get("new_tokens") in _ALWAYS_TOTALS,
-        mask_dtype=convention.mask_dtype,
-        mask_marks_padding=convention.mask_marks_padding,
-        entry=entry,
-    )
-
-
 def _with(lm: LM, generating: Generating) -> LM:
     return LM(lm.module, lm.config, replace(lm.convention, generating=generating))
-
-
-def _lacking(generating: Generating, parameters: Mapping[str, inspect.Parameter]) -> str | None:
-    """What keeps an entry from being called; None: token ids, their number, and all without default are known."""
-    named = {*generating.names.values(), *generating.fixed}
-    unknown = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in named
-    ]
-    if unknown:
-        return f"needs {', '.join(unknown)}, which the harness does not know"
-    if generating.names.get("ids") not in _NAMES["ids"]:
-        return "has no parameter for token ids that the harness knows"
-    return None if "new_tokens" in generating.names else "has no parameter for the number of new tokens"
 
 
 def _refused_alone(lm: LM, ids: Tensor) -> str | None:
@@ -207,36 +130,6 @@ def _crash(lm: LM, ids: Tensor) -> str | None:
     except Exception as error:
         return f"generate failed on token ids: {said(error)}" if crashed(error) else None
     return None
-
-
-def _names(module: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
-    """Names by role."""
-    if not parameters:
-        return {}
-    known = {role: next((name for name in names if name in parameters), "") for role, names in _NAMES.items()}
-    names = {role: name for role, name in known.items() if name}
-    if "context" in names and parameters[names["context"]].default is not inspect.Parameter.empty:
-        del names["context"]  # it knows better
-    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "new_tokens" not in names and takes_more and hasattr(module, "generation_config"):
-        return {**_TRANSFORMERS, **names}  # transformers' own generate, or one that hands everything on to it
-    names.setdefault("ids", next(iter(parameters)))
-    return names
-
-
-def _fixed(names: Mapping[str, str], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Arguments for what has no default, or one that would end or narrow every generation."""
-    fixed = {}
-    for role in _NEUTRAL.keys() & names.keys():
-        parameter = parameters.get(names[role])
-        if parameter is None:  # behind transformers' **kwargs, which its own configuration has defaults for
-            needed = role == "eos"
-        else:
-            default = parameter.default
-            needed = default is parameter.empty or (role in _NARROWING and isinstance(default, (int, float)))
-        if needed:
-            fixed[names[role]] = _NEUTRAL[role]
-    return fixed
 
 
 def _narrows(top_k: inspect.Parameter | None) -> bool:
@@ -328,7 +221,7 @@ def _find_settings(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     for capability, (role, settings) in tried.items():
         name = generating.names.get(role)
         if name is None:
-            missing[capability] = f"generate has no {_NAMES[role][0]}"
+            missing[capability] = f"generate has no {NAMES[role][0]}"
         elif (why := _refused(lm, ids, settings)) is not None and not _crashes(lm, ids, role, settings):
             missing[capability] = f"generate does not take {name}={settings[role]}: {why}"
     return generating, missing

@@ -24,10 +24,10 @@ from diymodel.verify.calling.cache_probing import (
 )
 from diymodel.verify.calling.loss_probing import find_loss
 from diymodel.verify.calling.masks import CAUSAL_MASKS
+from diymodel.verify.calling.padding_probing import find_padding, mask_kinds, missing_packing, padded_is_finite
 from diymodel.verify.calling.signature import (
     LABELS_SHIFTED,
     NAMES,
-    has_no,
     logits_switches,
     parameter_names,
     parameters,
@@ -35,7 +35,6 @@ from diymodel.verify.calling.signature import (
 )
 from diymodel.verify.calling.uncallable import (
     LENGTH,
-    ROWS,
     Tried,
     of_multiples,
     only_multiples,
@@ -51,8 +50,6 @@ from diymodel.verify.trial import draw_weights
 _PERHAPS_CAUSAL = ("mask", "masks", *NAMES["causal"])  # names of masks (T, S) as well
 _AFTER = ("input_not_include_cache",)  # x-transformers: True where a call on a cache gets the new tokens only
 _NEW_TOKENS = "cache_age"  # x-transformers, which hands it on by **kwargs
-_MARKS_REAL = ("attention_mask",)  # the one name that everybody gives the same meaning
-_MASK_KINDS = ((torch.int64, False), (torch.bool, False), (torch.bool, True))  # dtype, True at padding
 
 
 def find_convention(
@@ -101,7 +98,7 @@ def find_convention(
         except SubjectError:  # a new module refuses it, such as one that makes a table in float32 at its first call
             return coarse
         better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
-        finite = [_padded_is_finite(drawn(way.dtype), config, way, ids) for way in (coarse, exact)]
+        finite = [padded_is_finite(drawn(way.dtype), config, way, ids) for way in (coarse, exact)]
         narrower = "cache" not in exact.missing and is_narrower(drawn().double(), config, exact, ids)
         if better or narrower:
             return coarse
@@ -124,19 +121,6 @@ def _refuse_lost_buffers(module: nn.Module, config: DIYConfig, convention: Conve
             f"the buffer {lost[0]} holds NaN as the module is built, and so do all logits: it was never filled, or "
             "lost its values, as by to_empty() after the meta device"
         )
-
-
-def _padded_is_finite(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether a row padded on the left has finite logits; True where no such row is taken.
-
-    Where a mask holds float64's smallest number and the softmax works in float32, that number is -inf.
-    """
-    if not convention.mask or "padding" in convention.missing:
-        return True
-    lm = LM(module, config, convention)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[0, 0] = False
-    return refusal(lm.logits, ids, real) is not None or bool(lm.logits(ids, real).isfinite().all())
 
 
 def _find_call(module: nn.Module, declared: Mapping[str, Any]) -> Convention:
@@ -238,7 +222,7 @@ def _ways(convention: Convention, required: set[str]) -> list[Convention]:
     if plain.lengths in required:
         ways = [replace(plain, mask_always=True)]
     if plain.mask in required:
-        ways = [replace(way, mask_always=True) for way in _mask_kinds(plain)]
+        ways = [replace(way, mask_always=True) for way in mask_kinds(plain)]
     name = convention.causal or (convention.mask if convention.mask in _PERHAPS_CAUSAL else None)
     if name is not None:
         without = replace(plain, mask=None) if name == convention.mask else plain
@@ -279,11 +263,6 @@ def _is_causal(lm: LM, ids: Tensor) -> bool:
     return bool(logits.isfinite().all()) and close(lm.logits(last)[:, :-1], logits[:, :-1])
 
 
-def _mask_kinds(convention: Convention) -> list[Convention]:
-    kinds = [(dtype, padding) for dtype, padding in _MASK_KINDS if not padding or convention.mask not in _MARKS_REAL]
-    return [replace(convention, mask_dtype=dtype, mask_marks_padding=padding) for dtype, padding in kinds]
-
-
 def _runs_in_float64(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
     """Whether it does not refuse float64; kernels and modules do so in ways of their own."""
     logits = LM(module, config, convention).logits(ids)
@@ -308,10 +287,10 @@ def _find_rest(
         raise SubjectError(of_multiples(step))
     convention = replace(convention, shortest=shortest)
     learns = _carries_gradient(module, config, convention, ids)
-    convention, no_padding = _find_padding(module, config, convention, ids, declared)
+    convention, no_padding = find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache(module, config, convention, ids, factory)
-    missing = no_padding | no_loss | no_cache | _missing_packing(module, config, convention, ids)
+    missing = no_padding | no_loss | no_cache | missing_packing(module, config, convention, ids)
     if convention.always_cached:
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
         missing["gradient"] = missing["graph"] = f"every call is on the cache {whose}: it is for inference only"
@@ -336,83 +315,3 @@ def _carries_gradient(module: nn.Module, config: DIYConfig, convention: Conventi
 def _find_shortest(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> int:
     lm = LM(module, config, convention)
     return next((T for T in range(1, LENGTH) if refusal(lm.logits, ids[:, :T]) is None), LENGTH)
-
-
-def _find_padding(
-    module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor, declared: Mapping[str, Any]
-) -> tuple[Convention, dict[str, str]]:
-    """How padding on the right is told: by lengths, or by a mask of numbers or booleans, of what is real or is not."""
-    if not (convention.lengths or convention.mask):
-        convention = _with_padding_mask(module, config, convention, ids)
-    name = convention.lengths or convention.mask
-    if name is None:
-        why = has_no(module, "attention_mask and no seq_lengths")
-        return convention, dict.fromkeys(("padding", "ragged_cache"), why)
-    ways = [convention]
-    if not (convention.lengths or {"mask_dtype", "mask_marks_padding"} & declared.keys()):
-        ways = _mask_kinds(convention)
-    real = torch.arange(LENGTH) < torch.tensor([[LENGTH]] + [[2]] * (ROWS - 1))
-    expected = LM(module, config, convention).logits(ids)[real]
-    accepted: list[Convention] = []
-    reasons = []
-    for way in ways:
-        lm = LM(module, config, way)
-        if (refused := refusal(lm.logits, ids, real)) is not None:
-            reasons.append(refused)
-        elif close(lm.logits(ids, real)[real], expected):
-            accepted.insert(0, way)
-            break
-        else:
-            accepted.append(way)
-    if not accepted:
-        why = f"forward({name}=…) takes no padding on the right: {reasons[0]}"
-        return convention, dict.fromkeys(("padding", "ragged_cache"), why)
-    found, missing = accepted[0], {}
-    if not found.lengths:
-        found = replace(found, pads_left=_pads_left(LM(module, config, found), ids))
-    if not (convention.lengths or convention.positions):
-        missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
-    return found, missing
-
-
-def _pads_left(lm: LM, ids: Tensor) -> bool:
-    """Whether rows padded on the left give what they give alone."""
-    shortest = lm.convention.shortest
-    real = torch.arange(LENGTH) >= LENGTH - torch.arange(shortest, shortest + ROWS)[:, None]
-    if shortest + ROWS > LENGTH or refusal(lm.logits, ids, real) is not None:
-        return False
-    padded = lm.logits(ids, real)
-    return all(
-        close(padded[row : row + 1, hidden:], lm.logits(ids[row : row + 1, hidden:]))
-        for row, hidden in enumerate((~real).sum(1).tolist())
-    )
-
-
-def _with_padding_mask(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention:
-    """With attn_mask, or another name of causal masks (T, S), where given as (B, T) it hides what it marks."""
-    name = None if convention.causal or convention.block_mask else parameter_names(module).get("causal")
-    if name is None:
-        return convention
-    ways = _mask_kinds(replace(convention, mask=name))
-    return next((way for way in ways if _hides(LM(module, config, way), ids)), convention)
-
-
-def _hides(lm: LM, ids: Tensor) -> bool:
-    """Whether a mask keeps the first token of the first row from the others, and changes nothing in other rows."""
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[0, 0] = False
-    other = ids.clone()
-    other[0, 0] = ids[0, 1]
-    if refusal(lm.logits, ids, real) is not None:
-        return False
-    hidden, seen = lm.logits(ids, real), lm.logits(ids)
-    changed = not close(hidden[0, 1:], seen[0, 1:])
-    return changed and close(lm.logits(other, real)[0, 1:], hidden[0, 1:]) and close(hidden[1:], seen[1:])
-
-
-def _missing_packing(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> dict[str, str]:
-    if convention.documents is None:
-        return {"packing": has_no(module, "document_ids")}
-    documents = (torch.arange(LENGTH) // 2 + 1).expand_as(ids)
-    why = refusal(LM(module, config, convention).packed, ids, documents)
-    return {} if why is None else {"packing": f"forward({convention.documents}=…) takes no (batch, seq): {why}"}
