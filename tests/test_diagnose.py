@@ -17,7 +17,7 @@ from diymodel.verify.diagnose import Signatures, known_causes, signatures
 from diymodel.verify.examination import diagnose
 from diymodel.verify.html import to_html
 from diymodel.verify.registry import list_checks
-from diymodel.verify.report import Diagnosis, Report, Result
+from diymodel.verify.report import Diagnosis, Failure, Report, Result
 from diymodel.verify.runner import PROFILES, Settings, run_checks, verify_one
 from diymodel.verify.samples import Sample, read_samples
 from diymodel.verify.subject import resolve
@@ -223,3 +223,15 @@ def test_a_report_says_what_no_diagnosis_explains() -> None:
     said = report.to_text()
     explained = {id for found in report.likely for id in found.evidence}
     assert {"decode.branch", "numerics.zeros_finite"} <= explained | set(report.unexplained), said
+
+
+def test_what_no_diagnosis_explains_is_told_with_its_own_likeliest_cause() -> None:
+    checks = {check.id: check for check in list_checks()}
+    ids, causes = ("decode.unrelated_call", "decode.branch"), (("state-survives-calls", "cache-rows-shared"), ())
+    report = Report("x", diagnosis=(Diagnosis("rmsnorm-overflow-half", 0.9, ()),), unexplained=ids)
+    report.results = [
+        Result(checks[id], "failed", failure=Failure("saw it", likely, {}, {}, "replay"))
+        for id, likely in zip(ids, causes, strict=True)
+    ]
+    assert "Not explained by these: decode.unrelated_call (state-survives-calls?), decode.branch\n" in report.to_text()
+    assert "<code>decode.unrelated_call</code> (state-survives-calls?), <code>decode.branch</code>" in to_html(report)

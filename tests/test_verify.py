@@ -249,9 +249,10 @@ def test_a_module_that_rejects_every_configuration_is_told_so_with_its_own_messa
         check_causal_lm(f"{path}:build", profile="quick", only=["causality.edit"])
 
 
-def test_a_factory_that_refuses_small_widths_is_given_those_that_it_took(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", ["config.hidden_size % 64", "config.head_size % 8"])
+def test_a_factory_that_refuses_small_widths_is_given_those_that_it_took(refused: str, tmp_path: Path) -> None:
     path = tmp_path / "wide.py"
-    build = "def build(config):\n    if config.hidden_size % 64: raise NotImplementedError('kernels of 64')\n"
+    build = f"def build(config):\n    if {refused}: raise NotImplementedError('kernels')\n"
     path.write_text(MODEL + build + "    return LM(config)\n", "utf-8")
     report = check_causal_lm(f"{path}:build", profile="quick", only=["causality.edit"])
     assert (report.verdict, report.results[0].examples) == ("passed", 10)

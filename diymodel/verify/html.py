@@ -139,7 +139,10 @@ def _diagnosis(report: Report, lang: Lang) -> str:
             f'<p class="soft"><code>diymodel zoo show {escape(found.bug)}</code></p></section>',
         ]
     if report.likely and report.unexplained:
-        names = ", ".join(f"<code>{escape(id)}</code>" for id in report.unexplained)
+        names = ", ".join(
+            f"<code>{escape(id)}</code>{f' ({escape(cause)}?)' if cause else ''}"
+            for id, cause in report.left_over.items()
+        )
         lines.append(f"<p>{words['unexplained']}: {names}</p>")
     return "\n".join(lines)
 

@@ -124,6 +124,12 @@ class Report:
         return tuple(found for place, found in enumerate(self.diagnosis) if not place or found.score >= _LEAST_SCORE)
 
     @property
+    def left_over(self) -> dict[str, str]:
+        """Of each check that is unexplained, the likeliest of the causes that it names itself; none: ''."""
+        causes = {result.check.id: result.failure.likely_causes for result in self.failed if result.failure is not None}
+        return {id: next(iter(causes.get(id, ())), "") for id in self.unexplained}
+
+    @property
     def doubtful(self) -> bool:
         """Whether even the likeliest is less likely than not."""
         return bool(self.likely) and self.likely[0].score < _FITS_WELL

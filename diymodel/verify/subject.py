@@ -45,6 +45,7 @@ _FIRST_SIZES = (
     {"num_layers": 2, "num_heads": 2, "hidden_size": 16},
     {"num_layers": 2, "num_heads": 4, "hidden_size": 64},
 )
+_SMALL = 8  # the least of these hidden sizes
 _WIDTHS = ("hidden_size", "num_heads", "num_kv_heads")
 _FIRST_LENGTH = 16  # and as many tokens in the vocabulary
 
@@ -179,7 +180,7 @@ class Subject:
             try:
                 with time_limit(_PATIENCE):
                     config = self._first_config()
-                    if config.hidden_size > _FIRST_SIZES[0]["hidden_size"]:
+                    if config.hidden_size > _SMALL or config.head_size > _SMALL // 2:
                         self.widths = {name: getattr(config, name) for name in _WIDTHS}
                     convention = self._found(config)
                     self.own_sizes = find_own_sizes(self.made, config, convention)

@@ -83,7 +83,8 @@ def diagnosis_lines(report: Report, color: bool = False, lang: Lang = "en") -> l
         lines.append(f"        {_paint(words['look'], '90', color)}: {look}")
         lines.append(f"        {_paint(words['more'], '90', color)}: diymodel zoo show {found.bug}")
     if report.unexplained:
-        lines.append(f"  {words['unexplained']}: {', '.join(report.unexplained)}")
+        named = (f"{id} ({cause}?)" if cause else id for id, cause in report.left_over.items())
+        lines.append(f"  {words['unexplained']}: {', '.join(named)}")
     return lines
 
 
