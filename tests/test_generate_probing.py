@@ -336,6 +336,14 @@ class YieldsWithState(Pairs):
         return token == eos
 
 
+class YieldsWithStates(YieldsWithState):
+    """mamba2-minimal: the states of all layers, in a list."""
+
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, eos_token_id: int = 0) -> Any:
+        for token, state in super().generate(ids, max_new_tokens, temperature, eos_token_id):
+            yield token, [state, state]
+
+
 class YieldsAmongFifty(YieldsWithState):
     """It draws among more tokens than there are."""
 
@@ -358,6 +366,7 @@ class YieldsAmongFifty(YieldsWithState):
         (InADict, "rows", False, False, True),
         (ListWithMore, "list", True, False, True),
         (YieldsWithState, "row", True, False, False),
+        (YieldsWithStates, "row", True, False, False),
         (YieldsAmongFifty, "row", True, False, False),
     ],
 )

@@ -109,12 +109,12 @@ class Generating:
 
 
 def _ids_among(found: Any) -> Any:
-    """The token ids of a tuple or dict that holds more: its first tensor of integers, or else its first list."""
+    """The token ids of a tuple or dict that holds more: its first tensor, or else list, of integers."""
     if not isinstance(found, (tuple, Mapping)):
         return found
     parts = list(found.values() if isinstance(found, Mapping) else found)
     tensors = [part for part in parts if isinstance(part, Tensor) and _holds_ids(part)]
-    return next(iter([*tensors, *(part for part in parts if isinstance(part, list))]), found)
+    return next(iter([*tensors, *filter(_lists_ids, parts)]), found)
 
 
 def _ids_of_step(step: Any) -> Any:
@@ -127,6 +127,11 @@ def _ids_of_step(step: Any) -> Any:
         return found
     first, *others = step
     return first if type(first) is int and not {type(other) for other in others} & {int, str} else step
+
+
+def _lists_ids(part: Any) -> bool:
+    """Whether it is a list of numbers or of lists of them, and no cache of a layer each."""
+    return isinstance(part, list) and all(type(item) is int or _lists_ids(item) for item in part)
 
 
 def _holds_ids(part: Tensor) -> bool:
