@@ -63,7 +63,10 @@ CLAIMS = {  # promises that no trying can find
     "strict_generation": "generate refuses more than max_seq_len tokens, prompt and new ones, before the first",
     "generate_eval": "generate works in eval mode and puts every part back into its own mode",
 }
-_FOUND = ("cache", "chunks", "padding", "padded_cache", "packing", "loss", "gradient", "graph", *GENERATING)
+_FOUND = (
+    *("cache", "chunks", "padding", "padded_cache", "packing", "loss", "labelled_logits", "gradient", "graph"),
+    *GENERATING,
+)
 _OWN_CLAIMS = (
     "cache_value",
     "strict_context",

@@ -23,6 +23,7 @@ from tests.meta.verdicts import CHECKS, subject
 ON = {  # what our model is not made for
     "decode.caller_object": "supplied",
     "gradients.checkpointing": "kept",
+    "loss.labels_change_no_logit": "hub",
     "packing.documents_do_not_meet": "packed",
     "padding.left_changes_nothing": "hub",
     "padding.left_with_cache": "hub",
@@ -61,7 +62,9 @@ def test_the_rounding_of_what_is_compared_is_measured(check_id: str) -> None:
         with torch.no_grad(), seeded():
             assert holds(rerun(), expected), what
         assert any(parameter.numel() for parameter in lm.module.parameters())
-        assert scale is not None or not check_id.startswith("loss."), "a loss near 0 is a difference of large logits"
+        assert scale is not None or expected.dim() or not check_id.startswith("loss."), (
+            "a loss near 0 is a difference of large logits"
+        )
 
     with mock.patch.object(Trial, "same", spied):
         result = run_check(subject(ON.get(check_id, OWN)), CHECKS[check_id], Settings(2))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no
+from diymodel.verify.calling.uncallable import wrong_logits
 from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.failure import SubjectError, refusal, said
 from diymodel.verify.learning import gradients_to
@@ -106,6 +107,15 @@ def _scalars(module: nn.Module) -> dict[str, Tensor]:
         for attribute, value in vars(part).items()
         if isinstance(value, Tensor) and value.dim() == 0 and value.grad_fn is not None
     }
+
+
+def no_labelled_logits(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> str | None:
+    """Why a call with labels gives no logits of every token; None: it does."""
+    name = convention.labels
+    if name is None or convention.always_cached:
+        return has_no(module, "labels") if name is None else "every call is on a cache"
+    error = wrong_logits(LM(module, config, replace(convention, logits_need_labels=True)), ids)
+    return None if error is None else f"with {name} {said(error)}"
 
 
 def _half_ignored(ids: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from diymodel.verify.calling.cache_probing import (
     find_cache,
     is_narrower,
 )
-from diymodel.verify.calling.loss_probing import find_loss
+from diymodel.verify.calling.loss_probing import find_loss, no_labelled_logits
 from diymodel.verify.calling.masks import CAUSAL_MASKS
 from diymodel.verify.calling.padding_probing import find_padding, mask_kinds, missing_packing, padded_is_finite
 from diymodel.verify.calling.signature import (
@@ -291,6 +291,8 @@ def _find_rest(
     convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache(module, config, convention, ids, factory)
     missing = no_padding | no_loss | no_cache | missing_packing(module, config, convention, ids)
+    if (why := no_labelled_logits(module, config, convention, ids)) is not None:
+        missing["labelled_logits"] = why
     if convention.always_cached:
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
         missing["gradient"] = missing["graph"] = f"every call is on the cache {whose}: it is for inference only"
