@@ -19,7 +19,7 @@ a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -84,8 +84,26 @@ class LayerCache(Mapping[str, Tensor]):
         return self._buffer if newest and same else None
 
 
+class Placement(Protocol):
+    """Where a forward pass keeps its new keys and values; the same for all layers."""
+
+    def put(
+        self, past: LayerPast | None, keys: Tensor, values: Tensor, max_length: int
+    ) -> tuple[Tensor, Tensor, LayerPast]:
+        """Put new keys and values (B, K, T, D) behind the cached ones of a layer.
+
+        Args:
+            past: the layer's cache; None starts one.
+            max_length: positions beyond which no buffer is enlarged ahead of need.
+
+        Returns:
+            All keys and all values to look at, (B, K, S, D), and the layer's new cache.
+        """
+        ...
+
+
 class Span(NamedTuple):
-    """Where the T new positions of every row go; the same for all layers of one forward pass."""
+    """Where the T new positions of every row go, in a cache that is a value."""
 
     start: int | Tensor  # first new position: one for all rows, or (B,)
     end: int | Tensor  # position after the last real one
@@ -123,6 +141,37 @@ class Span(NamedTuple):
         visible = torch.arange(self.total, device=device) <= self.slots(device)[..., None]
         return visible if isinstance(self.start, int) else visible[:, None]
 
+    def put(
+        self, past: LayerPast | None, keys: Tensor, values: Tensor, max_length: int
+    ) -> tuple[Tensor, Tensor, LayerPast]:
+        """As :meth:`Placement.put`, S = filled + T; ``past`` is left as it was for whoever holds it.
+
+        Raises:
+            ValueError: the cache holds another dtype than the new keys.
+        """
+        if past is not None and (cached_dtype := _dtype(past[0])) != keys.dtype:
+            raise ValueError(
+                f"the cache holds {cached_dtype} and the new keys are {keys.dtype}: it was filled by this model in "
+                "another dtype, or under another autocast setting"
+            )
+        total = self.total
+        buffer = past[0].tip(past[1]) if past is not None and isinstance(past[0], LayerCache) else None
+        if buffer is None or buffer.keys.shape[2] < total:
+            buffer = _Buffer(keys, max(total, min(max(2 * total, _SMALLEST_CAPACITY), max_length)))
+            if past is not None:
+                buffer.keys.narrow(2, 0, self.filled).copy_(past[0]["k"].narrow(2, 0, self.filled))
+                buffer.values.narrow(2, 0, self.filled).copy_(past[0]["v"].narrow(2, 0, self.filled))
+        if isinstance(self.start, int):
+            buffer.keys.narrow(2, self.start, self.num_new).copy_(keys)
+            buffer.values.narrow(2, self.start, self.num_new).copy_(values)
+        else:
+            slots = self.slots(keys.device)[:, None, :, None].expand_as(keys)
+            buffer.keys.scatter_(2, slots, keys)
+            buffer.values.scatter_(2, slots, values)
+        buffer.version += 1
+        present = LayerCache(buffer, self.end, self.length), self.end
+        return buffer.keys.narrow(2, 0, total), buffer.values.narrow(2, 0, total), present
+
 
 class FixedSlots(NamedTuple):
     """Where one new token a row goes in buffers of fixed size, in place; for a compiled step, whose shapes stay."""
@@ -130,56 +179,16 @@ class FixedSlots(NamedTuple):
     positions: Tensor  # (B,)
     visible: int  # slots that are looked at, from the first on
 
-    def put(self, past: LayerPast | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, LayerPast]:
-        """As :func:`append`; ``past`` holds the buffers, (B, K, capacity, D), and keys and values are (B, K, 1, D)."""
+    def put(
+        self, past: LayerPast | None, keys: Tensor, values: Tensor, max_length: int
+    ) -> tuple[Tensor, Tensor, LayerPast]:
+        """As :meth:`Placement.put`, S = visible; ``past`` holds the buffers, (B, K, capacity, D)."""
         assert past is not None
         rows = torch.arange(len(self.positions), device=keys.device)
         buffers = (past[0]["k"], past[0]["v"])
         for buffer, new in zip(buffers, (keys, values), strict=True):
             buffer[rows, :, self.positions] = new.squeeze(2)
         return buffers[0].narrow(2, 0, self.visible), buffers[1].narrow(2, 0, self.visible), past
-
-
-def append(
-    past: LayerPast | None, keys: Tensor, values: Tensor, span: Span | FixedSlots, max_length: int
-) -> tuple[Tensor, Tensor, LayerPast]:
-    """Put new keys and values (B, K, T, D) behind the cached ones of a layer.
-
-    Args:
-        past: the layer's cache, left as it was for whoever holds it; None starts one.
-        span: where the new positions go.
-        max_length: positions beyond which the buffer is not enlarged ahead of need.
-
-    Returns:
-        All keys and all values, (B, K, filled + T, D), and the layer's new cache.
-
-    Raises:
-        ValueError: the cache holds another dtype than the new keys.
-    """
-    if isinstance(span, FixedSlots):
-        return span.put(past, keys, values)
-    if past is not None and (cached_dtype := _dtype(past[0])) != keys.dtype:
-        raise ValueError(
-            f"the cache holds {cached_dtype} and the new keys are {keys.dtype}: it was filled by this model in another "
-            "dtype, or under another autocast setting"
-        )
-    total = span.total
-    buffer = past[0].tip(past[1]) if past is not None and isinstance(past[0], LayerCache) else None
-    if buffer is None or buffer.keys.shape[2] < total:
-        buffer = _Buffer(keys, max(total, min(max(2 * total, _SMALLEST_CAPACITY), max_length)))
-        if past is not None:
-            buffer.keys.narrow(2, 0, span.filled).copy_(past[0]["k"].narrow(2, 0, span.filled))
-            buffer.values.narrow(2, 0, span.filled).copy_(past[0]["v"].narrow(2, 0, span.filled))
-    if isinstance(span.start, int):
-        buffer.keys.narrow(2, span.start, span.num_new).copy_(keys)
-        buffer.values.narrow(2, span.start, span.num_new).copy_(values)
-    else:
-        slots = span.slots(keys.device)[:, None, :, None].expand_as(keys)
-        buffer.keys.scatter_(2, slots, keys)
-        buffer.values.scatter_(2, slots, values)
-    buffer.version += 1
-    present = LayerCache(buffer, span.end, span.length), span.end
-    return buffer.keys.narrow(2, 0, total), buffer.values.narrow(2, 0, total), present
 
 
 def check_cache(

@@ -15,7 +15,7 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,6 @@ _SMALLEST_CAPACITY = 128
 _SLOTS = 32  # a CPU step attends to a multiple of so many
 _numbers = itertools.count()
 _KEPT = 4  # compiled steps of one model; each holds its buffers
-
-
-class _Step(NamedTuple):
-    """What a block is told, as by ``diymodel.model.Step``."""
-
-    cos: Tensor
-    sin: Tensor
-    mask: Tensor
-    cached: FixedSlots
 
 
 class CompiledDecoder(nn.Module):
@@ -149,10 +140,9 @@ def _one_token(decoder: CompiledDecoder, tokens: Tensor, slots: Tensor) -> Tenso
     hidden = model.model.embed_tokens(tokens)
     cos, sin = decoder.table[:, positions][:, :, None, None].unbind()  # each (B, 1, 1, D)
     mask = (slots <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
-    step = _Step(cos, sin, mask, FixedSlots(positions, slots.shape[0]))
-    for block, buffers in zip(model.model.layers, decoder.layers, strict=True):
-        hidden, _ = block(hidden, step, (buffers, positions))
-    logits: Tensor = model.lm_head(model.model.norm(hidden))
+    past = [(buffers, positions) for buffers in decoder.layers]
+    hidden, _ = model.model.run_layers(hidden, cos, sin, mask, FixedSlots(positions, slots.shape[0]), past)
+    logits: Tensor = model.lm_head(hidden)
     positions.add_(1)
     return logits
 

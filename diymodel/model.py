@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diymodel._attributes import direct
 from diymodel._compat import attention
-from diymodel.cache import FixedSlots, LayerCache, LayerPast, PastKeyValues, Span, append, check_cache
+from diymodel.cache import LayerCache, LayerPast, PastKeyValues, Placement, Span, check_cache
 from diymodel.config import DIYConfig
 from diymodel.generate import generate
 from diymodel.inputs import check_input_ids, check_logits_to_keep, check_seq_lengths, seq_lengths_of
@@ -103,7 +103,7 @@ class Step(NamedTuple):
     cos: Tensor  # (T, D) or (B, 1, T, D)
     sin: Tensor
     mask: Tensor | None  # (T, S) or (B, 1, T, S), True where a query may look; None: is_causal says it
-    cached: Span | FixedSlots | None  # where the new keys go in the cache; None: no cache
+    cached: Placement | None  # where the new keys go in the cache; None: no cache
 
 
 @direct(modules=("qkv_proj", "o_proj"))
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         q, k = rotate(qk, step.cos, step.sin).split_with_sizes((H, K), 1)
         present = None
         if step.cached is not None:
-            k, v, present = append(past, k, v, step.cached, self.max_seq_len)
+            k, v, present = step.cached.put(past, k, v, self.max_seq_len)
         attended = self._attend(q, k, v, step.mask)
         return self.o_proj(attended.transpose(1, 2).reshape(B, T, H * D)), present
 
@@ -243,7 +243,19 @@ class DIYModel(nn.Module):
             padding = torch.arange(span.num_new, device=hidden.device) >= seq_lengths[:, None]
             hidden = hidden.masked_fill(padding[..., None], 0.0)
         cos, sin = self.rotary(span, hidden)
-        step = Step(cos, sin, span.mask(hidden.device), cached)
+        return self.run_layers(hidden, cos, sin, span.mask(hidden.device), cached, past)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cached: Placement | None,
+        past: PastKeyValues | None,
+    ) -> tuple[Tensor, PastKeyValues]:
+        """From the embeddings on; ``cos`` to ``cached`` are those of :class:`Step`."""
+        step = Step(cos, sin, mask, cached)
         presents: PastKeyValues = []
         for layer, block in enumerate(self.layers):
             hidden, present = block(hidden, step, past[layer] if past is not None else None)

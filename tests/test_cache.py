@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel import DIYConfig, DIYForCausalLM
-from diymodel.cache import FixedSlots, LayerCache, PastKeyValues, Span, append
+from diymodel.cache import FixedSlots, LayerCache, PastKeyValues, Span
 from diymodel.verify.strategies import chunk_sizes, real_lengths
 from tests.strategies import Case, assert_near, batches, cases
 
@@ -115,7 +115,7 @@ def test_a_cache_carries_no_graph_where_gradients_are_on(model: DIYForCausalLM) 
 def test_positions_beyond_small_integers_go_on_in_place() -> None:
     """Python keeps one object for each integer up to 256, so that below, equal ones are the same."""
     keys, values = torch.randn(2, 1, 1, 300, 2)
-    _, _, (cached, cached_pos) = append(None, keys, values, Span.after(0, 0, 300, None), 1000)
+    _, _, (cached, cached_pos) = Span.after(0, 0, 300, None).put(None, keys, values, 1000)
     assert isinstance(cached, LayerCache)
     assert cached.tip(int(str(cached_pos))) is cached._buffer
 
@@ -141,7 +141,7 @@ def test_fixed_slots_are_written_in_place_and_seen_up_to_their_number() -> None:
     buffers = {"k": torch.zeros(2, 3, 6, 4), "v": torch.zeros(2, 3, 6, 4)}
     new = {name: torch.randn(2, 3, 1, 4) for name in buffers}
     past = buffers, 0
-    k, v, present = append(past, new["k"], new["v"], FixedSlots(torch.tensor([1, 4]), 5), 6)
+    k, v, present = FixedSlots(torch.tensor([1, 4]), 5).put(past, new["k"], new["v"], 6)
     assert present is past
     for name, seen in (("k", k), ("v", v)):
         expected = torch.zeros(2, 3, 6, 4)
@@ -204,7 +204,7 @@ def test_positions_are_made_on_the_device_of_the_tokens(model: DIYForCausalLM) -
     assert mask is not None
     assert mask.device == ids.device
     keys = ids[:, None, :, None].float()
-    assert append(None, keys, keys, ragged, 8)[0].device == ids.device
+    assert ragged.put(None, keys, keys, 8)[0].device == ids.device
 
 
 @given(case=cases(room=4), data=st.data())

@@ -5,64 +5,45 @@ whole cache each time. ``masked`` is what a compiler and a CUDA graph want: a bu
 step attends to, under a mask. Ours (diymodel/cache.py) writes in place, as the second, and reads what is filled, as the
 first.
 
-Shapes: B batch, T new positions, S key length, C capacity, H query heads, K key/value heads, D head size.
+Shapes: B batch, T new positions, C capacity, K key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diymodel._compat import attention as attend
-from diymodel.cache import Span
-from diymodel.model import Attention, DIYForCausalLM, ModelBlock, rotate
-
-KeepKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, new keys, new values -> all keys, all values
+from diymodel.cache import LayerPast, PastKeyValues, Span
+from diymodel.model import DIYForCausalLM
 
 
-def forward_on(
-    model: DIYForCausalLM, ids: Tensor, cos: Tensor, sin: Tensor, keep: KeepKV, mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """Logits (B, 1, V) of the last of the new tokens (B, T), on a cache of any kind.
+class _Concatenated:
+    """A placement (:class:`diymodel.cache.Placement`) in tensors as long as what they hold."""
 
-    Args:
-        cos: (T, D), as ``sin``, of the new positions.
-        keep: stores the new keys and values (B, K, T, D) of a layer, and returns all that is to be looked at.
-        mask: (T, S), True where a query may look; None: everywhere, or where ``is_causal`` allows.
-    """
-    hidden = model.model.embed_tokens(ids)
-    for layer, block in enumerate(model.model.layers):
-        assert isinstance(block, ModelBlock)
-        attention = block.self_attn
-        assert isinstance(attention, Attention)
-        attended = _attend(attention, layer, block.input_layernorm(hidden), cos, sin, keep, mask, is_causal)
-        hidden = hidden + attended
-        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-    logits: Tensor = model.lm_head(model.model.norm(hidden[:, -1:]))
-    return logits
+    def put(
+        self, past: LayerPast | None, keys: Tensor, values: Tensor, max_length: int
+    ) -> tuple[Tensor, Tensor, LayerPast]:
+        if past is not None:
+            keys, values = torch.cat((past[0]["k"], keys), 2), torch.cat((past[0]["v"], values), 2)
+        return keys, values, ({"k": keys, "v": values}, keys.shape[2])
 
 
-def _attend(
-    attention: Attention,
-    layer: int,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keep: KeepKV,
-    mask: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
-    B, T, _ = hidden.shape
-    H, K, D = attention.num_heads, attention.num_kv_heads, attention.head_size
-    qk, v = attention.qkv_proj(hidden).view(B, T, H + 2 * K, D).transpose(1, 2).split_with_sizes((H + K, K), 1)
-    q, k = rotate(qk, cos, sin).split_with_sizes((H, K), 1)
-    k, v = keep(layer, k, v)
-    y = attend(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=H != K)
-    attended: Tensor = attention.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
-    return attended
+class _WholeBuffer(NamedTuple):
+    """A placement in buffers of full length, all of which is looked at."""
+
+    positions: Tensor  # (T,), the same for every row
+
+    def put(
+        self, past: LayerPast | None, keys: Tensor, values: Tensor, max_length: int
+    ) -> tuple[Tensor, Tensor, LayerPast]:
+        assert past is not None
+        buffers, _ = past
+        buffers["k"].index_copy_(2, self.positions, keys)
+        buffers["v"].index_copy_(2, self.positions, values)
+        return buffers["k"], buffers["v"], past
 
 
 class ConcatenatedDecoder:
@@ -77,18 +58,11 @@ class ConcatenatedDecoder:
         return self.extend(ids, None)[0]
 
     def extend(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        filled = 0 if past is None else past[0][0].shape[2]
-        present: list[tuple[Tensor, Tensor]] = []
-
-        def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            if past is not None:
-                k, v = (torch.cat(pair, 2) for pair in zip(past[layer], (k, v), strict=True))
-            present.append((k, v))
-            return k, v
-
+        filled = 0 if past is None else past[0][1]
         cos, sin = _rotations(self.module, filled, ids.shape[1])
-        logits = forward_on(self.module, ids, cos, sin, keep, None, is_causal=past is None and ids.shape[1] > 1)
-        return logits, present
+        backbone = self.module.model
+        hidden, present = backbone.run_layers(backbone.embed_tokens(ids), cos, sin, None, _Concatenated(), past)
+        return self.module.lm_head(hidden[:, -1:]), present
 
 
 class MaskedDecoder:
@@ -113,7 +87,7 @@ class MaskedDecoder:
         config, like = module.config, module.lm_head.weight
         shape = (config.num_layers, 2, rows, config.kv_heads, capacity, config.head_size)
         self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.layers = [tuple(pair.unbind()) for pair in self.buffer.unbind()]
+        self.layers: PastKeyValues = [(dict(zip("kv", pair.unbind(), strict=True)), 0) for pair in self.buffer.unbind()]
         self.slots = torch.arange(capacity, device=like.device)
         self.cos, self.sin = (part.clone() for part in _rotations(module, 0, capacity))
         self._step = (wrap or (lambda step: step))(self.step)
@@ -130,16 +104,14 @@ class MaskedDecoder:
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, 1, V) of the last of the tokens (B, T) at these positions (T,)."""
-
-        def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = self.layers[layer]
-            keys.index_copy_(2, positions, k)
-            values.index_copy_(2, positions, v)
-            return keys, values
-
         mask = self.slots <= positions[:, None]
         cos, sin = self.cos[positions], self.sin[positions]
-        return forward_on(self.module, ids, cos, sin, keep, mask, is_causal=False)
+        backbone = self.module.model
+        hidden, _ = backbone.run_layers(
+            backbone.embed_tokens(ids), cos, sin, mask, _WholeBuffer(positions), self.layers
+        )
+        logits: Tensor = self.module.lm_head(hidden[:, -1:])
+        return logits
 
 
 def _rotations(model: DIYForCausalLM, start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -155,13 +155,15 @@ def mlp_in_a_list() -> Iterator[None]:
         yield
 
 
-def rotate_cached_keys(append: Callable[..., Any], past: Any, keys: Tensor, values: Tensor, *rest: Any) -> Any:
+def rotate_cached_keys(
+    put: Callable[..., Any], span: Span, past: Any, keys: Tensor, values: Tensor, max_length: int
+) -> Any:
     if past is not None:
         cached, position = past
-        span = Span.after(0, 0, cached["k"].shape[2], None)
-        cos, sin = RotaryEmbedding(keys.shape[-1], 10000.0)(span, keys)
+        before = Span.after(0, 0, cached["k"].shape[2], None)
+        cos, sin = RotaryEmbedding(keys.shape[-1], 10000.0)(before, keys)
         past = {"k": diymodel.model.rotate(cached["k"], cos, sin), "v": cached["v"]}, position
-    return append(past, keys, values, *rest)
+    return put(span, past, keys, values, max_length)
 
 
 def advance_positions_after_the_first_layer(backbone: DIYModel) -> None:
@@ -293,7 +295,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cached-keys-rotated-again",
-        lambda: around(diymodel.model, "append", rotate_cached_keys),
+        lambda: around(Span, "put", rotate_cached_keys),
         ("decode.cached_equals_full",),
     ),
     Mutation(
@@ -336,9 +338,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cache-rows-shared",
-        lambda: around(
-            diymodel.model, "append", lambda append, past, k, v, *rest: append(past, k[:1].expand_as(k), v, *rest)
-        ),
+        lambda: around(Span, "put", lambda put, span, past, k, *rest: put(span, past, k[:1].expand_as(k), *rest)),
         ("decode.cached_equals_full", "decode.rows_reordered"),
         tests=(test_cache.test_rows_chosen_by_hand_go_on_as_those_rows,),
     ),

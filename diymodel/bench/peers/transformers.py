@@ -11,6 +11,7 @@ from torch import Tensor
 from diymodel.bench.compiled import quiet
 from diymodel.bench.peers.rival import PeerMissing, Rival, Room, require
 from diymodel.config import DIYConfig
+from diymodel.hf_form import config_to_hf, weights_to_hf
 from diymodel.model import DIYForCausalLM
 
 
@@ -90,23 +91,11 @@ def llama_config(config: DIYConfig) -> Any:
     """
     import transformers
 
+    values = config_to_hf(config, torch.float32)
+    for name in ("architectures", "torch_dtype"):
+        del values[name]
     make: Any = transformers.LlamaConfig
-    return make(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.mlp_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.kv_heads,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        tie_word_embeddings=config.tie_word_embeddings,
-        attention_dropout=config.dropout,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    return make(**{**values, "attention_dropout": config.dropout, "pad_token_id": None})
 
 
 def llama_like(model: DIYForCausalLM) -> Any:
@@ -123,28 +112,6 @@ def llama_like(model: DIYForCausalLM) -> Any:
     weight = model.lm_head.weight
     with torch.random.fork_rng(devices=[]):
         peer: Any = LlamaForCausalLM(llama_config(model.config))
-    peer.load_state_dict(llama_weights(model))
+    weights = weights_to_hf(model.state_dict(), model.config)
+    peer.load_state_dict({"lm_head.weight": model.lm_head.weight, **weights})
     return peer.to(weight.device, weight.dtype).eval()
-
-
-def llama_weights(model: DIYForCausalLM) -> dict[str, Tensor]:
-    """Our state dict under transformers' names: where we hold several matrices as one, they come apart."""
-    config = model.config
-    parts = {
-        "qkv_proj": (
-            ("q_proj", config.num_heads * config.head_size),
-            ("k_proj", config.kv_heads * config.head_size),
-            ("v_proj", config.kv_heads * config.head_size),
-        ),
-        "gate_up_proj": (("gate_proj", config.mlp_size), ("up_proj", config.mlp_size)),
-    }
-    weights: dict[str, Tensor] = {}
-    for name, weight in model.state_dict().items():
-        module = name.split(".")[-2]
-        if module not in parts:
-            weights[name] = weight
-            continue
-        rows = weight.split([size for _, size in parts[module]])
-        for (part, _), piece in zip(parts[module], rows, strict=True):
-            weights[name.replace(module, part)] = piece
-    return weights
