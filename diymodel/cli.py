@@ -26,8 +26,8 @@ from diymodel.verify.command import add_commands
 from diymodel.zoo.command import add_zoo
 
 if TYPE_CHECKING:
-    from diymodel.data import Tokenizer
     from diymodel.model import DIYForCausalLM
+    from diymodel.tokenizer import Tokenizer
 
 DEFAULT_PRESET = "default"
 
@@ -153,7 +153,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ValueError("say where the run goes with --out RUN")
     from diymodel.checkpoint import read_checkpoint
-    from diymodel.data import ByteTokenizer, default_documents, read_documents, read_tokenizer, tokenizer_from_dict
+    from diymodel.data import default_documents, read_documents, read_tokenizer
+    from diymodel.tokenizer import ByteTokenizer, tokenizer_from_dict
     from diymodel.train import CHECKPOINT_NAME, train
 
     tokenizer: Tokenizer | None = read_tokenizer(args.tokenizer) if args.tokenizer else None
@@ -189,8 +190,8 @@ def _overfit(args: argparse.Namespace) -> int:
         raise ValueError(f"--overfit has its own text and saves nothing: leave out {', '.join([*args.paths, *idle])}")
     import torch
 
-    from diymodel.data import ByteTokenizer
     from diymodel.overfit import OVERFIT_LOSS, overfit
+    from diymodel.tokenizer import ByteTokenizer
 
     torch.set_num_threads(1)  # the model is so small that threads only wait for each other
     vocabulary = {"vocab_size": ByteTokenizer.vocab_size, "pad_token_id": ByteTokenizer.pad_id}
@@ -312,7 +313,7 @@ def _prompt(args: argparse.Namespace) -> str:
 def _load(path: Path) -> tuple[DIYForCausalLM, Tokenizer]:
     """Model and tokenizer of a run directory, a checkpoint file or a Hugging Face directory."""
     from diymodel.checkpoint import load_pretrained, read_checkpoint
-    from diymodel.data import JsonTokenizer, tokenizer_from_dict
+    from diymodel.tokenizer import JsonTokenizer, tokenizer_from_dict
     from diymodel.train import CHECKPOINT_NAME
 
     if not path.exists():

@@ -10,10 +10,10 @@ import torch
 
 from diymodel._run import Log
 from diymodel.config import DIYConfig, TrainConfig
-from diymodel.data import ByteTokenizer
 from diymodel.devices import choose_device
 from diymodel.loss import next_token_loss
 from diymodel.model import DIYForCausalLM
+from diymodel.tokenizer import ByteTokenizer
 
 OVERFIT_TEXT = "The cat sat on a mat"  # 20 bytes, so 20 tokens; after "at" only what came before tells what follows
 OVERFIT_LOSS = 0.01

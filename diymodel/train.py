@@ -19,11 +19,12 @@ from diymodel._compat import FUSED_DEVICES
 from diymodel._run import CtrlC, Log, Metrics, Progress
 from diymodel.checkpoint import read_checkpoint, save_checkpoint
 from diymodel.config import DIYConfig, TrainConfig
-from diymodel.data import Batch, ByteTokenizer, Rows, Tokenizer, fingerprint, split_documents
+from diymodel.data import Batch, Rows, fingerprint, split_documents
 from diymodel.devices import choose_autocast, choose_device, device_of
 from diymodel.generate import eval_mode
 from diymodel.loss import next_token_loss, num_scored
 from diymodel.model import DIYForCausalLM
+from diymodel.tokenizer import ByteTokenizer, Tokenizer
 
 CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"

@@ -19,8 +19,8 @@ from diymodel import __version__
 from diymodel.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from diymodel.cli import main
 from diymodel.config import PRESETS, DIYConfig, TrainConfig
-from diymodel.data import ByteTokenizer
 from diymodel.model import DIYForCausalLM
+from diymodel.tokenizer import ByteTokenizer
 
 TINY = ["--num-layers=1", "--hidden-size=16", "--num-heads=2", "--max-seq-len=32", "--steps=4", "--batch-size=2"]
 TINY += ["--warmup-steps=1", "--log-every=1", "--eval-every=4", "--eval-batches=1", "--device=cpu", "--dtype=float32"]

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from diymodel.config import OVERFIT, DIYConfig, TrainConfig
-from diymodel.data import ByteTokenizer
 from diymodel.overfit import overfit
+from diymodel.tokenizer import ByteTokenizer
 
 
 def silent(line: str) -> None:

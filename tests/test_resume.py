@@ -17,9 +17,9 @@ from torch import Tensor
 
 from diymodel.checkpoint import read_checkpoint, save_checkpoint
 from diymodel.config import DIYConfig, TrainConfig
-from diymodel.data import ByteTokenizer, JsonTokenizer
 from diymodel.devices import choose_device
 from diymodel.model import DIYForCausalLM
+from diymodel.tokenizer import ByteTokenizer, JsonTokenizer
 from diymodel.train import TrainResult, train
 
 STEPS = 6

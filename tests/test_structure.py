@@ -18,7 +18,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.sta
 # From the ground up: a module may import those in earlier rows only.
 LAYERS = [
     {"config", "_files", "_compat", "_machine"},
-    {"_attributes", "_run", "counting", "devices"},
+    {"_attributes", "_run", "counting", "devices", "tokenizer"},
     {"cost", "inputs", "weights", "loss", "cache", "linear", "data", "plot", "hf_form"},
     {"compiled"},
     {"generate"},

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from diymodel._compat import FUSED_DEVICES
 from diymodel.checkpoint import load_checkpoint, read_checkpoint
 from diymodel.config import PRESETS, DIYConfig, TrainConfig
-from diymodel.data import IGNORE, Batch, ByteTokenizer, Rows
+from diymodel.data import IGNORE, Batch, Rows
 from diymodel.loss import next_token_loss, num_scored
 from diymodel.model import DIYForCausalLM
 from diymodel.plot import HELD_OUT, INK, TRAINING
+from diymodel.tokenizer import ByteTokenizer
 from diymodel.train import (
     evaluate,
     learning_rate_at,
