@@ -8,7 +8,8 @@ from benchmarks.conftest import Time
 from diymodel.bench.harness import CACHED
 from diymodel.bench.timing import Work
 from diymodel.verify.registry import select_checks
-from diymodel.verify.runner import Settings, run_check
+from diymodel.verify.runner import run_check
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 
 

@@ -17,7 +17,8 @@ from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.calling.masks import CausalMask
 from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.registry import select_checks
-from diymodel.verify.runner import Settings, run_checks
+from diymodel.verify.runner import run_checks
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 from diymodel.zoo.base import BASES
 

@@ -16,7 +16,8 @@ from diymodel.verify.calling.cache_of_generate import ways_of_generate
 from diymodel.verify.calling.signature import parameter_names
 from diymodel.verify.convention import Convention
 from diymodel.verify.registry import list_checks
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from tests.test_adapters import Tiny, causal, verdicts
 from tests.test_probing import Causal
 

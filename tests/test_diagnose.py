@@ -18,8 +18,9 @@ from diymodel.verify.examination import diagnose
 from diymodel.verify.html import to_html
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Diagnosis, Failure, Report, Result
-from diymodel.verify.runner import PROFILES, Settings, run_checks, verify_one
+from diymodel.verify.runner import run_checks, verify_one
 from diymodel.verify.samples import Sample, read_samples
+from diymodel.verify.settings import PROFILES, Settings
 from diymodel.verify.subject import resolve
 from diymodel.verify.symptoms import list_symptoms
 from diymodel.zoo.base import BASES

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from diymodel.verify.registry import list_checks
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject, resolve
 
 CHECKS = {check.id: check for check in list_checks() if check.id.startswith("generation.")}

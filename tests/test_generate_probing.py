@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diymodel.verify.registry import list_checks
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from tests.test_generating import LikeMinGPT, LikeMiniMind, LikeNanoGPT, OneRow, Pairs, found, subject
 
 CHECKS = {check.id: check for check in list_checks()}

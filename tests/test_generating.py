@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diymodel.verify.calling.generating import CAPABILITIES, Generating
 from diymodel.verify.registry import Check, list_checks
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject, resolve
 
 CHECKS = [check for check in list_checks() if check.id.startswith("generation.")]

@@ -12,7 +12,8 @@ from torch import Tensor
 from diymodel import DIYForCausalLM, quantize_int8
 from diymodel.int8 import Int8Linear
 from diymodel.verify import Subject, check_causal_lm, list_checks
-from diymodel.verify.runner import Settings, run_checks
+from diymodel.verify.runner import run_checks
+from diymodel.verify.settings import Settings
 from tests.test_compiled import CONFIG, counted, prompts, sharp_model
 
 __all__ = ["counted"]

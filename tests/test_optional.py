@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from diymodel.cli import main
 from diymodel.verify import Subject, check_causal_lm, list_checks
 from diymodel.verify.registry import Check
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 from diymodel.verify.trial import Trial
 from diymodel.zoo.base import BASES

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import itertools
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,9 +18,9 @@ from torch import Tensor, nn
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.verify import Subject, SubjectError, check_causal_lm, timing
 from diymodel.verify.failure import CheckFailure, NotApplicable
-from diymodel.verify.isolation import can_isolate
 from diymodel.verify.registry import Check
-from diymodel.verify.runner import Settings, replay, run_check
+from diymodel.verify.runner import replay, run_check
+from diymodel.verify.settings import Settings
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.trial import Trial
 
@@ -172,67 +167,6 @@ def test_a_hanging_trial_is_an_error_of_that_check_alone() -> None:
     assert [result.status for result in report.results] == ["error", "error"]
     assert "no answer within 0.5 s" in str(report.results[0].reason)
     assert report.verdict == "failed"
-
-
-@pytest.mark.skipif(not can_isolate(), reason="needs fork")
-@pytest.mark.parametrize(
-    ("act", "reason"),
-    [
-        (lambda: ctypes.string_at(0), "the process died of SIGSEGV: the subject crashed in native code"),
-        (lambda: os._exit(3), "the process ended with exit code 3: the subject left Python"),
-        (lambda: os._exit(0), "the process ended with exit code 0: the subject left Python"),
-        (lambda: sys.exit(0), "the subject left Python with exit code 0"),
-    ],
-    ids=["crash", "exit", "exit-0", "sys-exit"],
-)
-def test_a_crash_ends_one_check_and_the_others_go_on(act: Callable[[], object], reason: str) -> None:
-    subject = misbehaving(act)
-    only = [*ONLY, "gradients.absent_tokens_zero"]
-    report = check_causal_lm(subject, only=only, isolate=True)
-    assert len(report.results) == len(only)
-    assert report.results[0].status == "error"
-    assert report.results[0].reason == reason
-    assert "diymodel" not in str(report.results[0].failure)
-
-
-def hang_natively() -> None:
-    """As a kernel that never comes back: no signal gets through."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-    time.sleep(60)
-
-
-@pytest.mark.skipif(not can_isolate(), reason="needs fork")
-def test_a_first_call_that_hangs_in_native_code_is_told() -> None:
-    def hanging(_: DIYConfig) -> nn.Module:
-        hang_natively()
-        raise AssertionError
-
-    with (
-        mock.patch("diymodel.verify.isolation._PROBING_SECONDS", 0.5),
-        pytest.raises(SubjectError, match=r"hanging did not build and answer a few tiny calls in 0.5 s: it hangs"),
-    ):
-        check_causal_lm(hanging, only=ONLY, isolate=True)
-
-
-@pytest.mark.skipif(not can_isolate(), reason="needs fork")
-def test_at_the_end_of_the_time_nobody_is_blamed_for_hanging() -> None:
-    started = time.monotonic()
-    with mock.patch("diymodel.verify.isolation._GRACE", 0.5):
-        report = check_causal_lm(misbehaving(hang_natively), only=ONLY, isolate=True, time_budget=3.0)
-    assert time.monotonic() - started < 30
-    assert report.verdict != "failed", report.to_text()
-    assert str(report.interrupted).startswith("the time budget of 3 s ran out before a verdict on ")
-
-
-@pytest.mark.skipif(not can_isolate(), reason="needs fork")
-def test_isolated_checks_give_the_same_report() -> None:
-    def document(isolate: bool) -> dict[str, Any]:
-        found = check_causal_lm("diymodel", profile="quick", only=["shape.*", "batch.*"], isolate=isolate).to_dict()
-        for part in (found, *found["checks"]):
-            del part["seconds"]
-        return found
-
-    assert document(isolate=True) == document(isolate=False)
 
 
 def test_a_time_budget_leaves_out_the_rest_and_says_so() -> None:

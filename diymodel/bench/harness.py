@@ -59,7 +59,8 @@ def loop_ns(turns: int = 10**7) -> float:
 def measure_trials(rounds: int, examples: int = 400) -> Spread:
     """Trials a second of "cached equals uncached" on our model: draw, build, prefill, decode, compare."""
     from diymodel.verify.registry import select_checks
-    from diymodel.verify.runner import Settings, run_check
+    from diymodel.verify.runner import run_check
+    from diymodel.verify.settings import Settings
     from diymodel.verify.subject import resolve
 
     (check,) = select_checks([CACHED])

@@ -15,6 +15,8 @@ from diymodel._files import replace_text, require_place
 if TYPE_CHECKING:
     from diymodel.verify.report import Report, Result
 
+_MOST_JOBS = 4  # by default: a machine of many cores has other users, and no run is worth more than a few
+
 EXAMPLES = """\
 examples:
   diymodel verify                          our own model
@@ -71,6 +73,12 @@ def add_commands(commands: Any) -> None:
         default=60.0,
         help="begin no further trial of a check after this time; a trial that takes as long hangs (default: 60)",
     )
+    verify.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help=f"checks that run side by side (default: one a core, {_MOST_JOBS} at most; on a GPU one)",
+    )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the report as one JSON document")
     verify.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
     verify.add_argument("--lang", choices=("en", "zh"), default="en", help="language of the report (default: en)")
@@ -113,6 +121,7 @@ def _verify(args: argparse.Namespace) -> int:
             time_budget=args.time_budget,
             check_seconds=args.check_seconds,
             isolate=True,
+            jobs=_default_jobs(args.device) if args.jobs is None else args.jobs,
             on_result=_progress,
         )
     _clear_progress()
@@ -121,6 +130,14 @@ def _verify(args: argparse.Namespace) -> int:
     if report.cancelled:
         return 130
     return 0 if report.verdict == "passed" else 1
+
+
+def _default_jobs(device: str) -> int:
+    """A GPU is shared badly: each process begins with seconds and half a gigabyte of its own."""
+    if not device.startswith("cpu"):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_JOBS)
 
 
 def _replay(args: argparse.Namespace) -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import NamedTuple
 
+from diymodel.verify.child import Child
 from diymodel.verify.experiments.parts import absent_parts, impossible_classes
 from diymodel.verify.report import Report, Result
 from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Subject
 from diymodel.verify.symptoms import observe
 
+_SECONDS = 120.0  # for all experiments in a child
 _SHOWN = 5  # classes of bugs that a report names
 
 
@@ -32,6 +37,20 @@ def examine(subject: Subject, results: Sequence[Result], device: str = "cpu") ->
         yield found
 
 
+def examine_isolated(subject: Subject, results: Sequence[Result], device: str = "cpu") -> Iterator[Findings]:
+    """As :func:`examine`, in a child of its own; no more than what was found before that crashes or hangs."""
+
+    def work(connection: Connection) -> None:
+        for found in examine(subject, results, device):
+            connection.send(found)
+
+    yield Findings()
+    until = time.monotonic() + _SECONDS
+    with Child(work) as child, contextlib.suppress(EOFError):
+        while child.connection.poll(max(until - time.monotonic(), 0.0)):
+            yield child.connection.recv()
+
+
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
 
@@ -39,7 +58,6 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     end in the same error, the error says it all.
     """
     from diymodel.verify.diagnose import signatures
-    from diymodel.verify.isolation import examine_isolated
 
     if report.raises_everywhere:
         return

@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from diymodel.verify.registry import Check
     from diymodel.verify.report import Result, Status
-    from diymodel.verify.runner import Settings
+    from diymodel.verify.settings import Settings
     from diymodel.verify.subject import Factory, Subject
 
 _SUBJECT: pytest.StashKey[Subject] = pytest.StashKey()
@@ -39,8 +39,10 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     import torch
 
+    from diymodel.verify.trial import dtype_name
+
     subject = _subject(config)
-    dtype = config.getoption("--lm-dtype") or str(subject.convention.dtype).removeprefix("torch.")
+    dtype = config.getoption("--lm-dtype") or dtype_name(subject.convention.dtype)
     options = ", ".join(f"{name} {config.getoption(f'--lm-{name}')}" for name in ("device", "profile", "seed"))
     return f"lm: {subject.name}, torch {torch.__version__}, dtype {dtype}, {options}"
 
@@ -125,7 +127,7 @@ class CheckItem(pytest.Item):
         self.result: Result | None = None
 
     def runtest(self) -> None:
-        from diymodel.verify.runner import Settings
+        from diymodel.verify.settings import Settings
 
         options = {name: self.config.getoption(f"--lm-{name}") for name in ("profile", "seed", "device", "dtype")}
         named = self.check.id.partition(".")[0] in self.config.getoption("keyword")
@@ -188,7 +190,7 @@ def parametrize_with_checks(
         ValueError: an id in ``expected_failures`` is no check's; the message names the nearest.
     """
     from diymodel.verify.registry import list_checks, nearest
-    from diymodel.verify.runner import Settings
+    from diymodel.verify.settings import Settings
     from diymodel.verify.subject import resolve
 
     checks, expected = list_checks(), dict(expected_failures or {})

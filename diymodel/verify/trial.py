@@ -39,6 +39,11 @@ MAX_ROWS = 3
 _SEED = 1  # not that of the constructor, or a second module would be a copy of the first
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in DTYPES."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Trial:
     """What a check draws from and compares with.
 

@@ -15,8 +15,9 @@ import torch
 from diymodel._files import replace_text
 from diymodel._machine import describe_machine
 from diymodel.verify.registry import list_checks
-from diymodel.verify.runner import PROFILES, Settings, verify_one
+from diymodel.verify.runner import verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
+from diymodel.verify.settings import PROFILES, Settings
 from diymodel.verify.symptoms import observe
 from diymodel.zoo.bug import Bug, list_bugs
 

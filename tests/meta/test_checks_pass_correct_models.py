@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from diymodel.verify.registry import Check, list_checks
-from diymodel.verify.runner import Settings, run_check
+from diymodel.verify.runner import run_check
+from diymodel.verify.settings import Settings
 from diymodel.zoo.base import BASES
 from tests.meta.verdicts import subject
 

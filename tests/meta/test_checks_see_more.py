@@ -15,7 +15,8 @@ from diymodel import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.causality import edited
 from diymodel.verify.randomness import seeded
-from diymodel.verify.runner import Settings, replay, verify_one
+from diymodel.verify.runner import replay, verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import OWN, Subject
 from diymodel.verify.trial import Trial
 from diymodel.zoo.base import BASES

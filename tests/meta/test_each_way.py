@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.zoo.base import BASES
 from tests.meta.verdicts import CHECKS, EXAMPLES
 

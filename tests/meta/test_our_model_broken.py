@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 from tests import test_cache, test_generate, test_loss, test_model, test_state
 from tests.meta.mutations import MUTATIONS, Mutation

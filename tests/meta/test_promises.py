@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from diymodel.verify.report import Result
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject
 from diymodel.zoo.base import BASES, load
 from tests.meta.verdicts import CHECKS, EXAMPLES

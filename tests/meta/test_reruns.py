@@ -15,7 +15,8 @@ from torch import Tensor
 from diymodel.verify.adapters import LM
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks
-from diymodel.verify.runner import Settings, run_check
+from diymodel.verify.runner import run_check
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import OWN
 from diymodel.verify.trial import Trial
 from tests.meta.verdicts import CHECKS, subject

@@ -6,7 +6,8 @@ import functools
 
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Result
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import OWN, Subject, resolve
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import Bug, list_bugs

@@ -11,7 +11,8 @@ import pytest
 
 from diymodel.verify import Subject, list_checks, parametrize_with_checks
 from diymodel.verify.registry import Check
-from diymodel.verify.runner import Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import OWN, resolve
 
 SKIPPED = {  # checks of what our model does not have, and the reason that must be given
