@@ -35,16 +35,21 @@ def command_seconds(*arguments: str, cwd: Path | None = None) -> float:
 
 
 def measure_run(subject: str, profile: str, rounds: int) -> dict[str, Any]:
-    """``diymodel verify`` of a subject: seconds of the command, and of its slowest checks."""
+    """``diymodel verify`` of a subject: seconds of the command, one check at a time and as many as it runs side by side
+    where nothing is said, in turn; and of its slowest checks.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = ("diymodel", "verify", subject, "--profile", profile, "--json", str(report))
-        timed = [(command_seconds(*command), loop_ns()) for _ in range(rounds)]
+        timed = [
+            (command_seconds(*command), command_seconds(*command, "--jobs", "1"), loop_ns()) for _ in range(rounds)
+        ]
         checks = json.loads(report.read_text(encoding="utf-8"))["checks"]
     slowest = sorted(checks, key=lambda check: -check["seconds"])[:5]
     return {
-        "seconds": Spread.of([seconds for seconds, _ in timed]),
-        "python_loop_ns": Spread.of([ns for _, ns in timed]),  # of the core as it was then
+        "seconds": Spread.of([alone for _, alone, _ in timed]),
+        "seconds_side_by_side": Spread.of([together for together, _, _ in timed]),
+        "python_loop_ns": Spread.of([ns for _, _, ns in timed]),  # of the core as it was then
         "checks": len(checks),
         "trials": sum(check["examples"] for check in checks),
         "slowest": {check["id"]: check["seconds"] for check in slowest},
@@ -89,9 +94,12 @@ def run(document: dict[str, Any], subjects: Sequence[str], quick: bool, path: Pa
     for subject in subjects:
         for profile in ("quick",) if quick else ("quick", "standard"):
             document["runs"][f"{subject} {profile}"] = found = measure_run(subject, profile, rounds)
-            seconds, core = seconds_text(found["seconds"].median), f"{found['python_loop_ns'].median:.1f} ns"
-            where = f"on a core that takes {core} for a turn of an empty Python loop"
-            print(f"verify {subject} --profile {profile}: {seconds}, {found['trials']} trials, {where}", flush=True)
+            alone, together = (seconds_text(found[kind].median) for kind in ("seconds", "seconds_side_by_side"))
+            print(
+                f"verify {subject} --profile {profile}: {alone} by --jobs 1, {together} without, {found['trials']} "
+                f"trials, on cores at {found['python_loop_ns'].median:.1f} ns a turn of an empty Python loop",
+                flush=True,
+            )
     document["trials_per_second"] = {CACHED: (trials := measure_trials(rounds))}
     print(f"{CACHED}: {trials.median:.0f} trials a second", flush=True)
     document["ratios"] = {"pytest_collect_with_plugin/without": (plugin := measure_plugin(3 * rounds))}
