@@ -16,7 +16,9 @@ from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.checkpoint import save_pretrained
 from diymodel.cli import main
 from diymodel.verify import SubjectError, check_causal_lm
-from diymodel.verify.runner import replay
+from diymodel.verify.registry import select_checks
+from diymodel.verify.runner import replay, verify_one
+from diymodel.verify.settings import PROFILES, Settings
 from diymodel.verify.subject import resolve
 
 transformers = pytest.importorskip("transformers")
@@ -139,8 +141,8 @@ def test_weights_that_do_not_fit_the_configuration_are_named(
     llama: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     path = changed(llama, tmp_path / "model", **change)
-    report = check_causal_lm(str(path), profile="quick", only=[COMPLETE])
-    (result,) = report.failed
+    (check,) = select_checks([COMPLETE])
+    result = verify_one(resolve(str(path)), check, Settings(PROFILES["quick"], shrink=False))
     assert result.failure is not None
     with pytest.raises(AssertionError, match=f"nothing else, saw {message}"):
         raise AssertionError(result.failure.message)

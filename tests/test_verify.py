@@ -17,7 +17,9 @@ from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
 from diymodel.verify.registry import select_checks
 from diymodel.verify.report import Result, Status
-from diymodel.verify.runner import replay
+from diymodel.verify.runner import replay, run_checks
+from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.subject import resolve
 
 # A small rotary model with a tuple cache, as somebody would write it from memory, and the line where a bug goes.
 EXAMPLES = Path(__file__).parent / "examples"
@@ -346,8 +348,9 @@ def run_pytest(folder: Path, *arguments: str) -> tuple[dict[str, int], str]:
 
 
 def test_pytest_lm_gives_the_same_verdicts(tmp_path: Path, broken: str) -> None:
-    outcomes, printed = run_pytest(tmp_path, "--lm", broken, "--lm-profile", "quick", "-k", "decode.c")
-    expected = Counter(result.status for result in check_causal_lm(broken, profile="quick", only=["decode.c*"]).results)
+    outcomes, printed = run_pytest(tmp_path, "--lm", broken, "--lm-profile", "quick", "-k", "decode.ca")
+    settings = Settings(PROFILES["quick"], shrink=False)
+    expected = Counter(result.status for result in run_checks(resolve(broken), select_checks(["decode.ca*"]), settings))
     assert outcomes == expected
     assert re.search(r"^lm: .*dtype float64.*profile quick.*seed 0", printed, re.MULTILINE)
     assert "Most likely cause: position-restarts" in printed
