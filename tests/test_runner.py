@@ -230,6 +230,23 @@ def test_the_global_random_state_is_as_before() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_modules_run_on_one_thread_and_the_callers_have_theirs_afterwards() -> None:
+    threads = []
+
+    class Notes(DIYForCausalLM):
+        def forward(self, input_ids: Any) -> Any:
+            threads.append(torch.get_num_threads())
+            return super().forward(input_ids) + torch.rand(())  # which fails, and is looked into
+
+    torch.set_num_threads(2)
+    try:
+        assert check_causal_lm(Notes, profile="quick", only=["forward.deterministic"]).symptoms
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert set(threads) == {1}
+
+
 def differing(largest: Callable[[int], float]) -> Check:
     """A check that fails by a size, of a tolerance of 1, that depends on what is drawn."""
 

@@ -97,11 +97,8 @@ def _verify(args: argparse.Namespace) -> int:
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # before torch imports it: a generate would draw its bar a thousand times
-    import torch
-
     from diymodel.verify.runner import check_causal_lm
 
-    torch.set_num_threads(1)  # the modules are tiny: more threads only wait for each other
     if args.replay is not None:
         return _replay(args)
     for path in filter(None, (args.json, args.html)):

@@ -16,6 +16,7 @@ from diymodel.verify.report import Report, Result
 from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Subject
 from diymodel.verify.symptoms import observe
+from diymodel.verify.threads import one_thread
 
 _SECONDS = 120.0  # for all experiments in a child
 _SHOWN = 5  # classes of bugs that a report names
@@ -51,6 +52,7 @@ def examine_isolated(subject: Subject, results: Sequence[Result], device: str = 
             yield child.connection.recv()
 
 
+@one_thread()
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
 

@@ -10,7 +10,6 @@ import pytest
 if TYPE_CHECKING:
     from diymodel.verify.registry import Check
     from diymodel.verify.report import Result, Status
-    from diymodel.verify.settings import Settings
     from diymodel.verify.subject import Factory, Subject
 
 _SUBJECT: pytest.StashKey[Subject] = pytest.StashKey()
@@ -127,11 +126,12 @@ class CheckItem(pytest.Item):
         self.result: Result | None = None
 
     def runtest(self) -> None:
+        from diymodel.verify.runner import verify_one
         from diymodel.verify.settings import Settings
 
         options = {name: self.config.getoption(f"--lm-{name}") for name in ("profile", "seed", "device", "dtype")}
         named = self.check.id.partition(".")[0] in self.config.getoption("keyword")
-        self.result = verdict(self.subject, self.check, Settings.of(**options, optional=named))
+        self.result = verify_one(self.subject, self.check, Settings.of(**options, optional=named))
         raise_for(self.result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
@@ -145,20 +145,6 @@ class CheckItem(pytest.Item):
 
 class CheckFailed(Exception):
     """A check failed; the text is what the report says of it."""
-
-
-def verdict(subject: Subject, check: Check, settings: Settings) -> Result:
-    """Of one check, on one thread: the modules are tiny."""
-    import torch
-
-    from diymodel.verify.runner import verify_one
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return verify_one(subject, check, settings)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def raise_for(result: Result) -> None:
@@ -190,6 +176,7 @@ def parametrize_with_checks(
         ValueError: an id in ``expected_failures`` is no check's; the message names the nearest.
     """
     from diymodel.verify.registry import list_checks, nearest
+    from diymodel.verify.runner import verify_one
     from diymodel.verify.settings import Settings
     from diymodel.verify.subject import resolve
 
@@ -199,7 +186,7 @@ def parametrize_with_checks(
             raise ValueError(f"no check is called {id!r}{nearest(id, checks)}")
 
     def call(check: Check) -> Callable[[Subject], None]:
-        return lambda lm: raise_for(verdict(lm, check, Settings.of()))
+        return lambda lm: raise_for(verify_one(lm, check, Settings.of()))
 
     cases = [
         pytest.param(

@@ -27,6 +27,7 @@ from diymodel.verify.failure import SubjectError, said_where
 from diymodel.verify.importing import import_named
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import configs
+from diymodel.verify.threads import one_thread
 from diymodel.verify.timing import OutOfTime, time_limit
 
 OWN = "diymodel"  # how our own model is called
@@ -179,7 +180,7 @@ class Subject:
         Raises:
             SubjectError: it cannot be built, or called with token ids.
         """
-        with seeded():  # the first trial starts from the same state as a replay
+        with one_thread(), seeded():  # the first trial starts from the same state as a replay
             try:
                 with time_limit(_PATIENCE):
                     config = self._first_config()
