@@ -674,6 +674,17 @@ class LooksUpByFunction(LooksUp):
         return F.embedding(ids, self.wte)
 
 
+class LooksUpOneHot(LooksUp):
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.one_hot(ids, len(self.wte)).to(self.wte) @ self.wte
+
+
+class LooksUpByScattering(LooksUp):
+    def rows(self, ids: Tensor) -> Tensor:
+        chosen = self.wte.new_zeros(*ids.shape, len(self.wte)).scatter(-1, ids[..., None], 1)
+        return torch.einsum("btv,vd->btd", chosen, self.wte)
+
+
 class LooksUpWithoutEps(LooksUp):
     eps = 0.0
 
@@ -683,16 +694,25 @@ class LooksUpAndLeaks(LooksUpByFunction):
         return x + x.mean(1, keepdim=True)
 
 
+class OneHotAndLeaks(LooksUpOneHot, LooksUpAndLeaks):
+    pass
+
+
 _OF_TABLES = ("causality.gradient", "gradients.absent_tokens_zero", "numerics.zeros_finite", "numerics.large*")
 
 
-@pytest.mark.parametrize("module", [LooksUp, LooksUpByFunction])
+@pytest.mark.parametrize("module", [LooksUp, LooksUpByFunction, LooksUpOneHot, LooksUpByScattering])
 def test_a_parameter_that_rows_are_looked_up_in_is_an_embedding(module: type[nn.Module]) -> None:
     passes(module, *_OF_TABLES, seeds=1)
 
 
 @pytest.mark.parametrize(
-    ("module", "check"), [(LooksUpWithoutEps, "numerics.zeros_finite"), (LooksUpAndLeaks, "causality.gradient")]
+    ("module", "check"),
+    [
+        (LooksUpWithoutEps, "numerics.zeros_finite"),
+        (LooksUpAndLeaks, "causality.gradient"),
+        (OneHotAndLeaks, "causality.gradient"),
+    ],
 )
 def test_what_is_wrong_with_such_an_embedding_is_seen(module: type[nn.Module], check: str) -> None:
     assert check_causal_lm(module, profile="quick", only=[check]).verdict == "failed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _LOOKUPS = {"embedding", "__getitem__", "index_select"}
+_PRODUCTS = {"matmul", "__matmul__", "mm", "einsum"}
 
 
 class Table(NamedTuple):
@@ -45,7 +46,7 @@ def tables_of(module: nn.Module) -> list[Table]:
 
 
 def looked_up(module: nn.Module, call: Callable[[], object]) -> list[Table]:
-    """The matrices among a module's parameters in which a call of it looks up rows by their numbers."""
+    """The matrices among a module's parameters in which a call of it looks up rows, by their numbers or one-hot."""
     seen: set[int] = set()
 
     def note(table: Tensor, rows: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def looked_up(module: nn.Module, call: Callable[[], object]) -> list[Table]:
 
 
 class _Lookups(TorchFunctionMode):
-    """Hands over tables, and the rows that are looked up in them by their numbers, and goes on with the answer."""
+    """Hands over tables, and the rows that are looked up in them, and goes on with the answer."""
 
     def __init__(self, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -68,9 +69,24 @@ class _Lookups(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") not in _LOOKUPS:
-            return result
         given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
-        table = next((x for x in given if x.is_floating_point()), None)
-        numbers = any(x.dtype in (torch.int64, torch.int32) for x in given)
-        return result if table is None or not numbers else self.answer(table, result)
+        table = _table(getattr(function, "__name__", ""), given, result)
+        return result if table is None else self.answer(table, result)
+
+
+def _table(function: str, given: Sequence[Tensor], result: Any) -> Tensor | None:
+    """The one that a function of tensors takes rows from: by integers, or as a product with rows of one 1 each."""
+    if function in _LOOKUPS and any(x.dtype in (torch.int64, torch.int32) for x in given):
+        return next((x for x in given if x.is_floating_point()), None)
+    if function in _PRODUCTS and len(given) == 2 and given[1].dim() == 2:
+        chosen, table = given
+        if chosen.shape[-1] == len(table) and result.shape == (*chosen.shape[:-1], table.shape[1]):
+            return table if _is_one_hot(chosen) else None
+    return None
+
+
+def _is_one_hot(rows: Tensor) -> bool:
+    try:
+        return bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(-1) == 1).all())
+    except RuntimeError:  # within torch.func.vmap nothing has a value
+        return False

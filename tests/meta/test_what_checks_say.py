@@ -215,14 +215,14 @@ def grown(self: DIYForCausalLM, size: int) -> None:
 
 
 class Table(nn.Module):
-    """An embedding of one's own, which no row is looked up in."""
+    """An embedding of one's own, which is turned before a row of it is taken."""
 
     def __init__(self, like: nn.Embedding) -> None:
         super().__init__()
         self.weight = like.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.one_hot(ids, len(self.weight)).to(self.weight) @ self.weight
+        return F.linear(F.one_hot(ids, len(self.weight)).to(self.weight), self.weight.t())
 
 
 class OneWay(torch.autograd.Function):
