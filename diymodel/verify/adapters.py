@@ -187,11 +187,17 @@ class LM:
         if convention.loss is not None:
             return convention.loss(self.logits(input_ids), own_labels)
         inputs = self._inputs(input_ids, None, start=0)
-        loss = self._call({**inputs, _some(convention.labels): own_labels}).loss
+        if convention.loss_switch:
+            if not own_labels.equal(input_ids):
+                raise NotApplicable(f"forward({convention.loss_switch}=True) takes no labels but its ids")
+            inputs[convention.loss_switch] = True
+        else:
+            inputs[_some(convention.labels)] = own_labels
+        loss = self._call(inputs).loss
         if convention.loss_attribute is not None:
             loss = attrgetter(convention.loss_attribute)(self.module)
         if not isinstance(loss, Tensor):
-            raise SubjectError(f"forward({convention.labels}=…) returned no scalar loss")
+            raise SubjectError(f"forward({convention.loss_switch or convention.labels}=…) returned no scalar loss")
         return loss
 
     @property

@@ -43,6 +43,7 @@ ROLES = (  # of forward's parameters: fields of Convention that name one
     "use_cache",
     "new_tokens",
     "labels",
+    "loss_switch",
     "documents",
 )
 
@@ -61,6 +62,7 @@ class Convention:
     past: str | None = None
     use_cache: str | None = None
     labels: str | None = None
+    loss_switch: str | None = None  # lucidrains' return_loss: asks for the loss of the ids, where no labels are taken
     documents: str | None = None  # (B, T): which document each token belongs to, where a row holds several
     causal: str | None = None  # (T, S): the caller makes the causal mask, as causal_mask says
     block_mask: str | None = None  # gpt-fast: the caller makes flex attention's causal mask
@@ -123,6 +125,9 @@ class Convention:
             if self.labels in LABELS_SHIFTED and not self.labels_come_shifted:
                 shifted += ", so its caller must not shift them"
             notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
+        if self.loss_switch and "loss" not in self.missing:
+            over = f", passing over token {self.ignore_index}" if self.ignore_index >= 0 else ""
+            notes.append(f"{self.loss_switch} asks for the loss of the ids, shifted inside the module{over}")
         if self.loss_attribute:
             notes.append(f"the loss is left in {self.loss_attribute}")
         if self.loss_holds_term:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
+from diymodel.verify.calling.loss_of_ids import find_loss_of_ids
 from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no
 from diymodel.verify.calling.uncallable import wrong_logits
 from diymodel.verify.convention import IGNORED, Convention
@@ -28,6 +29,8 @@ def find_loss(
     """Whether there is a loss, where it is left and, where the name leaves it open, how it wants its labels."""
     if convention.loss is not None:
         return convention, {}
+    if convention.loss_switch:
+        return find_loss_of_ids(module, config, convention)
     if not convention.labels:
         return convention, {"loss": has_no(module, "labels")}
     styles = [convention]

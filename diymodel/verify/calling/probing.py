@@ -131,6 +131,8 @@ def _find_call(module: nn.Module, declared: Mapping[str, Any]) -> Convention:
     if names.get("use_cache") == "return_intermediates":
         names |= {"cached_extra": {name: True for name in _AFTER if name in parameters(module)}}
         names |= {"new_tokens": _NEW_TOKENS}
+    if (switch := names.get("loss_switch")) and parameters(module)[switch].default:
+        names["extra"] = {switch: False}
     if "past" not in names and "new_cache" not in declared:
         names |= cache_on_module(module, names)
     required = required_parameters(module)

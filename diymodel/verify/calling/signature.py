@@ -33,6 +33,7 @@ NAMES = {
     "documents": ("document_ids", "doc_ids", "segment_ids", "seq_ids"),
 }
 LABELS_SHIFTED = ("targets", "target", "target_ids", "target_token_ids", "y")  # nanoGPT's, whose caller shifts them
+_ASKS_FOR_LOSS = re.compile(r"(return|compute|calculate|calc|get|with|output)_loss")
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
 _PAST = re.compile(rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?")  # past_kvs, kv_cache_list
@@ -64,6 +65,8 @@ def parameter_names(module: nn.Module) -> dict[str, str]:
     if not known:
         raise SubjectError("forward takes no arguments: expected forward(input_ids, …)")
     found.setdefault("ids", next(iter(known)))
+    if "labels" not in found and (asking := list(filter(_ASKS_FOR_LOSS.fullmatch, switches))):
+        found["loss_switch"] = asking[0]
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.causality import must_not_need_what_follows
+from diymodel.verify.checks.loss import labels_of_ids
 from diymodel.verify.convention import IGNORED
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of
 from diymodel.verify.learning import gradients_of, next_token_loss, trainable
@@ -89,8 +90,9 @@ def decode_of_a_long_row(trial: Trial) -> None:
 def loss_of_many_labels(trial: Trial) -> None:
     lm, ids = _long(trial, trial.draw("rows", st.integers(1, _ROWS) | st.just(_ROWS)))
     live = trial.draw("live_rows", st.integers(1, len(ids)) | st.just(len(ids)))
-    labels = ids.clone()
-    labels[live:, trial.draw("live_labels", st.integers(1, ids.shape[1] - 1)) :] = IGNORED
+    labels = labels_of_ids(lm, ids)
+    if trial.subject.missing("labels") is None:
+        labels[live:, trial.draw("live_labels", st.integers(1, ids.shape[1] - 1)) :] = IGNORED
 
     def oracle() -> Tensor:
         return F.cross_entropy(lm.logits(ids).double()[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -23,8 +23,16 @@ _CAUSES = (
 )
 
 
-def _labels(trial: Trial, ids: Tensor) -> Tensor:
-    """Labels (B, T) that differ from the tokens: one, some or all are live."""
+def labels_of_ids(lm: LM, ids: Tensor) -> Tensor:
+    """The ids as labels, all scored: where they hold the token that the module ignores, it is replaced in both."""
+    ids[ids == lm.convention.ignore_index] = (lm.convention.ignore_index + 1) % lm.config.vocab_size
+    return ids.clone()
+
+
+def _labels(trial: Trial, lm: LM, ids: Tensor) -> Tensor:
+    """Labels (B, T) that differ from the tokens, if such may be given: one, some or all are live."""
+    if trial.subject.missing("labels") is not None:
+        return labels_of_ids(lm, ids)
     B, T = ids.shape
     places = [[row, position] for row in range(B) for position in range(1, T)]
     one, some = (st.lists(st.sampled_from(places), min_size=1, max_size=size) for size in (1, B * T))
@@ -70,7 +78,7 @@ def _oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
 def value(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    labels = _labels(trial, ids)
+    labels = _labels(trial, lm, ids)
     loss = lm.loss(ids, labels)
 
     def rerun() -> Tensor:
@@ -93,7 +101,7 @@ def pad_token_scored(trial: Trial) -> None:
     if lm.convention.ignore_index >= 0:
         raise NotApplicable(f"the module ignores labels of {lm.convention.ignore_index}, which is a token")
     ids = trial.tokens(lm, min_length=2)
-    labels = _labels(trial, ids)
+    labels = _labels(trial, lm, ids)
     row, position = (labels[:, 1:] != IGNORED).nonzero()[0].tolist()
     ids[row, position + 1] = labels[row, position + 1] = padding  # as where text ends with the token that also fills up
 
@@ -117,7 +125,7 @@ def pad_token_scored(trial: Trial) -> None:
 def micro_batches_add_up(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2, rows=trial.draw("batch", st.integers(2, 4)))
-    labels = _labels(trial, ids)
+    labels = _labels(trial, lm, ids)
     sizes = trial.draw("sizes", chunk_sizes(ids.shape[0]))
     whole = lm.loss(ids, labels)
     parts = torch.split(labels, sizes)
@@ -143,8 +151,8 @@ def micro_batches_add_up(trial: Trial) -> None:
 )
 def labels_unchanged(trial: Trial) -> None:
     lm = trial.model(pad_token_id=0)
-    ids = trial.tokens(lm)
-    labels = lm.own_labels(_labels(trial, ids) if ids.shape[1] > 1 else ids)
+    ids = trial.tokens(lm, min_length=1 if trial.subject.missing("labels") is None else 2)
+    labels = lm.own_labels(_labels(trial, lm, ids) if ids.shape[1] > 1 else ids)
     before = ids.clone(), labels.clone()
     lm.own_loss(ids, labels)
     for name, seen, expected in zip(("input_ids", "labels"), (ids, labels), before, strict=True):
@@ -162,7 +170,7 @@ def labels_unchanged(trial: Trial) -> None:
 def gradient(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1)
     ids = trial.tokens(lm, min_length=2)
-    labels = _labels(trial, ids)
+    labels = _labels(trial, lm, ids)
     named = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
 
     def gradients(loss: Tensor) -> list[Tensor]:
@@ -189,7 +197,7 @@ def gradient(trial: Trial) -> None:
     "loss.all_ignored",
     title="with every label ignored, the loss and its gradient are finite",
     step="1.2",
-    needs=("loss",),
+    needs=("loss", "labels"),
     causes=("all-ignored-loss-nan",),
 )
 def all_ignored(trial: Trial) -> None:
