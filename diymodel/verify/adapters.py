@@ -271,7 +271,7 @@ class LM:
             inputs = self._inputs(input_ids, real, start)
         inputs |= convention.cached_extra
         if cache is not None:
-            inputs[_some(convention.past)] = cache
+            inputs |= self._handed(cache)
         if convention.use_cache:
             inputs[convention.use_cache] = True
         if convention.new_tokens:
@@ -289,6 +289,14 @@ class LM:
                 cache = joined(past.cache, cache, convention.cache_is_new_part)
         logits = self._shaped(output.logits)
         return logits[:, -new:] if convention.cached_gets_all else logits, Past(cache, start + new, tokens)
+
+    def _handed(self, cache: Any) -> dict[str, Any]:
+        """The arguments that hold a cache: one, or keys and values."""
+        convention = self.convention
+        if convention.past_values is None:
+            return {_some(convention.past): cache}
+        keys, values = cache
+        return {_some(convention.past): keys, convention.past_values: values}
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
         """The arguments of a call without those for the cache; ``start`` tokens came before."""
@@ -338,7 +346,9 @@ class LM:
             inputs = {**inputs, **{name: x.t().contiguous() for name in by_token if (x := inputs[name]).dim() == 2}}
         new = T - start if convention.cached_gets_all else T
         with nullcontext() if self.around is None else self.around(start, new):
-            output = read_output(self.module(**inputs), self.config.vocab_size, convention.loss_place)
+            returned = self.module(**inputs)
+        paired = convention.past_values is not None
+        output = read_output(returned, self.config.vocab_size, convention.loss_place, paired)
         if output.logits is None:
             return output
         logits = unflattened(output.logits, inputs[convention.ids].shape, int(convention.sequence_first))

@@ -40,6 +40,7 @@ ROLES = (  # of forward's parameters: fields of Convention that name one
     "positions",
     "start",
     "past",
+    "past_values",
     "use_cache",
     "new_tokens",
     "labels",
@@ -60,6 +61,7 @@ class Convention:
     positions: str | None = None  # (B, T), or (T,) if positions_are_shared
     start: str | None = None  # Meta's Llama: how many tokens came before, an int
     past: str | None = None
+    past_values: str | None = None  # of the cached values, where past is of the keys alone: a cache is then such a pair
     use_cache: str | None = None
     labels: str | None = None
     loss_switch: str | None = None  # lucidrains' return_loss: asks for the loss of the ids, where no labels are taken

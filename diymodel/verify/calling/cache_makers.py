@@ -113,6 +113,11 @@ def one_none_a_layer(module: nn.Module, config: DIYConfig, rows: int) -> list[No
     return [None] * config.num_layers
 
 
+def two_none_a_layer(module: nn.Module, config: DIYConfig, rows: int) -> tuple[list[None], list[None]]:
+    """The same of keys, and of values."""
+    return [None] * config.num_layers, [None] * config.num_layers
+
+
 def _call(maker: Callable[..., Any], module: nn.Module, config: DIYConfig, rows: int, heads: int) -> Any:
     """Call a maker of caches with the sizes that it asks for, by the names of its parameters."""
     parameter = next(module.parameters())

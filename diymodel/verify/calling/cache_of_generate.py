@@ -47,18 +47,18 @@ def ways_of_generate(module: nn.Module, config: DIYConfig, convention: Conventio
                 name: True for name, given in arguments.items() if given is True and name != convention.use_cache
             }
             made = arguments.get(past) is not None
-            maker = _handed_over(replace(generating, form=form), past) if made else None
+            maker = _handed_over(replace(generating, form=form), past, convention.past_values) if made else None
             if made or switches:
                 yield replace(convention, new_cache=maker, cached_extra={**convention.cached_extra, **switches})
             break
 
 
-def _handed_over(generating: Generating, past: str) -> NewCache:
+def _handed_over(generating: Generating, past: str, past_values: str | None) -> NewCache:
     def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> Any:
         arguments = _first_call(module, config, generating, rows)
         if arguments is None:
             raise NotApplicable(f"{generating.entry} takes no {rows} rows, and the cache is as it makes it")
-        return arguments[past]
+        return arguments[past] if past_values is None else (arguments[past], arguments[past_values])
 
     return new_cache
 

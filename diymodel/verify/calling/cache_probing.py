@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from diymodel.verify.calling.cache_makers import (
     one_none_a_layer,
     reset_on,
     set_up,
+    two_none_a_layer,
 )
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
 from diymodel.verify.calling.signature import has_no, required_parameters
@@ -120,8 +122,8 @@ def _find_new_cache(
     ways = [convention]
     if convention.past and convention.new_cache is None:
         ways = [replace(convention, new_cache=by_method(name)) for name in makers_on(module)]
-        of_classes = [*by_classes(module, factory), one_none_a_layer]
-        ways += [convention, *(replace(convention, new_cache=maker) for maker in of_classes)]
+        others = [two_none_a_layer] if convention.past_values else [*by_classes(module, factory), one_none_a_layer]
+        ways += [convention, *(replace(convention, new_cache=maker) for maker in others)]
     if convention.new_tokens:  # older versions know no such argument
         ways += [replace(way, new_tokens=None) for way in ways]
     tried = []
@@ -173,11 +175,18 @@ def _tried(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -
         if begun is None or not crashed(error):
             return _Tried(way, why)
         return _Tried(replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache)), why, True)
-    if way.new_cache is one_none_a_layer and not tensors_in(past.cache):
+    if way.new_cache in (one_none_a_layer, two_none_a_layer) and not tensors_in(past.cache):
         return _Tried(way, f"forward({way.past}=…) passes over what it is handed")
-    changed = way.cache_on_module or (way.new_cache is not None and past.cache is begun.cache)
+    changed = way.cache_on_module or (way.new_cache is not None and _is_same(way, past, begun))
     way = replace(way, cache_is_value=not changed and _is_value(past.cache))
     return _Tried(replace(way, cache_is_new_part=_new_part(begun, past) if way.cache_is_value else None))
+
+
+def _is_same(way: Convention, later: Past, earlier: Past) -> bool:
+    """Whether a cache is what it was; as a pair, keys and values."""
+    if way.past_values is None:
+        return later.cache is earlier.cache
+    return all(map(operator.is_, later.cache, earlier.cache))
 
 
 def _begun_anew(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> Convention:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diymodel.verify.calling.signature import find_pair
 from diymodel.verify.failure import SubjectError
 
 _CACHES = ("past_key_values", "presents", "past", "cache", "kv_cache", "cache_params", "state")  # in an output
@@ -26,11 +27,12 @@ class Output(NamedTuple):
     past: Any
 
 
-def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
+def read_output(output: Any, vocab_size: int, loss_place: int = 0, paired: bool = False) -> Output:
     """Find logits, loss and cache in what a forward pass returned: tensor, tuple, dict or object.
 
     Args:
         loss_place: which of several scalars is the loss.
+        paired: the cache is two things, keys and values.
     """
     if isinstance(output, Mapping) and "logits" not in output:
         output = tuple(output.values())
@@ -45,6 +47,9 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
         )
         names = (*_CACHES, *filter(_CACHE.search, found))
         past = next((found[name] for name in names if found.get(name) is not None), None)
+        if paired:
+            pair = find_pair([name for name in found if found[name] is not None])
+            past = pair and tuple(found[name] for name in pair)
         return Output(found["logits"], found.get("loss"), past)
     if not isinstance(output, (Tensor, tuple, list)):
         raise SubjectError(
@@ -56,8 +61,12 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0) -> Output:
     wide = [item for item in items if isinstance(item, Tensor) and item.dim() >= 2 and item.shape[-1] >= vocab_size]
     logits = next((item for item in wide if item.shape[-1] == vocab_size), wide[0] if wide else None)
     others = [item for item in items if item is not None and item is not logits and item is not loss]
-    past = next((item for item in others if not isinstance(item, Tensor)), others[0] if others else None)
-    return Output(logits, loss, past)  # beside containers, a tensor is one of hidden states
+    containers = [item for item in others if not isinstance(item, Tensor)]
+    if paired:
+        pasts = containers if len(containers) > 1 else others
+        return Output(logits, loss, tuple(pasts[-2:]) if len(pasts) > 1 else None)
+    past = next(iter(containers or others), None)  # beside containers, a tensor is one of hidden states
+    return Output(logits, loss, past)
 
 
 def _holds_logits(item: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
-from diymodel.verify.calling.cache_makers import one_none_a_layer
+from diymodel.verify.calling.cache_makers import one_none_a_layer, two_none_a_layer
 from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
     cache_on_module,
@@ -176,7 +176,8 @@ def _find_logits(
 
 
 def _with_list(convention: Convention) -> Convention:
-    return replace(convention, causal=None, always_cached=True, new_cache=one_none_a_layer)
+    empty = two_none_a_layer if convention.past_values else one_none_a_layer
+    return replace(convention, causal=None, always_cached=True, new_cache=empty)
 
 
 def _first_of(

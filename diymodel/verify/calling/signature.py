@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,8 @@ _ASKS_FOR_LOSS = re.compile(r"(return|compute|calculate|calc|get|with|output)_lo
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
 _PAST = re.compile(rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?")  # past_kvs, kv_cache_list
+_KEYS = re.compile(r"((past|prev|cached?|caches)_(k|ks|keys?)|(k|keys?)_(past|prev|caches?))$")  # past_k, key_cache
+_TWINS = {"k": "v", "ks": "vs", "key": "value", "keys": "values"}
 _ASKS = re.compile(  # return_cache, return_next_prev_hiddens
     rf"(use|return|with|enable|output)_([a-z]+_)*{_KEPT}|return_([a-z]+_)*(hiddens|memory|memories|mems|states?)"
 )
@@ -60,6 +62,8 @@ def parameter_names(module: nn.Module) -> dict[str, str]:
     candidates["past"] += [name for name in values if _PAST.fullmatch(name) and name not in asking]
     if asking and "memory" in values:  # alone, it may as well be what an encoder made
         candidates["past"].append("memory")
+    if not {*NAMES["past"]} & {*values} and (pair := find_pair(values)):
+        candidates["past"], candidates["past_values"] = [[name] for name in pair]
     candidates["ids"].sort(key=lambda name: known[name].default is not inspect.Parameter.empty)  # required ones first
     found = {role: names[0] for role, names in candidates.items() if names}
     if not known:
@@ -68,6 +72,12 @@ def parameter_names(module: nn.Module) -> dict[str, str]:
     if "labels" not in found and (asking := list(filter(_ASKS_FOR_LOSS.fullmatch, switches))):
         found["loss_switch"] = asking[0]
     return found
+
+
+def find_pair(among: Sequence[str]) -> tuple[str, str] | None:
+    """The names of cached keys and of cached values, such as cache_k and cache_v."""
+    pairs = {name: "_".join(_TWINS.get(word, word) for word in name.split("_")) for name in filter(_KEYS.match, among)}
+    return next(((keys, values) for keys, values in pairs.items() if values in among), None)
 
 
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
