@@ -100,7 +100,7 @@ class LM:
         inputs = self._inputs(input_ids, real, start=0)
         if convention.logits_need_labels:
             inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
-        return self._shaped(self._call(inputs).logits)
+        return self._shaped(self._uncached(inputs).logits)
 
     def placed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, T, V) of whole sequences whose tokens stand at ``positions`` (B, T)."""
@@ -118,7 +118,7 @@ class LM:
             inputs = self._inputs(ids, None, start=0) | {_some(name): values[:, :end]}
             if self.convention.logits_need_labels:
                 inputs[_some(self.convention.labels)] = ids
-            return self._shaped(self._call(inputs).logits)
+            return self._shaped(self._uncached(inputs).logits)
 
         return self._each(input_ids, call)
 
@@ -193,7 +193,7 @@ class LM:
             inputs[convention.loss_switch] = True
         else:
             inputs[_some(convention.labels)] = own_labels
-        loss = self._call(inputs).loss
+        loss = self._uncached(inputs).loss
         if convention.loss_attribute is not None:
             loss = attrgetter(convention.loss_attribute)(self.module)
         if not isinstance(loss, Tensor):
@@ -213,7 +213,8 @@ class LM:
             settings: by role, such as ``temperature``, ``top_k``, ``eos``; what is not given is left to the module.
         """
         around: dict[str, Any] = {"context": self.config.max_seq_len, "device": input_ids.device}
-        return self.generating.run(self.module, input_ids, new_tokens, real, {**around, **settings})
+        with self._without_cache():
+            return self.generating.run(self.module, input_ids, new_tokens, real, {**around, **settings})
 
     def greedy(self, input_ids: Tensor, new_tokens: int, real: Tensor | None = None, **settings: Any) -> Tensor:
         """As :meth:`generate`, taking the likeliest token."""
@@ -336,6 +337,14 @@ class LM:
                 "forward returned no logits: expected a tensor (batch, seq, vocab), or a tuple, dict or object with one"
             )
         return logits[..., : self.config.vocab_size]  # litgpt and others pad the vocabulary
+
+    def _without_cache(self) -> AbstractContextManager[None]:
+        installed = self.convention.installed
+        return nullcontext() if installed is None else installed.removed(self.module)
+
+    def _uncached(self, inputs: Mapping[str, Any]) -> Output:
+        with self._without_cache():
+            return self._call(inputs)
 
     def _call(self, inputs: Mapping[str, Any], start: int = 0) -> Output:
         if not self.keep_layout:  # how tensors lie in memory is the matter of one check only

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.calling.entries import Entry
+from diymodel.verify.calling.installed import Installed
 from diymodel.verify.calling.masks import CAUSAL_MASKS, CausalMask
 from diymodel.verify.calling.signature import LABELS_SHIFTED
 
@@ -87,6 +88,7 @@ class Convention:
     loss_holds_term: bool = False  # Mixtral: a balancing loss is added to the cross-entropy, in eval mode as well
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
+    installed: Installed | None = None  # a method sets it up there; calls without a cache are made without it
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
     extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
@@ -137,6 +139,7 @@ class Convention:
         if "cache" not in self.missing:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""
+            more += f", set up by {self.installed.by}" if self.installed else ""
             more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
             more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
             more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())

@@ -33,6 +33,7 @@ _HEADS = (
     *("num_heads", "n_heads", "n_head", "heads"),
 )
 _HEAD_SIZE = ("head_dim", "head_size", "dim_head", "d_head")
+_ON = ("enabled", "enable", "on", "flag")
 _CONFIG = ("config", "cfg", "args", "params")
 
 
@@ -58,6 +59,17 @@ def set_up(maker: str, reset: str | None) -> NewCache:
                 if isinstance(getattr(module, name, None), int):
                     setattr(module, name, -1)
         _call(getattr(module, maker), module, config, rows, config.kv_heads)
+
+    return new_cache
+
+
+def installing(installer: str, reset: str | None) -> NewCache:
+    """Has a method set up the cache on the module, after what is there was reset."""
+
+    def new_cache(module: nn.Module, config: DIYConfig, rows: int) -> None:
+        if reset is not None:
+            refusal(getattr(module, reset))
+        _call(getattr(module, installer), module, config, rows, config.kv_heads)
 
     return new_cache
 
@@ -128,6 +140,7 @@ def _call(maker: Callable[..., Any], module: nn.Module, config: DIYConfig, rows:
         _HEADS: heads,
         _HEAD_SIZE: config.head_size,
         _CONFIG: getattr(module, "config", config),
+        _ON: True,
         ("device",): parameter.device,
         ("dtype",): parameter.dtype,
     }

@@ -17,6 +17,7 @@ from diymodel.verify.calling.cache_makers import (
     by_classes,
     by_method,
     emptied,
+    installing,
     makers_on,
     one_none_a_layer,
     reset_on,
@@ -24,6 +25,8 @@ from diymodel.verify.calling.cache_makers import (
     two_none_a_layer,
 )
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
+from diymodel.verify.calling.installed import installers_on
+from diymodel.verify.calling.installing import find_installed
 from diymodel.verify.calling.signature import has_no, required_parameters
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
@@ -53,6 +56,8 @@ def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, An
 def always_cached_ways(module: nn.Module, convention: Convention) -> list[Convention]:
     """The ways to call a module that makes its caches by a method, where no call goes without one."""
     always = replace(convention, causal=None, always_cached=True)
+    if convention.cache_on_module and convention.new_cache is None:
+        return [replace(always, new_cache=installing(name, reset_on(module))) for name in installers_on(module)]
     if convention.always_cached or convention.new_cache is not None:
         return [] if convention.always_cached else [always]
     return [replace(always, new_cache=by_method(name)) for name in makers_on(module)] if convention.past else []
@@ -69,13 +74,14 @@ def find_cache(
 
     Where its caller makes it, classes of caches are looked for near the module's and near ``factory``.
     """
-    if not convention.past and not convention.cache_on_module:
-        return convention, dict.fromkeys(("cache", "chunks"), has_no(module, "past_key_values"))
-    if convention.start and convention.cache_on_module and not _keeps_tokens(module, config, convention, ids):
-        nothing = f"forward({convention.start}=…) leaves nothing on the module for a later call to go on with"
-        without = replace(convention, cache_on_module=False, always_cached=False)
-        return without, dict.fromkeys(("cache", "chunks"), nothing)
+    forgets = convention.start and convention.cache_on_module and not _keeps_tokens(module, config, convention, ids)
+    if forgets or not (convention.past or convention.cache_on_module):
+        if (installed := find_installed(module, config, convention, ids)) is None:
+            return _without_cache(module, convention)
+        convention = installed
     convention, why = _find_new_cache(module, config, convention, ids, factory)
+    if why is not None and not convention.past and (installed := find_installed(module, config, convention, ids)):
+        convention, why = _find_new_cache(module, config, installed, ids, factory)
     if why is not None:
         return convention, dict.fromkeys(("cache", "chunks"), why)
     convention = _given_all(module, config, _not_told_where(module, config, convention, ids), ids)
@@ -97,6 +103,15 @@ def find_cache(
     elif _takes_the_last_alone(lm, ids):
         missing["chunks"] = "of several tokens, a call on the cache takes the last one alone"
     return convention, missing
+
+
+def _without_cache(module: nn.Module, convention: Convention) -> tuple[Convention, dict[str, str]]:
+    """The convention, and why there is no cache."""
+    why = has_no(module, "past_key_values")
+    if convention.start and convention.cache_on_module:
+        why = f"forward({convention.start}=…) leaves nothing on the module for a later call to go on with"
+        convention = replace(convention, cache_on_module=False, always_cached=convention.new_cache is not None)
+    return convention, dict.fromkeys(("cache", "chunks"), why)
 
 
 class _Tried(NamedTuple):

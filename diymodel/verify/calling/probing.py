@@ -293,6 +293,8 @@ def _find_rest(
     convention, no_padding = find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache(module, config, convention, ids, factory)
+    if convention.installed:  # before, every call seemed to be on the cache
+        learns = _carries_gradient(module, config, convention, ids)
     missing = no_padding | no_loss | no_cache | missing_packing(module, config, convention, ids)
     if (why := no_labelled_logits(module, config, convention, ids)) is not None:
         missing["labelled_logits"] = why
