@@ -317,7 +317,7 @@ class LM:
             return inputs
         if convention.lengths:
             return inputs | {convention.lengths: real[:, -T:].sum(1)}
-        if convention.left and not bool(real[:, 0].all()):
+        if convention.left and not convention.mask_always and (bool(real.all()) or not bool(real[:, 0].all())):
             return inputs | {convention.left: (~real).long().cumprod(1).sum(1)}
         covered = real if convention.mask_covers_cache else real[:, -T:]
         marked = ~covered if convention.mask_marks_padding else covered

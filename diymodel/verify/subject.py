@@ -65,7 +65,17 @@ CLAIMS = {  # promises that no trying can find
     "generate_eval": "generate works in eval mode and puts every part back into its own mode",
 }
 _FOUND = (
-    *("cache", "chunks", "padding", "padded_cache", "packing", "loss", "labels", "labelled_logits"),
+    *(
+        "cache",
+        "chunks",
+        "padding",
+        "padded_cache",
+        "right_padded_cache",
+        "packing",
+        "loss",
+        "labels",
+        "labelled_logits",
+    ),
     *("gradient", "graph"),
     *GENERATING,
 )

@@ -95,6 +95,8 @@ def find_cache(
             missing["padded_cache"] = (
                 f"forward({convention.mask}=…) covers the new tokens only, not the padding in the cache"
             )
+        elif (why := _right_padding_refused(LM(module, config, convention), ids)) is not None:
+            missing["right_padded_cache"] = f"padding on the right is refused by a call on the cache: {why}"
     lm = LM(module, config, convention)
     if convention.one_at_a_time:
         missing["chunks"] = "every call is on the cache, and takes one token at a time"
@@ -310,6 +312,17 @@ def _mask_on_cache(
         if accepted:
             return accepted[0], None
     return True, None if any(map(crashed, refusals)) else said(refusals[0])
+
+
+def _right_padding_refused(lm: LM, ids: Tensor) -> str | None:
+    """What a call on a cache of rows padded on the right says against their mask, as x-transformers' of 2024 does."""
+    real = torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
+    real[0, -2] = False
+    try:
+        lm.extend(ids[:, -1:], lm.extend(ids, None, real[:, :-1])[1], real)
+    except Exception as error:  # a stranger's forward may raise anything
+        return None if crashed(error) else said(error)
+    return None
 
 
 def _new_part(begun: Past, later: Past) -> int | None:

@@ -69,7 +69,7 @@ def left_with_cache(trial: Trial) -> None:
     "padding.right_with_cache",
     title="rows padded on the right are continued on the cache from their own last token",
     step="5.1",
-    needs=("padding", "ragged_cache", "cache", "padded_cache", "causal"),
+    needs=("padding", "ragged_cache", "cache", "padded_cache", "right_padded_cache", "causal"),
     causes=(
         "padded-batch-shared-position",
         "position-ids-ignored",
@@ -101,6 +101,8 @@ def content_irrelevant_with_cache(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=3)
     left = trial.subject.missing("left_padding") is None and trial.draw("left", st.booleans())
+    if not left and (why := trial.subject.missing("right_padded_cache")) is not None:
+        raise NotApplicable(why)
     prefill = ids.shape[1] - trial.draw("steps", st.integers(1, ids.shape[1] - 2))
     real = trial.right_padding(ids[:, :prefill])
     real = F.pad(real.flip(1) if left else real, (0, ids.shape[1] - prefill), value=True)
