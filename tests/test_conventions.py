@@ -507,6 +507,21 @@ def test_targets_that_are_shifted_once_more_are_told_of() -> None:
     )
 
 
+class TargetsAtEachCall(Causal):
+    """No call goes without targets, which are as many as the tokens."""
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Any:  # type: ignore[override]
+        assert targets.shape == idx.shape
+        logits = super().forward(idx)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def test_targets_that_no_call_goes_without_are_always_given() -> None:
+    found = verdicts(TargetsAtEachCall, ("shape.logits", "causality.edit", "loss.value", "loss.labels_change_no_logit"))
+    assert found == {id: "skipped" if id == "loss.labels_change_no_logit" else "passed" for id in found}
+    assert Subject(TargetsAtEachCall).missing("labelled_logits") == "no call goes without targets"
+
+
 class CountsWhatItLost(Past):
     """nanoGPT-Modern: ``start_pos`` is how many tokens a rolling cache has lost; those in it are counted in forward."""
 

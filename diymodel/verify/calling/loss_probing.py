@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.calling.loss_of_ids import find_loss_of_ids
-from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no
+from diymodel.verify.calling.signature import LABELS_SHIFTED, has_no, required_parameters
 from diymodel.verify.calling.uncallable import wrong_logits
 from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.failure import SubjectError, refusal, said
@@ -117,6 +117,8 @@ def no_labelled_logits(module: nn.Module, config: DIYConfig, convention: Convent
     name = convention.labels
     if name is None or convention.always_cached:
         return has_no(module, "labels") if name is None else "every call is on a cache"
+    if name in required_parameters(module):
+        return f"no call goes without {name}"
     error = wrong_logits(LM(module, config, replace(convention, logits_need_labels=True)), ids)
     return None if error is None else f"with {name} {said(error)}"
 
