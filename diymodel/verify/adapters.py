@@ -95,6 +95,9 @@ class LM:
         if (lacking := convention.shortest - input_ids.shape[1]) > 0:  # what stands behind is nothing to a causal model
             longer = None if real is None else F.pad(real, (0, lacking), value=True)
             return self._logits(F.pad(input_ids, (0, lacking)), longer)[:, :-lacking]
+        if convention.always_cached and convention.one_row and len(input_ids) > 1:
+            rows = range(len(input_ids))
+            return torch.cat([self._logits(input_ids[[r]], None if real is None else real[[r]]) for r in rows])
         if convention.always_cached:
             return self.extend(input_ids, None, real)[0]
         inputs = self._inputs(input_ids, real, start=0)

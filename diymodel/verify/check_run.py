@@ -22,7 +22,7 @@ from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject
 from diymodel.verify.timing import OutOfTime, time_limit
 from diymodel.verify.tolerance import rounding
-from diymodel.verify.trial import Trial, dtype_name
+from diymodel.verify.trial import MAX_ROWS, Trial, dtype_name
 
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
@@ -99,7 +99,9 @@ class CheckRun:
         if self.out_of_time or self.shrinks > _SHRINKS or self.smallest:
             raise _Enough
         dtype = self.settings.dtype or self.subject.convention.dtype_for(self.check.needs)
-        self.trial(Trial(self.subject, data.draw, dtype=dtype, device=self.settings.device))
+        one_row = "cache" in self.check.needs and self.subject.missing("cached_rows") is not None
+        rows = 1 if one_row else MAX_ROWS
+        self.trial(Trial(self.subject, data.draw, dtype=dtype, device=self.settings.device, max_rows=rows))
 
     def trial(self, trial: Trial) -> None:
         """One, with the global random state and gradient mode as they were afterwards."""

@@ -89,6 +89,7 @@ class Convention:
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
     installed: Installed | None = None  # a method sets it up there; calls without a cache are made without it
+    one_row: bool = False  # a cache is of one row, and refuses more
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
     extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
@@ -144,6 +145,7 @@ class Convention:
             more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
             more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())
             more += ", and every call is on it" if self.always_cached else ""
+            more += ", of one row" if self.one_row else ""
             notes.append(f"the cache is {kind}{more}{', one token at a time' if self.one_at_a_time else ''}")
         if passed_over := [name for name in self.passed_over if name not in {**self.extra, **self.cached_extra}]:
             notes.append(f"not given: {', '.join(passed_over)}")

@@ -76,7 +76,7 @@ _FOUND = (
         "labels",
         "labelled_logits",
     ),
-    *("gradient", "graph"),
+    *("rows", "cached_rows", "gradient", "graph"),
     *GENERATING,
 )
 _OWN_CLAIMS = (

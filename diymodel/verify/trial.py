@@ -53,6 +53,7 @@ class Trial:
         recorded: values by name.
         dtype: of the modules that are built; None: the subject's own, float64 unless it refuses that.
         device: where they are built.
+        max_rows: of the tokens that are drawn.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Trial:
         recorded: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
+        max_rows: int = MAX_ROWS,
     ) -> None:
         self.subject = subject
         self.values: dict[str, Any] = dict(recorded or {})
         self.dtype = dtype or subject.convention.dtype
         self.device = device
+        self.max_rows = max_rows
         self._draw = draw
         self.seen_difference: float | None = None  # the largest effect that a guard saw; None: no guard
         self._noise: dict[Any, float] = {}  # measured rounding, by module and place in a check
@@ -169,7 +172,7 @@ class Trial:
 
     def tokens(self, lm: LM, min_length: int = 1, max_length: int = MAX_LENGTH, rows: int | None = None) -> Tensor:
         """Token ids (B, T)."""
-        B = rows or self.draw("rows", st.integers(1, MAX_ROWS))
+        B = rows or self.draw("rows", st.integers(1, self.max_rows))
         shortest = max(min_length, lm.convention.shortest)
         length = self.draw("length", st.integers(shortest, max(shortest, min(max_length, lm.config.max_seq_len))))
         token = st.integers(0, lm.config.vocab_size - 1)

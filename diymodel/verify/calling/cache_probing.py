@@ -374,7 +374,7 @@ def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, 
 
 def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
     """Whether what is kept between calls has less precision than the module: rounding of that size is then no bug."""
-    lm = LM(module, config, convention)
+    lm, ids = LM(module, config, convention), ids[:1] if convention.one_row else ids
     lm.logits(ids)  # what it makes in any first call, such as a table of positions, is no cache
     before = [(kept, kept.clone()) for kept in tensors_on(module)]
     _, past = lm.extend(ids)

@@ -19,9 +19,9 @@ from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
     cache_on_module,
     close,
-    find_cache,
     is_narrower,
 )
+from diymodel.verify.calling.cache_rows import find_cache_and_rows
 from diymodel.verify.calling.loss_probing import find_loss, no_labelled_logits
 from diymodel.verify.calling.masks import CAUSAL_MASKS
 from diymodel.verify.calling.padding_probing import find_padding, mask_kinds, missing_packing, padded_is_finite
@@ -171,6 +171,10 @@ def _find_logits(
     if found is None and convention.start and convention.cache_on_module:
         found, _ = _first_of(module, config, [replace(convention, always_cached=True, one_at_a_time=True)], ids)
     if found is None:
+        always = [*([convention] if convention.always_cached else []), *always_cached_ways(module, convention)]
+        ways = [replace(way, causal=None, one_row=True) for way in _placed(always)]
+        found, _ = _first_of(module, config, ways, ids)
+    if found is None:
         raise uncallable(module, config, tried)
     return found
 
@@ -292,7 +296,7 @@ def _find_rest(
     learns = _carries_gradient(module, config, convention, ids)
     convention, no_padding = find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)
-    convention, no_cache = find_cache(module, config, convention, ids, factory)
+    convention, no_cache = find_cache_and_rows(module, config, convention, ids, factory)
     if convention.installed:  # before, every call seemed to be on the cache
         learns = _carries_gradient(module, config, convention, ids)
     missing = no_padding | no_loss | no_cache | missing_packing(module, config, convention, ids)

@@ -25,7 +25,7 @@ _MODULES_WAYS = ("_reorder_cache", "reorder_cache")  # methods of a module: (cac
     "decode.rows_reordered",
     title="a cache whose rows are chosen, repeated or reordered goes on as those rows",
     step="3.2",
-    needs=("cache", "causal"),
+    needs=("cache", "cached_rows", "causal"),
     causes=("beam-reorder-skipped", "cache-rows-shared"),
 )
 def rows_reordered(trial: Trial) -> None:

@@ -137,7 +137,8 @@ def call_leaves_mode(trial: Trial) -> None:
         calls["a call on padded rows"] = lambda: lm.logits(ids, real)
     in_eval = dict(calls)
     if trial.subject.missing("cache") is None:  # which many modules refuse in training mode
-        in_eval["a cached call"] = lambda: lm.extend(ids[:, -1:], lm.extend(ids[:, :-1])[1])
+        cached = ids if trial.subject.missing("cached_rows") is None else ids[:1]
+        in_eval["a cached call"] = lambda: lm.extend(cached[:, -1:], lm.extend(cached[:, :-1])[1])
     for training, made in ((False, in_eval), (True, calls)):
         lm.module.train(training)
         for name, call in made.items():

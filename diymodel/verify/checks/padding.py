@@ -129,7 +129,7 @@ def nan_contained(trial: Trial) -> None:
     real = real.flip(1) if left else real
     ids = ids.where(real, padding)
     needed = ("cache", "padded_cache") if left else ("cache", "padded_cache", "ragged_cache")
-    cached = all(trial.subject.missing(capability) is None for capability in needed)
+    cached = all(trial.subject.missing(capability) is None for capability in (*needed, "cached_rows"))
 
     def run() -> Tensor:
         """Logits of the real positions, and of one more token on the cache of the padded rows."""

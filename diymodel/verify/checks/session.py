@@ -30,7 +30,7 @@ class _Call:
     cached: bool  # False: a forward pass without a cache, whose logits nobody asks for
 
 
-def _steps(vocab_size: int, longest: int) -> st.SearchStrategy[list[dict[str, Any]]]:
+def _steps(vocab_size: int, longest: int, max_rows: int) -> st.SearchStrategy[list[dict[str, Any]]]:
     """Programs, as plain values.
 
     ``{"append": [3], "back": 0}`` puts the token 3 on the newest cache, or on the one ``back`` before it, as far as
@@ -42,7 +42,7 @@ def _steps(vocab_size: int, longest: int) -> st.SearchStrategy[list[dict[str, An
     step = st.one_of(
         st.fixed_dictionaries({"append": tokens, "back": st.just(0)}),
         st.fixed_dictionaries({"append": tokens, "back": st.integers(1, _MAX_BACK)}),
-        st.fixed_dictionaries({"start": tokens, "rows": st.integers(1, _MAX_ROWS)}),
+        st.fixed_dictionaries({"start": tokens, "rows": st.integers(1, max_rows)}),
         st.fixed_dictionaries({"unrelated": tokens}),
     )
     return st.lists(step, min_size=2, max_size=_MAX_STEPS)
@@ -93,8 +93,9 @@ def session(trial: Trial) -> None:
     """
     lm = trial.model()
     longest = 1 if trial.subject.missing("chunks") else _LONGEST_CALL
-    first_rows = trial.draw("rows", st.integers(1, _MAX_ROWS))
-    plan = _plan(trial.draw("steps", _steps(lm.config.vocab_size, longest)), first_rows, lm, trial.device)
+    max_rows = min(_MAX_ROWS, trial.max_rows)
+    first_rows = trial.draw("rows", st.integers(1, max_rows))
+    plan = _plan(trial.draw("steps", _steps(lm.config.vocab_size, longest, max_rows)), first_rows, lm, trial.device)
     expected = [lm.logits(call.whole)[:, -call.ids.shape[1] :] for call in plan]
     pasts: list[Past | None] = []
     for i, call in enumerate(plan):
@@ -123,7 +124,7 @@ def session(trial: Trial) -> None:
 def reset(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    used_rows = trial.draw("used_rows", st.integers(1, 3))
+    used_rows = trial.draw("used_rows", st.integers(1, trial.max_rows))
     used_length = trial.draw("used_length", st.integers(1, 4))
     used = torch.arange(used_rows * used_length, device=trial.device) % lm.config.vocab_size
     used = used.view(used_rows, used_length)

@@ -136,6 +136,7 @@ def memory_layout(trial: Trial) -> None:
     "batch.row_alone",
     title="a row gives the same logits alone as in a batch",
     step="1.1",
+    needs=("rows",),
     causes=("statistic-over-batch", "cache-rows-shared"),
 )
 def row_alone(trial: Trial) -> None:
@@ -151,6 +152,7 @@ def row_alone(trial: Trial) -> None:
     "batch.permutation",
     title="permuting the rows of a batch permutes its logits",
     step="1.1",
+    needs=("rows",),
     causes=("cache-rows-shared", "padded-batch-shared-position", "statistic-over-batch", "beam-reorder-skipped"),
 )
 def permutation(trial: Trial) -> None:
