@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -77,6 +78,46 @@ def test_a_model_with_next_to_nothing_lacks_next_to_everything() -> None:
     assert {"distance_bias", "dropout", "attention", "router", "window", "padding", "padded_prompts", "positions"} <= (
         lacking
     )
+
+
+class Exponentials(nn.Module):
+    """What came before, weighed by powers of e."""
+
+    def __init__(self, config: object, weigh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(config.vocab_size, 8), nn.Linear(8, config.vocab_size)  # type: ignore[attr-defined]
+        self.weigh = weigh
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.weigh(self.embed(input_ids)))
+        return logits
+
+
+def decayed(x: Tensor) -> Tensor:
+    """A recurrence whose state decays by what the token says."""
+    return (x * (-x.square()).exp()).cumsum(1)
+
+
+def softmax_by_hand(x: Tensor) -> Tensor:
+    weights = (x @ x.mT).exp().tril()
+    return weights / weights.sum(-1, keepdim=True) @ x
+
+
+def softmax_by_blocks(x: Tensor) -> Tensor:
+    """Keys two at a time, each with the largest score so far taken away."""
+    largest, total, out = (torch.zeros_like(x[..., :n]) for n in (1, 1, 8))
+    for keys in x.split(2, 1):
+        scores = x @ keys.mT
+        new = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        weights, old = (scores - new).exp(), (largest - new).exp()
+        total, out, largest = total * old + weights.sum(-1, keepdim=True), out * old + weights @ keys, new
+    return out / total
+
+
+@pytest.mark.parametrize(("weigh", "lacks"), [(decayed, True), (softmax_by_hand, False), (softmax_by_blocks, False)])
+def test_a_decay_is_no_softmax_and_one_by_hand_is(weigh: Callable[[Tensor], Tensor], lacks: bool) -> None:
+    subject = Subject(lambda config: Exponentials(config, weigh))
+    assert ("attention" in absent(subject, "numerics.bfloat16_near_float64")) is lacks
 
 
 def test_a_setting_that_no_failing_check_gives_is_absent() -> None:

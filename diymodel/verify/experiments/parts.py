@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.catalogue import list_bug_classes
-from diymodel.verify.experiments.watchers import AttentionWeights, Choices
+from diymodel.verify.experiments.watchers import AttentionWeights, Choices, ExponentialsOfPairs
 from diymodel.verify.experiments.watchers_of_places import Calls, Operand, PlaceOperands
 from diymodel.verify.held import tensors_of
 from diymodel.verify.learning import trained_call
@@ -33,6 +33,7 @@ _LONGEST = 13
 _ROWS = 3
 _LAYERS = 8  # so that every kind of layer is among them
 _TURNS = {"cos", "sin", "polar", "cos_", "sin_"}
+_SOFTMAXES = {"softmax", "flex_attention", "logsumexp"}
 _DROPS = {"dropout", "dropout_", "native_dropout", "alpha_dropout", "feature_dropout", "rand", "rand_like"}
 _DROPS |= {"bernoulli", "bernoulli_", "new_empty.bernoulli_", "uniform_", "randn_like"}
 
@@ -110,12 +111,13 @@ def _attends(patient: Patient) -> bool:
     """Whether scores become weights by a softmax over keys."""
     calls = Calls()
     seen: list[Tensor] = []
+    by_hand: list[bool] = []
     lm = patient.lm(num_layers=_LAYERS)
-    lm.around = partial(AttentionWeights, seen)
-    lm.logits(distinct_tokens(lm, length=_LENGTH))
-    lm.around = lambda start, length: calls
-    lm.logits(distinct_tokens(lm, length=_LENGTH))
-    return bool(seen) or bool(calls.names & {"exp", "exp_", "softmax", "flex_attention", "logsumexp"})
+    for around in (partial(AttentionWeights, seen), partial(ExponentialsOfPairs, by_hand), lambda start, length: calls):
+        lm.around = around
+        lm.logits(distinct_tokens(lm, length=_LENGTH))
+    block_by_block = bool(by_hand) and "maximum" in calls.names  # of the scores so far
+    return bool(seen) or any(by_hand) or block_by_block or bool(calls.names & _SOFTMAXES)
 
 
 def _routes(patient: Patient) -> bool:

@@ -187,6 +187,25 @@ class SoftmaxesOverQueries(Watcher):
             self.seen.append(False)
 
 
+class ExponentialsOfPairs(Watcher):
+    """Whether there is a power of e for each pair of tokens, as in a softmax by hand; one a token is a decay.
+
+    Args:
+        seen: gets, of each exponential in a call of T tokens, whether it is one of pairs.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if getattr(function, "__name__", "") in ("exp", "exp_"):
+            sizes = list(result.shape)
+            filled_up = self.length not in sizes and any(n > self.length and sizes.count(n) > 1 for n in sizes)
+            self.seen.append(sizes.count(self.length) > 1 or filled_up)
+
+
 class Choices(Watcher):
     """Whether the largest of some numbers are picked, as a router picks experts.
 

@@ -13,7 +13,7 @@ from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.symptoms.leaks import leaks_of
-from diymodel.verify.symptoms.watched import later, weights_of, weights_of_failures
+from diymodel.verify.symptoms.watched import looks_ahead, weights_of, weights_of_failures
 
 _BY_VALUE = {"causality.edit", "causality.truncation"}
 _LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
@@ -47,7 +47,27 @@ def _outside_attention(patient: Patient) -> bool | None:
         return None  # dropout, or what an earlier call left
     if not seen or any(bool(weights.isnan().any()) for weights in seen):
         return None
-    return not any(bool(weights[..., later(weights)].any()) for weights in seen)
+    return not looks_ahead(seen)
+
+
+@symptom(
+    "leak.in_attention",
+    "where the future leaks, attention gives weight to keys behind their query",
+    "泄漏发生时，attention 给 query 之后的 key 也分了权重",
+    _LEAKS,
+    (
+        "bidirectional-mask",
+        "mask-sees-next-token",
+        "mask-dropped-on-fast-path",
+        "mask-value-too-small",
+        "mask-dropped-with-dropout",
+    ),
+)
+def _in_attention(patient: Patient) -> bool | None:
+    seen = weights_of_failures(patient, _LEAKS)
+    if not seen or any(bool(weights.isnan().any()) for weights in seen):
+        return None
+    return looks_ahead(seen)
 
 
 @symptom(

@@ -45,3 +45,8 @@ def later(weights: Tensor) -> Tensor:
     """Of keys behind their query (T, S)."""
     T, S = weights.shape[-2:]
     return torch.ones(T, S, dtype=torch.bool, device=weights.device).triu(S - T + 1)
+
+
+def looks_ahead(seen: Iterable[Tensor]) -> bool:
+    """Whether any of these weights (…, T, S) is on a key behind its query."""
+    return any(bool(weights[..., later(weights)].any()) for weights in seen)
