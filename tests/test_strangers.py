@@ -19,6 +19,8 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.checks.gradients import _reached
 from diymodel.verify.failure import NotApplicable
+from diymodel.verify.registry import list_checks
+from diymodel.verify.report import Failure, Report, Result
 from diymodel.verify.subject import resolve
 from diymodel.verify.text import to_text
 from diymodel.verify.trial import Trial
@@ -177,6 +179,38 @@ def test_an_error_of_the_factory_is_told_once() -> None:
     assert text.count("AttributeError: no such thing") == 1
     assert "mend that first" in text
     assert report.diagnosis == ()
+
+
+def test_an_error_in_forward_is_told_once_whoever_calls_it() -> None:
+    class Broken(DIYForCausalLM):
+        def _refuse(self) -> None:
+            raise AttributeError("no such thing")
+
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+            if self.config.vocab_size == 10:  # what every failure shrinks to
+                self._refuse()
+            return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+        def generate(self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0) -> Tensor:
+            for _ in range(max_new_tokens):
+                input_ids = torch.cat((input_ids, self(input_ids).logits[:, -1:].argmax(-1)), 1)
+            return input_ids
+
+    report = check_causal_lm(Broken, profile="quick", only=["shape.logits", "batch.*", "generation.keeps_prompt"])
+    assert "generation.keeps_prompt" in {result.check.id for result in report.failed}
+    ((first, others),) = report.failed_apart
+    assert [first.check.id, *others] == [result.check.id for result in report.failed]
+
+
+def test_errors_of_two_lines_are_told_apart_though_they_say_the_same() -> None:
+    check = next(check for check in list_checks() if check.id == "shape.logits")
+
+    def raised(*lines: int) -> Result:
+        frames = "".join(f'  File "my.py", line {line}, in forward\n    x = y\n' for line in lines)
+        return Result(check, "failed", failure=Failure("the same", (), {}, {}, "", traceback=frames.rstrip()))
+
+    report = Report("x", results=[raised(1, 2), raised(2), raised(2, 1)])
+    assert [len(others) for _, others in report.failed_apart] == [1, 0]
 
 
 def test_a_module_that_cannot_be_copied_is_told_so_and_nothing_else_is_harmed() -> None:

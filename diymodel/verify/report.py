@@ -36,6 +36,11 @@ class Failure:
         expected, _, seen = self.message.partition(", saw ")
         return expected, seen
 
+    @property
+    def raised_at(self) -> str:
+        """The innermost of the subject's own frames; none: ''."""
+        return (self.traceback or "").rpartition('  File "')[2]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -104,12 +109,15 @@ class Report:
 
     @property
     def failed_apart(self) -> list[tuple[Result, list[str]]]:
-        """The failures, each with the ids of later checks in which the subject raised the very same error."""
+        """The failures, each with the ids of later checks in which the subject raised the same error at the same line.
+
+        By which of its own calls it came to that line, forward or generate, is no other error.
+        """
         apart: list[tuple[Result, list[str]]] = []
         raised: dict[tuple[str, str], list[str]] = {}
         for result in self.failed:
             failure = result.failure
-            error = (failure.message, failure.traceback) if failure is not None and failure.traceback else None
+            error = (failure.message, failure.raised_at) if failure is not None and failure.traceback else None
             if error in raised:
                 raised[error].append(result.check.id)
                 continue
