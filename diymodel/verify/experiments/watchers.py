@@ -32,7 +32,9 @@ _SQUARES = {
     "dot",
 }
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "multiply"}  # of a tensor with itself: a square
-_ZEROS = {"zeros", "zeros_like", "new_zeros", "pad", "constant_pad_nd"}
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_PADS = {"pad", "constant_pad_nd"}
+_FILLS = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "__get__"}  # "__get__": of attributes
 _CONVOLUTIONS = {"conv1d", "conv2d"}
 _PADDING = 4  # which argument of a convolution it is
 _SCORES = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
@@ -54,7 +56,9 @@ class Watcher(TorchFunctionMode):
 
 
 class ZeroRows(Watcher):
-    """Zeros that are made, or padded with, for each row: on a cache, in place of what the row carried over.
+    """Zeros that are made for each row and read, or padded with: on a cache, in place of what the row carried over.
+
+    What is written over before anything is computed of it is room that is made, and no zeros to go on with.
 
     Args:
         seen: where they are put.
@@ -65,12 +69,30 @@ class ZeroRows(Watcher):
         super().__init__()
         self.seen = seen
         self.rows = rows
+        self.unread: dict[int, Tensor] = {}  # by where they lie
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = getattr(function, "__name__", "")
-        made = name in _ZEROS or (name in _CONVOLUTIONS and _pads(args, kwargs))
-        if made and isinstance(result, Tensor) and result.dim() > 1 and len(result) == self.rows:
+        if name not in _FILLS:
+            in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+            self._read(tensors_in((args, kwargs)), result, in_place)
+        if not isinstance(result, Tensor) or result.dim() < 2 or len(result) != self.rows:
+            return
+        if name in _ZEROS:
+            self.unread[_place(result)] = result
+        elif name in _PADS or (name in _CONVOLUTIONS and _pads(args, kwargs)):
             self.seen.append(result)
+
+    def _read(self, given: list[Tensor], result: Any, in_place: bool) -> None:
+        for tensor in given:
+            zeros = self.unread.get(_place(tensor))
+            is_view = isinstance(result, Tensor) and not in_place and _place(result) == _place(tensor)
+            if zeros is not None and not is_view and not bool(tensor.any()):
+                self.seen.append(self.unread.pop(_place(tensor)))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class AttentionWeights(Watcher):
