@@ -114,6 +114,12 @@ def softmax_by_blocks(x: Tensor) -> Tensor:
     return out / total
 
 
+def test_noise_of_any_kind_is_drawn_as_dropout_is() -> None:
+    for weigh in (lambda x: x + torch.randn(x.shape, dtype=x.dtype), lambda x: x + torch.empty_like(x).normal_()):
+        subject = Subject(lambda config, weigh=weigh: Exponentials(config, weigh))
+        assert "dropout" not in absent(subject, "forward.deterministic")
+
+
 @pytest.mark.parametrize(("weigh", "lacks"), [(decayed, True), (softmax_by_hand, False), (softmax_by_blocks, False)])
 def test_a_decay_is_no_softmax_and_one_by_hand_is(weigh: Callable[[Tensor], Tensor], lacks: bool) -> None:
     subject = Subject(lambda config: Exponentials(config, weigh))

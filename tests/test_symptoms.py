@@ -53,6 +53,7 @@ LIVE = (  # bugs, one for each group of symptoms
     "convolution-not-causal-timeshift-causality.truncation-causality.gradient",
     "mask-sees-next-token-rotary-causality.through_cache",
     "continues-from-pad-scribe-generation.padded_prompt",
+    "expert-capacity-drops-tokens-experts-modes.agree_without_dropout",
 )
 WHERE_WRONG = (  # symptoms that ask what is different where a cached step is wrong
     "cache.right_with_keys_as_held",
@@ -76,7 +77,8 @@ NOT_SO = (  # and those that ask what a cached step does
 )
 CONFIG: dict[str, Any] = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "max_seq_len": 16}
 SEEN_IN_BUGS_ONLY = (  # experiments whose yes says that something is wrong
-    *("attention.*", "batch.other_rows_matter", "compile.leaks", "leak.*", "packing.attention_keeps_apart"),
+    *("attention.*", "batch.other_rows_matter", "compile.leaks", "experts.*", "leak.*"),
+    "packing.attention_keeps_apart",
     *("paths.*", "sensitivity.blind_to_own_token", "shape.nan_for_one_token"),
     *("window.*", "reference.joins_heads_otherwise", "repair.scaled_scores", "repair.other_*"),
 )

@@ -28,6 +28,7 @@ _LEAKS = (
     "mask-value-too-small",
     "convolution-not-causal",
 )
+_CAPACITY = "expert-capacity-drops-tokens"
 
 
 def edited(trial: Trial, lm: LM, ids: Tensor, position: int) -> Tensor:
@@ -43,7 +44,7 @@ def edited(trial: Trial, lm: LM, ids: Tensor, position: int) -> Tensor:
     title="changing a token changes no earlier logit",
     step="1.1",
     needs=("causal",),
-    causes=_LEAKS,
+    causes=(*_LEAKS, _CAPACITY),
 )
 def edit(trial: Trial) -> None:
     lm = trial.model()
@@ -59,7 +60,7 @@ def edit(trial: Trial) -> None:
     title="cutting off later tokens changes no earlier logit",
     step="1.1",
     needs=("causal",),
-    causes=(*_LEAKS, "ring-cache-overwritten"),
+    causes=(*_LEAKS, "ring-cache-overwritten", _CAPACITY),
 )
 def truncation(trial: Trial) -> None:
     lm = trial.model()
@@ -78,7 +79,7 @@ def must_not_need_what_follows(trial: Trial, lm: LM, ids: Tensor) -> None:
     title="in training mode, with the same dropout, changing a token changes no earlier logit",
     step="3.3",
     needs=("causal",),
-    causes=("mask-dropped-with-dropout", *_LEAKS),
+    causes=("mask-dropped-with-dropout", *_LEAKS, _CAPACITY),
 )
 def in_training(trial: Trial) -> None:
     lm = trial.model()
@@ -117,7 +118,7 @@ def without_gradients(trial: Trial) -> None:
     title="changing a token of a chunk on a cache changes no earlier logit of the chunk",
     step="3.2",
     needs=("causal", "cache", "chunks"),
-    causes=("chunk-unmasked", *_LEAKS, "ring-cache-overwritten"),
+    causes=("chunk-unmasked", *_LEAKS, "ring-cache-overwritten", "expert-capacity-drops-tokens"),
 )
 def through_cache(trial: Trial) -> None:
     lm = trial.model()

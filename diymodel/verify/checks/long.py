@@ -44,7 +44,13 @@ def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
     title="cutting off the end of a long row changes no earlier logit",
     step="1.1",
     needs=("causal",),
-    causes=("mask-dropped-on-fast-path", "chunk-size-changes-logits", "statistic-over-sequence", "bidirectional-mask"),
+    causes=(
+        "mask-dropped-on-fast-path",
+        "chunk-size-changes-logits",
+        "statistic-over-sequence",
+        "bidirectional-mask",
+        "expert-capacity-drops-tokens",
+    ),
 )
 def causality_of_a_long_row(trial: Trial) -> None:
     must_not_need_what_follows(trial, *_long(trial))

@@ -66,7 +66,12 @@ def dropout_off_in_eval(trial: Trial) -> None:
     "modes.agree_without_dropout",
     title="with dropout 0, training mode and eval mode give the same logits",
     step="3.3",
-    causes=("training-branch-differs", "mask-dropped-with-dropout", "dropout-inverted"),
+    causes=(
+        "training-branch-differs",
+        "mask-dropped-with-dropout",
+        "dropout-inverted",
+        "expert-capacity-drops-tokens",
+    ),
 )
 def agree_without_dropout(trial: Trial) -> None:
     # Some take another path where dropout is exactly 0; others keep what they should drop. Narrower random numbers than

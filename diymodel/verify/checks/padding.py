@@ -26,6 +26,7 @@ from diymodel.verify.trial import MAX_LENGTH, Trial
         "padded-batch-shared-position",
         "masked-nan-leaks",
         "masked-row-nan",
+        "expert-capacity-drops-tokens",
     ),
 )
 def right_changes_nothing(trial: Trial) -> None:
@@ -53,6 +54,7 @@ def right_changes_nothing(trial: Trial) -> None:
         "mask-dropped-on-fast-path",
         "mask-hides-self",
         "masked-row-nan",
+        "expert-capacity-drops-tokens",
     ),
 )
 def left_changes_nothing(trial: Trial) -> None:
@@ -71,7 +73,13 @@ def left_changes_nothing(trial: Trial) -> None:
     title="what stands at a padded position changes no logit of a real one",
     step="5.1",
     needs=("padding",),
-    causes=("statistic-over-sequence", "masked-nan-leaks", "mask-hides-self", "bidirectional-mask"),
+    causes=(
+        "statistic-over-sequence",
+        "masked-nan-leaks",
+        "mask-hides-self",
+        "bidirectional-mask",
+        "expert-capacity-drops-tokens",
+    ),
 )
 def content_irrelevant(trial: Trial) -> None:
     lm = trial.model()

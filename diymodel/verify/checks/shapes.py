@@ -137,7 +137,7 @@ def memory_layout(trial: Trial) -> None:
     title="a row gives the same logits alone as in a batch",
     step="1.1",
     needs=("rows",),
-    causes=("statistic-over-batch", "cache-rows-shared"),
+    causes=("statistic-over-batch", "cache-rows-shared", "expert-capacity-drops-tokens"),
 )
 def row_alone(trial: Trial) -> None:
     lm = trial.model()
@@ -153,7 +153,13 @@ def row_alone(trial: Trial) -> None:
     title="permuting the rows of a batch permutes its logits",
     step="1.1",
     needs=("rows",),
-    causes=("cache-rows-shared", "padded-batch-shared-position", "statistic-over-batch", "beam-reorder-skipped"),
+    causes=(
+        "cache-rows-shared",
+        "padded-batch-shared-position",
+        "statistic-over-batch",
+        "beam-reorder-skipped",
+        "expert-capacity-drops-tokens",
+    ),
 )
 def permutation(trial: Trial) -> None:
     lm = trial.model()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.experiments.watchers import AttentionWeights, Choices, ExponentialsOfPairs
-from diymodel.verify.experiments.watchers_of_places import Calls, Operand, PlaceOperands
+from diymodel.verify.experiments.watchers_of_places import NOISE, Calls, Operand, PlaceOperands
 from diymodel.verify.held import tensors_of
 from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import seeded
@@ -35,7 +35,7 @@ _LAYERS = 8  # so that every kind of layer is among them
 _TURNS = {"cos", "sin", "polar", "cos_", "sin_"}
 _SOFTMAXES = {"softmax", "flex_attention", "logsumexp"}
 _DROPS = {"dropout", "dropout_", "native_dropout", "alpha_dropout", "feature_dropout", "rand", "rand_like"}
-_DROPS |= {"bernoulli", "bernoulli_", "new_empty.bernoulli_", "uniform_", "randn_like"}
+_DROPS |= {"bernoulli", "bernoulli_", "new_empty.bernoulli_", *NOISE}
 
 Has = Callable[[Patient], bool]
 

@@ -35,6 +35,7 @@ _PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "multiply"}  # of a tensor wi
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _PADS = {"pad", "constant_pad_nd"}
 _FILLS = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "__get__"}  # "__get__": of attributes
+_PLACES = {"argmax", "argsort", "sort"}
 _CONVOLUTIONS = {"conv1d", "conv2d"}
 _PADDING = 4  # which argument of a convolution it is
 _SCORES = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
@@ -240,7 +241,9 @@ class Choices(Watcher):
         self.seen = seen
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if function in CHOICES and not isinstance(result, Tensor) and result[0].is_floating_point():
+        by_value = function in CHOICES and not isinstance(result, Tensor) and result[0].is_floating_point()
+        by_place = getattr(function, "__name__", "") in _PLACES and args[0].is_floating_point()
+        if by_value or by_place:
             self.seen.append(True)
 
 

@@ -17,6 +17,7 @@ from diymodel.verify.experiments.watchers import Watcher
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "addcmul", "matmul", "__matmul__", "bmm"}
 _PRODUCTS |= {"einsum", "div", "__truediv__"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "sub_", "baddbmm"}
+NOISE = {"randn", "randn_like", "normal", "normal_", "uniform_", "exponential_", "gumbel_softmax"}
 _VALUES = 3  # a mask has two
 _HIDDEN = -1e4  # and hides by one that is so small
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.experiments.repairs import NoDropout
+from diymodel.verify.experiments.watchers_of_places import NOISE, Calls
 from diymodel.verify.learning import trained_call
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.saving import hidden_parameters
@@ -131,3 +132,17 @@ def _dropout_is_told_none(patient: Patient) -> bool | None:
 def _dropout_is_told_to_train(patient: Patient) -> bool | None:
     lm = _drops_in_eval(patient)
     return lm is not None and _ways_to_drop(lm)[1]
+
+
+@symptom(
+    "modes.draws_noise",
+    "in eval mode random numbers are drawn for a noise that is no dropout",
+    "切到 eval 后仍在抽取随机噪声，而这不是 dropout",
+    ("forward.deterministic",),
+    ("dropout-active-in-eval",),
+)
+def _draws_noise(patient: Patient) -> bool | None:
+    lm, calls = patient.lm(), Calls()
+    lm.around = lambda start, length: calls
+    lm.logits(distinct_tokens(lm))
+    return bool(calls.names & NOISE)

@@ -13,6 +13,7 @@ from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.decode import DECODE, wrong
 
 _REPAIRED = ("decode.cached_equals_full",)
+_NOWHERE = ("", -1)
 _PLACES = 8  # at most, that are tried one by one
 
 
@@ -21,6 +22,7 @@ def _passes_somewhere(patient: Patient, repair: type[PositionsAfterTheCache]) ->
     if patient.passes_under(Repair, _REPAIRED) is not False:  # one that repairs nothing
         return None
     places: set[tuple[str, int]] = set()
+    patient.passes_under(partial(repair, only=_NOWHERE, found=places), _REPAIRED)  # a wrong repair ends a trial early
     answer = _passes(patient, partial(repair, found=places))
     for place in sorted(places)[:_PLACES]:
         if answer is not False:

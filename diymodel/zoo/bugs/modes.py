@@ -198,6 +198,14 @@ BUGS = [
         where="PostNormLayer",
     ),
     Bug(
+        "dropout-active-in-eval",
+        "nanogpt",
+        "x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))",
+        "x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))\n        x = x + 0.1 * torch.randn_like(x)",
+        kills=("forward.deterministic", "modes.dropout_off_in_eval"),
+        where="NanoGPT",
+    ),
+    Bug(
         "dropout-inverted",
         "headwise",
         "self.dropout = nn.Dropout(config.dropout)",
