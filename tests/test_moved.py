@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from diymodel.verify.registry import list_checks
-from diymodel.verify.runner import PROFILES, Settings, verify_one
+from diymodel.verify.runner import verify_one
+from diymodel.verify.settings import PROFILES, Settings
 from diymodel.verify.symptoms import Patient, list_symptoms
 from diymodel.zoo.bug import list_bugs
 
