@@ -232,7 +232,7 @@ def test_compiled_logits_are_near_those_of_eager(dtype: torch.dtype, relative: f
             tokens = ids[rows, lengths + step][:, None]
             expected, past = model(tokens, past_key_values=past, use_cache=True)
             assert float((decoder.step(tokens) - expected).norm() / expected.norm()) <= relative
-    if dtype != torch.bfloat16:
+    if dtype == torch.float32:
         for settings in SETTINGS:
             found, expected = (model.generate(ids[:, :5], 70, **settings, compile=c) for c in (True, False))
             assert torch.equal(found, expected)
