@@ -30,7 +30,7 @@ def find_cache_and_rows(
     found, missing = find_cache(module, config, convention, ids[:1] if convention.one_row else ids, factory)
     if convention.one_row:
         why = _several_refused(module, config, found, ids)
-        return found, missing | {"rows": why or "", "cached_rows": why or ""}
+        return found, missing if why is None else {**missing, "rows": why, "cached_rows": why}
     if "cache" not in missing:
         return found, missing
     one, lacking = find_cache(module, config, convention, ids[:1], factory)
