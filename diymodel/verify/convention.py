@@ -141,6 +141,8 @@ class Convention:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""
             more += f", set up by {self.installed.by}" if self.installed else ""
+            if self.placed_on_cache:
+                more += f", beside which {self.start or self.positions} says where new tokens stand"
             more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""
             more += ", beside which the whole sequence is given" if self.cached_gets_all else ""
             more += "".join(f", with {name}={value}" for name, value in self.cached_extra.items())

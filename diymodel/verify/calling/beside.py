@@ -20,11 +20,13 @@ def namespaces(module: nn.Module, factory: Callable[..., Any] | None) -> Iterato
 
 
 def cache_classes(module: nn.Module, factory: Callable[..., Any] | None) -> Iterator[type]:
-    """Classes whose names say that they are caches: beside the module's, the factory's, and in files of their folders.
+    """Classes whose names say that they are caches: beside the module's, its parts', the factory's, and in files of
+    their folders.
 
     Of those files, the ones that are imported; each class once.
     """
-    near = list(namespaces(module, factory))
+    parts = {type(part): part for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    near = [names for part in parts.values() for names in namespaces(part, factory)]
     folders = {Path(names["__file__"]).parent for names in near if names.get("__file__")}
     near += [vars(found) for found in list(sys.modules.values()) if _folder(found) in folders]
     classes = {

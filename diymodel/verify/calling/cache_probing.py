@@ -24,7 +24,7 @@ from diymodel.verify.calling.cache_makers import (
     set_up,
     two_none_a_layer,
 )
-from diymodel.verify.calling.cache_of_generate import ways_of_generate
+from diymodel.verify.calling.cache_of_generate import generate_places_tokens, ways_of_generate
 from diymodel.verify.calling.installed import installers_on
 from diymodel.verify.calling.installing import find_installed
 from diymodel.verify.calling.signature import has_no, required_parameters
@@ -134,7 +134,8 @@ def _find_new_cache(
     """The first way to a cache that a token can be added to; else why there is none.
 
     Where a cache is begun and the next token crashes, that is no lack but a bug: the checks will show it. Where it is
-    refused, positions are given with the cache, if the step is right by them.
+    refused, or wrong while the module's own generate gives positions, they are given with the cache, if the step is
+    right by them.
     """
     ways = [convention]
     if convention.past and convention.new_cache is None:
@@ -147,7 +148,7 @@ def _find_new_cache(
     for way in ways:
         tried.append(_tried(module, config, way, ids))
         if tried[-1].why_not is None:
-            return tried[-1].way, None
+            return _placed_as_by_generate(module, config, tried[-1].way, ids), None
     crashing = next((one.way for one in tried if one.crashed), None)
     if convention.past and convention.new_cache is None:
         for way in _placed_on_cache(ways) if crashing is None else ():
@@ -161,6 +162,16 @@ def _find_new_cache(
     if crashing is not None:
         return crashing, None
     return convention, tried[ways.index(convention)].why_not
+
+
+def _placed_as_by_generate(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> Convention:
+    """The way, with positions on the cache where only these are right and the module's own generate gives them."""
+    if way.positions is None or _continues(module, config, way, ids):
+        return way
+    placed = (_tried(module, config, other, ids) for other in _placed_on_cache([way]))
+    right = (one.way for one in placed if one.why_not is None and _continues(module, config, one.way, ids))
+    found = next(right, None)
+    return way if found is None or not generate_places_tokens(module, config, way) else found
 
 
 def _placed_on_cache(ways: Sequence[Convention]) -> Iterator[Convention]:
