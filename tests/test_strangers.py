@@ -17,7 +17,7 @@ from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
-from diymodel.verify.checks.gradients import _reached
+from diymodel.verify.checks.gradients_reach import _reached
 from diymodel.verify.failure import NotApplicable
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Failure, Report, Result
