@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 
 import torch
@@ -30,19 +31,32 @@ _MANY_ROWS = 32
 )
 def reach_every_parameter(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, **_WIDE_ENOUGH)
-    unreached = set(trainable(lm))
-    _leave_unreached(unreached, trial, lm, distinct_tokens(trial, lm), _weighted_logits)
-    unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
+    unreached = _unreached(trial, lm, distinct_tokens(trial, lm))
     if unreached:
         raise CheckFailure(
             f"every parameter must get a gradient from the logits, saw none at {first_of(sorted(unreached))}"
         )
 
 
+def _unreached(trial: Trial, lm: LM, ids: Tensor) -> set[str]:
+    """The parameters that learn from the logits neither in eval mode nor in training mode."""
+    unreached = set(trainable(lm))
+    _leave_unreached(unreached, trial, lm, ids, _weighted_logits)
+    unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
+    with suppress(Exception):  # what training mode refuses is told by other checks
+        _leave_unreached(unreached, trial, lm, ids, _in_training)
+    return unreached
+
+
 def _weighted_logits(lm: LM, ids: Tensor, seed: int) -> Tensor:
     logits = lm.logits(ids)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
     return (logits * weights).sum()
+
+
+def _in_training(lm: LM, ids: Tensor, seed: int) -> Tensor:
+    lm.module.train()
+    return _weighted_logits(lm, ids, seed)
 
 
 def _leave_unreached(
