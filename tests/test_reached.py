@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel import DIYConfig
@@ -69,3 +71,62 @@ def test_what_learns_in_training_mode_alone_is_reached() -> None:
 
 def test_what_learns_in_neither_mode_is_not_reached() -> None:
     assert unreached(NeverMixed) == "router.weight"
+
+
+class TwoAhead(Tiny):
+    """A second head predicts the token after the next, and only the loss asks it."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.after_next = nn.Linear(config.vocab_size, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, return_loss: bool = False) -> Any:
+        logits = self.run(input_ids, causal)
+        if not return_loss:
+            return logits
+        further = F.cross_entropy(self.after_next(logits)[:, :-2].flatten(0, 1), input_ids[:, 2:].flatten())
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()) + 0.1 * further, further
+
+
+class Labelled(TwoAhead):
+    """The same with labels, and in training mode alone."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.run(input_ids, causal)
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        if self.training:
+            loss = loss + F.cross_entropy(self.after_next(logits)[:, :-2].flatten(0, 1), labels[:, 2:].flatten())
+        return loss, logits
+
+
+class NeverAsked(Labelled):
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.third = nn.Linear(2, 2)
+
+
+class Balanced(Mixture):
+    """The router is cut off from the logits; what balances the experts is its only gradient."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        self.balance = self.router(x).softmax(-1).mean((0, 1)).square().sum()
+        chosen = F.one_hot(self.router(x).argmax(-1), 2).to(x)
+        return sum((expert(x) * w for expert, w in zip(self.experts, chosen.split(1, -1), strict=True)), x)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.run(input_ids, causal) + self.head(self.mixed(self.embed(input_ids)))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + self.balance, logits
+
+
+@pytest.mark.parametrize("module", [TwoAhead, Labelled])
+def test_a_head_that_serves_the_loss_alone_is_reached(module: type[nn.Module]) -> None:
+    passes(module, REACH, seeds=1)
+
+
+@pytest.mark.parametrize(("module", "names"), [(NeverAsked, "third.bias, third.weight"), (Balanced, "router.weight")])
+def test_the_loss_excuses_nothing_else(module: type[nn.Module], names: str) -> None:
+    assert unreached(module) == names

@@ -39,13 +39,43 @@ def reach_every_parameter(trial: Trial) -> None:
 
 
 def _unreached(trial: Trial, lm: LM, ids: Tensor) -> set[str]:
-    """The parameters that learn from the logits neither in eval mode nor in training mode."""
+    """The parameters that learn from the logits in neither mode, nor, where they serve it alone, from the loss."""
     unreached = set(trainable(lm))
     _leave_unreached(unreached, trial, lm, ids, _weighted_logits)
     unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
     with suppress(Exception):  # what training mode refuses is told by other checks
         _leave_unreached(unreached, trial, lm, ids, _in_training)
+    if unreached and (lm.convention.labels or lm.convention.loss_switch):  # whatever else is in that loss
+        unreached -= _serving_the_loss(trial, lm, ids, unreached)
     return unreached
+
+
+def _serving_the_loss(trial: Trial, lm: LM, ids: Tensor, unreached: set[str]) -> set[str]:
+    """Those of some parameters that no logit depends on, and that learn from the module's own loss in training mode.
+
+    A router that is cut off has its part in the logits, and may get gradients from a loss that balances experts.
+    """
+    aside = _without_effect(trial, lm, ids, unreached)
+    left = set(aside)
+    with suppress(Exception):  # what the loss refuses is told by other checks
+        _leave_unreached(left, trial, lm, ids, _own_loss)
+    return aside - left
+
+
+@torch.no_grad()
+def _without_effect(trial: Trial, lm: LM, ids: Tensor, names: set[str]) -> set[str]:
+    """Those of some parameters that change no logit, whatever their values."""
+    lm = trial.build(lm.config, trial.values["weights"], 1)
+    many, generator = _many(lm, ids), torch.Generator().manual_seed(_DRAWS)
+    before, found = lm.logits(many), set()
+    for name, parameter in trainable(lm).items():
+        if name in names:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            after = lm.logits(many)
+            if after.equal(before):
+                found.add(name)
+            before = after
+    return found
 
 
 def _weighted_logits(lm: LM, ids: Tensor, seed: int) -> Tensor:
@@ -57,6 +87,11 @@ def _weighted_logits(lm: LM, ids: Tensor, seed: int) -> Tensor:
 def _in_training(lm: LM, ids: Tensor, seed: int) -> Tensor:
     lm.module.train()
     return _weighted_logits(lm, ids, seed)
+
+
+def _own_loss(lm: LM, ids: Tensor, seed: int) -> Tensor:
+    lm.module.train()
+    return lm.own_loss(ids, lm.own_labels(ids))
 
 
 def _leave_unreached(
