@@ -130,3 +130,62 @@ def test_a_head_that_serves_the_loss_alone_is_reached(module: type[nn.Module]) -
 @pytest.mark.parametrize(("module", "names"), [(NeverAsked, "third.bias, third.weight"), (Balanced, "router.weight")])
 def test_the_loss_excuses_nothing_else(module: type[nn.Module], names: str) -> None:
     assert unreached(module) == names
+
+
+class Layered(Tiny):
+    """One router for all layers, which every ``period``-th layer asks, and a last layer that may be forgotten."""
+
+    period, forgotten = 2, 0
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        d = config.hidden_size
+        self.router = nn.Linear(d, 1, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(d, d) for _ in range(config.num_layers))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for i in range(len(self.layers) - self.forgotten):
+            y = self.layers[i](x)
+            x = x + (y * self.router(x).sigmoid() if i % self.period == self.period - 1 else y)
+        return self.run(input_ids, causal) + self.head(x)
+
+
+class EveryFourth(Layered):
+    period = 4
+
+
+class LastForgotten(Layered):
+    forgotten = 1
+
+
+class NeverRouted(Layered):
+    period = 100
+
+
+class NoFurtherLayers(Layered):
+    """Its layers are counted by a table of its own."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.scales = [1.0, 0.5, 0.25]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * self.scales[len(self.layers) - 1]
+
+
+@pytest.mark.parametrize("module", [Layered, EveryFourth])
+def test_what_further_layers_use_is_reached(module: type[nn.Module]) -> None:
+    passes(module, REACH, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (LastForgotten, "layers.0.bias, layers.0.weight"),
+        (NeverRouted, "router.weight"),
+        (NoFurtherLayers, "router.weight"),
+    ],
+)
+def test_what_further_layers_do_not_use_either_is_not_reached(module: type[nn.Module], names: str) -> None:
+    assert unreached(module) == names

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,8 +20,9 @@ from diymodel.verify.trial import Trial
 
 # A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
 _WIDE_ENOUGH = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
-_DRAWS = 3  # what is 0 by bad luck in one draw is not in three
-_MANY_ROWS = 32
+_ALL, _MANY = range(6), range(3, 6)  # draws, and those of many tokens: what is 0 by bad luck in one is not in three
+_ROWS = 32  # of many tokens
+_MORE_LAYERS = 4  # in some models only every fourth layer has a part
 
 
 @check(
@@ -31,22 +34,27 @@ _MANY_ROWS = 32
 )
 def reach_every_parameter(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, **_WIDE_ENOUGH)
-    unreached = _unreached(trial, lm, distinct_tokens(trial, lm))
+    ids = distinct_tokens(trial, lm)
+    unreached = _unreached(trial, lm, ids)
+    if unreached and (deeper := _deeper(trial, lm, ids)) is not None:
+        kinds = {_kind(name) for name in _unreached(trial, deeper, ids, _MANY)}
+        unreached = {name for name in unreached if _kind(name) in kinds}
     if unreached:
         raise CheckFailure(
             f"every parameter must get a gradient from the logits, saw none at {first_of(sorted(unreached))}"
         )
 
 
-def _unreached(trial: Trial, lm: LM, ids: Tensor) -> set[str]:
+def _unreached(trial: Trial, lm: LM, ids: Tensor, draws: range = _ALL) -> set[str]:
     """The parameters that learn from the logits in neither mode, nor, where they serve it alone, from the loss."""
     unreached = set(trainable(lm))
-    _leave_unreached(unreached, trial, lm, ids, _weighted_logits)
+    _leave_unreached(unreached, trial, lm, ids, _weighted_logits, draws)
     unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
     with suppress(Exception):  # what training mode refuses is told by other checks
         _leave_unreached(unreached, trial, lm, ids, _in_training)
     if unreached and (lm.convention.labels or lm.convention.loss_switch):  # whatever else is in that loss
-        unreached -= _serving_the_loss(trial, lm, ids, unreached)
+        with suppress(Exception):  # likewise
+            unreached -= _serving_the_loss(trial, lm, ids, unreached)
     return unreached
 
 
@@ -57,8 +65,7 @@ def _serving_the_loss(trial: Trial, lm: LM, ids: Tensor, unreached: set[str]) ->
     """
     aside = _without_effect(trial, lm, ids, unreached)
     left = set(aside)
-    with suppress(Exception):  # what the loss refuses is told by other checks
-        _leave_unreached(left, trial, lm, ids, _own_loss)
+    _leave_unreached(left, trial, lm, ids, _own_loss)
     return aside - left
 
 
@@ -66,7 +73,7 @@ def _serving_the_loss(trial: Trial, lm: LM, ids: Tensor, unreached: set[str]) ->
 def _without_effect(trial: Trial, lm: LM, ids: Tensor, names: set[str]) -> set[str]:
     """Those of some parameters that change no logit, whatever their values."""
     lm = trial.build(lm.config, trial.values["weights"], 1)
-    many, generator = _many(lm, ids), torch.Generator().manual_seed(_DRAWS)
+    many, generator = _many(lm, ids), torch.Generator().manual_seed(_MANY.start)
     before, found = lm.logits(many), set()
     for name, parameter in trainable(lm).items():
         if name in names:
@@ -76,6 +83,21 @@ def _without_effect(trial: Trial, lm: LM, ids: Tensor, names: set[str]) -> set[s
                 found.add(name)
             before = after
     return found
+
+
+def _deeper(trial: Trial, lm: LM, ids: Tensor) -> LM | None:
+    """The same with more layers; None where the subject has no such module."""
+    config = replace(lm.config, num_layers=lm.config.num_layers + _MORE_LAYERS)
+    config = replace(config, **trial.subject.own_sizes)
+    if config == lm.config or refusal(trial.subject.made, config) is not None:
+        return None
+    deeper = trial.build(config, trial.values["weights"], 1)
+    return deeper if refusal(deeper.logits, ids) is None else None
+
+
+def _kind(name: str) -> str:
+    """A parameter's name without numbers: the last layer has another one in a deeper module."""
+    return re.sub("[0-9]+", "#", name)
 
 
 def _weighted_logits(lm: LM, ids: Tensor, seed: int) -> Tensor:
@@ -95,13 +117,18 @@ def _own_loss(lm: LM, ids: Tensor, seed: int) -> Tensor:
 
 
 def _leave_unreached(
-    unreached: set[str], trial: Trial, lm: LM, ids: Tensor, objective: Callable[[LM, Tensor, int], Tensor]
+    unreached: set[str],
+    trial: Trial,
+    lm: LM,
+    ids: Tensor,
+    objective: Callable[[LM, Tensor, int], Tensor],
+    draws: range = _MANY,
 ) -> None:
     """Take from ``unreached`` what gets a gradient from an objective, in any of several draws of the weights."""
-    for seed in range(2 * _DRAWS):
+    for seed in draws:
         if not unreached:
             return
-        if seed == _DRAWS:
+        if seed == _MANY.start:
             ids = _many(lm, ids)
         lm = trial.build(lm.config, trial.values["weights"] + seed, 1)
         value = objective(lm, ids, seed)
@@ -113,8 +140,8 @@ def _leave_unreached(
 
 def _many(lm: LM, ids: Tensor) -> Tensor:
     """Rows as long as can be: a few tokens may choose no expert, and never reach the next segment of a sequence."""
-    size = _MANY_ROWS, lm.config.max_seq_len
-    many = torch.randint(lm.config.vocab_size, size, generator=torch.Generator().manual_seed(_DRAWS)).to(ids)
+    size = _ROWS, lm.config.max_seq_len
+    many = torch.randint(lm.config.vocab_size, size, generator=torch.Generator().manual_seed(_MANY.start)).to(ids)
     longest = next(T for T in range(size[1], 0, -1) if refusal(lm.logits, many[:1, :T]) is None)
     return many[:, :longest]
 
