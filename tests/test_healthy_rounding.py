@@ -1,0 +1,89 @@
+"""Healthy models that round where it shows, and what must still be found in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diymodel import DIYConfig
+from diymodel.verify.checks import numerics
+from diymodel.verify.failure import CheckFailure
+from diymodel.verify.subject import resolve
+from diymodel.verify.trial import Trial
+
+
+class Mixture(nn.Module):
+    """Each token goes to one of four experts; a fixed router, so that no measured rounding shows another choice."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(vocab_size, hidden_size), nn.Embedding(max_seq_len, hidden_size)
+        self.register_buffer("router", torch.linspace(1, 3, 4 * vocab_size).view(4, vocab_size).sin())
+        self.experts = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(4))
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def place(self, position: Tensor) -> Tensor:
+        return self.positions(position)  # type: ignore[no-any-return]
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        return torch.zeros_like(scores).scatter(-1, scores.topk(1).indices, 1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1]))
+        scores = 2 + (self.router.T[input_ids] * 1e-3).cos()  # too near to each other for bfloat16
+        chosen = self.chosen(scores).to(x).split(1, -1)
+        return self.head(x + sum(4 * e(x) * w for e, w in zip(self.experts, chosen, strict=True)))  # type: ignore[no-any-return]
+
+
+class ByMax(Mixture):
+    def chosen(self, scores: Tensor) -> Tensor:
+        return F.one_hot(scores.max(-1)[1], 4)
+
+
+class ByMaxKept(Mixture):
+    def chosen(self, scores: Tensor) -> Tensor:
+        return F.one_hot(scores.max(dim=-1, keepdim=True)[1].squeeze(-1), 4)
+
+
+class ByArgmax(Mixture):
+    def chosen(self, scores: Tensor) -> Tensor:
+        return F.one_hot(scores.argmax(-1), 4)
+
+
+class ByThreshold(Mixture):
+    def chosen(self, scores: Tensor) -> Tensor:
+        return scores >= scores.topk(2)[0][..., -1:]
+
+
+class ByRank(Mixture):
+    def chosen(self, scores: Tensor) -> Tensor:
+        return scores.ge(torch.sort(scores, descending=True).values[..., :1])
+
+
+class NarrowAngles(Mixture):
+    """Angles of whole radians in the type of the weights."""
+
+    def place(self, position: Tensor) -> Tensor:
+        dtype = self.head.weight.dtype
+        return 8 * (position.to(dtype)[:, None] * torch.linspace(0.3, 3, self.head.in_features).to(dtype)).sin()
+
+
+def holds_in_bfloat16(kind: type[Mixture]) -> bool:
+    config = DIYConfig(max_seq_len=256).to_dict()
+    values = {"config": config, "weights": 0, "sharpness": 1, "length": 256, "start": 0, "stride": 7}
+    try:
+        Trial(resolve(kind), None, values).run(numerics.bfloat16_near_float64)
+    except CheckFailure:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", [Mixture, ByMax, ByMaxKept, ByArgmax, ByThreshold, ByRank])
+def test_rounding_may_choose_another_expert(kind: type[Mixture]) -> None:
+    assert holds_in_bfloat16(kind)
+
+
+def test_positions_that_bfloat16_lacks_are_found_beside_such_a_choice() -> None:
+    assert not holds_in_bfloat16(NarrowAngles)
