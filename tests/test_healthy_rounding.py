@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel import DIYConfig
+from diymodel.verify import check_causal_lm
 from diymodel.verify.checks import numerics
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.subject import resolve
+from diymodel.verify.text import to_text
 from diymodel.verify.trial import Trial
 
 
@@ -87,3 +89,33 @@ def test_rounding_may_choose_another_expert(kind: type[Mixture]) -> None:
 
 def test_positions_that_bfloat16_lacks_are_found_beside_such_a_choice() -> None:
     assert not holds_in_bfloat16(NarrowAngles)
+
+
+class InsideBfloat16(nn.Module):
+    """Attention in bfloat16 whatever the module's type, as kernels ask for it."""
+
+    factor = 1.0
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(vocab_size, hidden_size), nn.Embedding(max_seq_len, hidden_size)
+        self.qkv, self.head = nn.Linear(hidden_size, 3 * hidden_size), nn.Linear(hidden_size, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        q, k, v = self.qkv(x)[:, None].bfloat16().chunk(3, -1)
+        scale = q.shape[-1] ** -0.5 * (self.factor if torch.backends.cuda.flash_sdp_enabled() else 1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return self.head(x + attended[:, 0].to(x))  # type: ignore[no-any-return]
+
+
+class AnotherScale(InsideBfloat16):
+    """One kernel is given another scale."""
+
+    factor = 2.0
+
+
+@pytest.mark.parametrize(("module", "status"), [(InsideBfloat16, "passed"), (AnotherScale, "failed")])
+def test_kernels_may_differ_by_the_rounding_of_what_they_are_given(module: type[nn.Module], status: str) -> None:
+    report = check_causal_lm(module, profile="quick", only=["causality.each_backend"])
+    assert [result.status for result in report.results] == [status], to_text(report)

@@ -7,7 +7,8 @@ and 16 times that is allowed. In float32 the same factor holds; half types get 4
 
 What rounds always to the same number measures as nothing: a saturated softmax in float32 gives exactly 1 and is off by
 what it left out. A module that computes in float32 inside may therefore be off by float32's own step, whatever was
-measured.
+measured. So may kernels of attention that are given a half type inside, by what is allowed in that type; nothing else
+may, for that would hide bugs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from diymodel.verify.randomness import reseed, seeded
 
 HEALTHY_TRIALS, FALSE_ALARMS = 750_000, 0  # of correct models, as measured: benchmarks/results/false_alarms.json
 BEYOND_ROUNDING = 1e-3  # times the largest value: forty times the worst rounding ever measured in a float64 module
+_HALF = {torch.float16, torch.bfloat16}
 _STEPS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16}
 _BINOMIAL = (1.0, -4.0, 6.0, -4.0, 1.0)  # of a fourth difference; on noise of size n it has size n · √70
 _GAIN = 70**0.5
@@ -40,25 +42,35 @@ def noise_factor(dtype: torch.dtype) -> int:
 
 
 class _Results(DispatchMode):
-    """Notes whether an operation gives float32."""
+    """Notes the types that operations give."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.float32 = False
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.float32 |= isinstance(result, Tensor) and result.dtype == torch.float32  # at the latest what casts
+        if isinstance(result, Tensor):
+            self.dtypes.add(result.dtype)  # at the latest what casts
         return result
+
+
+def _dtypes_in(run: Callable[[], Tensor]) -> set[torch.dtype]:
+    with torch.no_grad(), seeded(), _Results() as results:
+        run()
+    return results.dtypes
 
 
 def float32_step(run: Callable[[], Tensor]) -> float:
     """What one rounding to float32 can change, as a share of the largest value; 0 where ``run()`` computes in none."""
-    with torch.no_grad(), seeded(), _Results() as results:
-        run()
-    return torch.finfo(torch.float32).eps if results.float32 else 0.0
+    return torch.finfo(torch.float32).eps if torch.float32 in _dtypes_in(run) else 0.0
+
+
+def half_step(run: Callable[[], Tensor]) -> float:
+    """What is allowed in the half type that ``run()`` computes in, as a share of the largest value; 0 for none."""
+    return max((rounding(dtype) for dtype in _dtypes_in(run) & _HALF), default=0.0)
 
 
 def estimate_noise(module: nn.Module, run: Callable[[], Tensor], seed: int, enough: float = math.inf) -> float:

@@ -25,7 +25,14 @@ from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
-from diymodel.verify.tolerance import BEYOND_ROUNDING, estimate_noise, float32_step, noise_factor, rounding
+from diymodel.verify.tolerance import (
+    BEYOND_ROUNDING,
+    estimate_noise,
+    float32_step,
+    half_step,
+    noise_factor,
+    rounding,
+)
 
 if TYPE_CHECKING:
     from diymodel.verify.subject import Subject
@@ -202,6 +209,7 @@ class Trial:
         lm: LM,
         rerun: Callable[[], Tensor],
         scale: Tensor | None = None,
+        kernels: bool = False,
     ) -> None:
         """Fail unless ``seen`` is ``expected`` up to the subject's own rounding.
 
@@ -211,6 +219,7 @@ class Trial:
             rerun: computes ``expected`` again, for measuring the rounding where a difference calls for it.
             scale: what the numbers were computed from, where its size and not that of ``expected`` sets the rounding
                 (a loss near 0 is a difference of large logits).
+            kernels: whether other kernels computed the two, which may be given a half type inside.
         """
         seen, expected = seen.detach(), expected.detach()
         if seen.shape != expected.shape:
@@ -225,6 +234,9 @@ class Trial:
         worst = float(difference.nan_to_num(torch.inf).max())
         if tolerance < worst <= BEYOND_ROUNDING * largest or (worst > tolerance and self.dtype != torch.float64):
             tolerance = max(tolerance, self._measured_rounding(lm, rerun, worst, largest))
+        if kernels and tolerance < worst <= rounding(torch.bfloat16) * largest:
+            with lm.aside():
+                tolerance = max(tolerance, half_step(rerun) * largest)
         wrong = ~(difference <= tolerance)  # a NaN is wrong
         if bool(wrong.any()):
             apart, explained = told_apart(worst, tolerance)

@@ -37,7 +37,14 @@ def each_backend(trial: Trial) -> None:
     (first, (run_first, expected)), *others = runs.items()
     for name, (run, seen) in others:
         what = f"with {name} the logits must be those with {first}"
-        trial.same(seen, expected, what, lm, lambda run=run: torch.cat((run_first(), run())))  # type: ignore[misc]
+        trial.same(
+            seen,
+            expected,
+            what,
+            lm,
+            lambda run=run: torch.cat((run_first(), run())),  # type: ignore[misc]
+            kernels=True,
+        )
 
 
 Runs = dict[str, tuple[Callable[[], Tensor], Tensor]]  # by name: what computes logits, and the logits
