@@ -1,4 +1,4 @@
-"""Healthy models that round where it shows, and what must still be found in them."""
+"""Healthy models that round, or draw, where it shows, and what must still be found in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from diymodel import DIYConfig
 from diymodel.verify import check_causal_lm
 from diymodel.verify.checks import numerics
 from diymodel.verify.failure import CheckFailure
+from diymodel.verify.registry import select_checks
+from diymodel.verify.runner import replay
 from diymodel.verify.subject import resolve
 from diymodel.verify.text import to_text
 from diymodel.verify.trial import Trial
@@ -119,3 +121,98 @@ class AnotherScale(InsideBfloat16):
 def test_kernels_may_differ_by_the_rounding_of_what_they_are_given(module: type[nn.Module], status: str) -> None:
     report = check_causal_lm(module, profile="quick", only=["causality.each_backend"])
     assert [result.status for result in report.results] == [status], to_text(report)
+
+
+class Jitter(nn.Module):
+    """Noise on the router in training mode alone."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(vocab_size, hidden_size), nn.Embedding(max_seq_len, hidden_size)
+        self.router, self.experts = nn.Linear(hidden_size, 2), nn.Linear(hidden_size, 2 * hidden_size)
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def noised(self, scores: Tensor) -> Tensor:
+        return scores + 0.01 * torch.rand_like(scores) if self.training else scores
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        weights = self.noised(self.router(x)).softmax(-1)[..., None]
+        return self.head(x + (weights * self.experts(x).unflatten(-1, (2, -1))).sum(-2))  # type: ignore[no-any-return]
+
+
+class InBothModes(Jitter):
+    def noised(self, scores: Tensor) -> Tensor:
+        return scores + 0.01 * torch.rand_like(scores)
+
+
+class TrainsOtherwise(Jitter):
+    def noised(self, scores: Tensor) -> Tensor:
+        return scores * 1.5 if self.training else scores
+
+
+class OwnDropout(Jitter):
+    """Ignores the dropout of the configuration."""
+
+    def noised(self, scores: Tensor) -> Tensor:
+        return F.dropout(scores, 0.1, self.training)
+
+
+class DropsByHand(Jitter):
+    def noised(self, scores: Tensor) -> Tensor:
+        return scores * (torch.rand_like(scores) < 0.9) / 0.9 if self.training else scores
+
+
+class DropsByBernoulli(Jitter):
+    def noised(self, scores: Tensor) -> Tensor:
+        return scores * torch.bernoulli(torch.full_like(scores, 0.9)) / 0.9 if self.training else scores
+
+
+class DropsInAttention(Jitter):
+    def noised(self, scores: Tensor) -> Tensor:
+        p = 0.1 if self.training else 0.0
+        return F.scaled_dot_product_attention(scores, scores, scores, is_causal=True, dropout_p=p)
+
+
+class JittersAndDrops(Jitter):
+    def noised(self, scores: Tensor) -> Tensor:
+        return F.dropout(super().noised(scores), 0.1, self.training)
+
+
+class Balanced(Jitter):
+    """A bias that each call in training mode moves, and a scale of its own there."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_seq_len: int) -> None:
+        super().__init__(vocab_size, hidden_size, max_seq_len)
+        self.register_buffer("bias", torch.zeros(2))
+
+    def noised(self, scores: Tensor) -> Tensor:
+        if self.training:
+            self.bias += 0.1
+            scores = scores * 1.5
+        return scores + self.bias
+
+
+@pytest.mark.parametrize(
+    ("module", "status"),
+    [
+        (Jitter, "skipped"),
+        (InBothModes, "failed"),
+        (TrainsOtherwise, "failed"),
+        (OwnDropout, "failed"),
+        (DropsByHand, "failed"),
+        (DropsByBernoulli, "failed"),
+        (DropsInAttention, "failed"),
+        (JittersAndDrops, "failed"),
+        (Balanced, "failed"),
+    ],
+)
+def test_noise_by_design_in_training_mode_is_no_failure_and_dropout_is(module: type[nn.Module], status: str) -> None:
+    config = DIYConfig(dropout=0.0).to_dict()
+    values = {"config": config, "dropout": 0.0, "weights": 0, "sharpness": 1}
+    values |= {"rows": 2, "length": 4, "tokens": [[0, 1, 2, 3], [4, 5, 6, 7]]}
+    check = select_checks(["modes.agree_without_dropout"])[0]
+    result = replay(resolve(module), check, values)
+    assert result.status == status, result
+    if status == "skipped":
+        assert result.reason == "in training mode the module draws random numbers beside dropout"

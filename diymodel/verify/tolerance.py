@@ -58,7 +58,8 @@ class _Results(DispatchMode):
 
 
 def _dtypes_in(run: Callable[[], Tensor]) -> set[torch.dtype]:
-    with torch.no_grad(), seeded(), _Results() as results:
+    results = _Results()
+    with torch.no_grad(), seeded(), results:
         run()
     return results.dtypes
 
