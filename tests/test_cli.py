@@ -99,7 +99,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_the_work(
 
 def test_ctrl_c_reports_what_was_found_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch("diymodel.verify.command._progress", side_effect=KeyboardInterrupt):
-        assert main(["verify", "--only", "shape.*", "--profile", "quick"]) == 130
+        assert main(["verify", "--only", "shape.*", "--profile", "quick", "--jobs", "1"]) == 130
     assert "interrupted before a verdict on shape.longest" in capsys.readouterr().out
 
 

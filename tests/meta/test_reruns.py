@@ -58,8 +58,9 @@ def test_the_rounding_of_what_is_compared_is_measured(check_id: str) -> None:
         lm: LM,
         rerun: Callable[[], Tensor],
         scale: Tensor | None = None,
+        **kinds: bool,
     ) -> None:
-        same(trial, seen, expected, what, lm, rerun, scale)
+        same(trial, seen, expected, what, lm, rerun, scale, **kinds)
         with torch.no_grad(), seeded():
             assert holds(rerun(), expected), what
         assert any(parameter.numel() for parameter in lm.module.parameters())
