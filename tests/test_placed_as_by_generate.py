@@ -34,27 +34,23 @@ class Restarting(Past):
 class Placing(Restarting):
     """Its generate says where each new token stands."""
 
+    says_where = True
+
     @torch.no_grad()
     def generate(self, token_ids: Tensor, max_new_tokens: int) -> Tensor:
         logits, cache = self(token_ids)
         for _ in range(max_new_tokens):
             new = logits[:, -1:].argmax(-1)
             token_ids = torch.cat((token_ids, new), 1)
-            logits, cache = self(new, torch.full_like(new, token_ids.shape[1] - 1), cache)
+            place = torch.full_like(new, token_ids.shape[1] - 1) if self.says_where else None
+            logits, cache = self(new, place, cache)
         return token_ids
 
 
-class Forgetting(Restarting):
+class Forgetting(Placing):
     """Its generate leaves them out."""
 
-    @torch.no_grad()
-    def generate(self, token_ids: Tensor, max_new_tokens: int) -> Tensor:
-        logits, cache = self(token_ids)
-        for _ in range(max_new_tokens):
-            new = logits[:, -1:].argmax(-1)
-            token_ids = torch.cat((token_ids, new), 1)
-            logits, cache = self(new, kv_cache=cache)
-        return token_ids
+    says_where = False
 
 
 class PlacingWrongly(Placing):

@@ -96,8 +96,8 @@ def run_isolated(
                 return  # all is done, or the time for it is over
             first = min(each.until for each in begun.values())
             ready = wait(list(begun), max(first - time.monotonic(), 0.0))
-            for connection in ready or [each for each in begun if begun[each].until <= time.monotonic()]:
-                assert isinstance(connection, Connection)
+            now = time.monotonic()
+            for connection in [each for each in begun if each in ready or begun[each].until <= now]:
                 each = begun.pop(connection)
                 result = each.answer(subject, settings.deadline)
                 if result is None or result.status == "error":

@@ -69,7 +69,7 @@ def check_causal_lm(
             jobs is not above 0.
     """
     if jobs < 1:
-        raise ValueError(f"jobs={jobs} must be above 0")
+        raise ValueError(f"jobs={jobs} must be above 0: it is how many checks run side by side")
     deadline = None if time_budget is None else time.monotonic() + time_budget
     only = tuple(only)
     settings = Settings.of(profile, seed, device, dtype, check_seconds, deadline, optional=bool(only))

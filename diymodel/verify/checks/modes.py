@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.experiments.draws import draws_beside_dropout
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of, refusal
-from diymodel.verify.learning import draws_beside_dropout, dropout_of, trained_call, training_undone
+from diymodel.verify.learning import dropout_of, trained_call, training_undone
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
