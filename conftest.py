@@ -28,3 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick profile in a third of the time, where the question is how a module is called, and not how surely."""
+    from diymodel.verify.settings import PROFILES
+
+    monkeypatch.setitem(PROFILES, "quick", 3)

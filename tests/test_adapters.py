@@ -23,6 +23,7 @@ from diymodel.verify.subject import resolve
 from diymodel.zoo.base import BASES
 
 needs_rms_norm = pytest.mark.skipif(not hasattr(F, "rms_norm"), reason="zoo:supplied calls F.rms_norm: torch 2.4")
+pytestmark = pytest.mark.usefixtures("few_trials")
 CORE = ("shape.*", "causality.edit", "causality.truncation", "batch.*", "decode.c*", "padding.*")
 
 

@@ -71,6 +71,7 @@ def changed(
     return to
 
 
+@pytest.mark.usefixtures("few_trials")
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [

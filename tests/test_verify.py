@@ -45,6 +45,7 @@ def broken(tmp_path: Path) -> str:
     return write_model(tmp_path / "broken_lm.py", "torch.arange(T)")
 
 
+@pytest.mark.usefixtures("few_trials")
 def test_a_strangers_model_passes_and_what_it_lacks_is_said(healthy: str) -> None:
     report = check_causal_lm(healthy, profile="quick")
     assert report.verdict == "passed", report.to_text()
@@ -75,6 +76,7 @@ def test_our_own_model_goes_by_a_name_so_that_its_failures_replay() -> None:
     assert report.subject == check_causal_lm(None, profile="quick", only=["shape.logits"]).subject == "diymodel"
 
 
+@pytest.mark.usefixtures("few_trials")
 def test_the_same_seed_gives_the_same_report(broken: str) -> None:
     def run() -> dict[str, Any]:
         document = check_causal_lm(broken, profile="quick", seed=7, only=["decode.c*", "causality.*"]).to_dict()
@@ -407,6 +409,7 @@ def test_the_report_keeps_what_was_interrupted() -> None:
     assert report.to_text().splitlines()[-1].endswith("0.0 s; interrupted before shape.logits")
 
 
+@pytest.mark.usefixtures("few_trials")
 def test_a_nanogpt_like_model_needs_no_adapter_code() -> None:
     report = check_causal_lm(f"{EXAMPLES / 'nano_gpt.py'}:GPT", profile="quick")
     assert report.verdict == "passed", report.to_text()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,11 +79,11 @@ class Signatures:
         self._facts = {fact: place for place, fact in enumerate(causes)}
         self._classes = [slug for slug in looks for _ in looks[slug]]  # of each signature
         rates = _table(means.values(), causes).mean(0)
-        self._weights = _weights(_table((look for group in looks.values() for look in group), causes), rates, causes)
-        self._doing = {
-            slug: {fact for fact in causes if slug in causes[fact] or any(look[fact] >= _DOING for look in looks[slug])}
-            for slug in looks
-        }
+        table = _table((look for group in looks.values() for look in group), causes)
+        self._weights = _weights(table, rates, causes)
+        self._doing = {slug: {fact for fact in causes if slug in causes[fact]} for slug in looks}
+        for slug, often in zip(self._classes, (table >= _DOING).tolist(), strict=True):
+            self._doing[slug].update(itertools.compress(causes, often))
 
     def diagnose(self, sample: Sample) -> list[Diagnosis]:
         """As :meth:`rank`, with bugs that are there at once told apart.
@@ -160,8 +161,9 @@ class Signatures:
             there = [place for place, other in enumerate(self._classes) if other == slug]
             weights[torch.tensor(here, dtype=torch.long)[:, None], there] = 0.0
         speaking = weights.clamp(min=0) * holds[:, None]
-        scores = (weights - speaking).sum(0)
-        for witnesses in _witnesses(known):
+        symptoms = [place for place, fact in enumerate(known) if fact in list_symptoms()]
+        scores = (weights - speaking).sum(0) + speaking[symptoms].sum(0)
+        for witnesses in _areas(known):
             strongest_first = speaking[witnesses].sort(0, descending=True).values
             scores += _NEXT ** torch.arange(len(witnesses), dtype=torch.float64) @ strongest_first
         best: dict[str, tuple[float, int]] = {}
@@ -243,12 +245,13 @@ def _weights(table: Tensor, rates: Tensor, facts: Iterable[str]) -> Tensor:
     return weight * torch.stack((holds_not, holds))
 
 
-def _witnesses(facts: Sequence[str]) -> Iterable[list[int]]:
-    """The places of the checks of each area together, and of each symptom by itself."""
-    groups: dict[str, list[int]] = {}
+def _areas(facts: Sequence[str]) -> Iterable[list[int]]:
+    """The places of the checks of each area."""
+    areas: dict[str, list[int]] = {}
     for place, fact in enumerate(facts):
-        groups.setdefault(fact if fact in list_symptoms() else fact.partition(".")[0], []).append(place)
-    return groups.values()
+        if fact not in list_symptoms():
+            areas.setdefault(fact.partition(".")[0], []).append(place)
+    return areas.values()
 
 
 # --- symptoms that are missed ----------------------------------------------------------------------------------------

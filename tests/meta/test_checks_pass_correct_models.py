@@ -59,7 +59,7 @@ APPLIES = {  # checks that need what few bases have, and which these are
     "padding.positions_are_used": {"learned", "writer", "switch", "scribe"},
     "training.optimizer_is_complete": {"nanogpt", "parallel"},
 }
-SLOW_ON = {"rotary", "supplied"}  # where optional checks are tried
+SLOW_ON = {"supplied"}  # where optional checks are tried
 CASES = [(name, check) for name in LACKS for check in list_checks() if not check.optional or name in SLOW_ON]
 
 

@@ -48,6 +48,7 @@ def test_our_model(lm: Subject, check: Callable[[Subject], object], request: pyt
         pytest.fail(f"it must run on our model, and was {skipped}")
 
 
+@pytest.mark.usefixtures("few_trials")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("check", list_checks(), ids=lambda check: check.id)
 def test_our_model_in_narrow_types(check: Check, dtype: str) -> None:

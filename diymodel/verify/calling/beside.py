@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +28,9 @@ def cache_classes(module: nn.Module, factory: Callable[..., Any] | None) -> Iter
     """
     parts = {type(part): part for part in module.modules() if not type(part).__module__.startswith("torch.")}
     near = [names for part in parts.values() for names in namespaces(part, factory)]
-    folders = {Path(names["__file__"]).parent for names in near if names.get("__file__")}
-    near += [vars(found) for found in list(sys.modules.values()) if _folder(found) in folders]
+    folders = {_folder(names["__file__"]) for names in near if names.get("__file__")}
+    files = ((found, getattr(found, "__file__", None)) for found in list(sys.modules.values()))
+    near += [vars(found) for found, file in files if isinstance(file, str) and _folder(file) in folders]
     classes = {
         found: None
         for names in near
@@ -38,6 +40,6 @@ def cache_classes(module: nn.Module, factory: Callable[..., Any] | None) -> Iter
     yield from classes
 
 
-def _folder(module: Any) -> Path | None:
-    file = getattr(module, "__file__", None)
-    return Path(file).parent if isinstance(file, str) else None
+@functools.cache  # of the thousands of files that torch brings, for every module that is asked about
+def _folder(file: str) -> Path:
+    return Path(file).parent
