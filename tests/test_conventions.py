@@ -358,7 +358,26 @@ def test_a_start_alone_makes_no_cache() -> None:
     found = convention(StartWithoutState)
     assert (found.cache_on_module, found.always_cached) == (False, False)
     assert found.missing["cache"] == "forward(start_pos=…) leaves nothing on the module for a later call to go on with"
-    assert "gradient" not in found.missing
+    assert found.missing.keys().isdisjoint({"gradient", "graph"})
+
+
+class StartAndLastLogits(StartWithoutState):
+    """nanoGPT's forward, told where the first token stands (rudi77/nanodeepseek)."""
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, targets: Tensor | None = None, start_pos: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = super().forward(tokens, start_pos)
+        if targets is None:
+            return logits[:, -1:], None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def test_a_start_that_makes_no_cache_keeps_no_labels_from_a_call() -> None:
+    found = convention(StartAndLastLogits)
+    assert (found.logits_need_labels, found.last_only, found.always_cached) == (True, False, False)
+    statuses = verdicts(StartAndLastLogits, ("loss.value", "loss.many_labels", "gradients.reach_every_parameter"))
+    assert set(statuses.values()) == {"passed"}
 
 
 class Flat(Tiny):

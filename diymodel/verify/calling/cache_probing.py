@@ -74,8 +74,7 @@ def find_cache(
 
     Where its caller makes it, classes of caches are looked for near the module's and near ``factory``.
     """
-    forgets = convention.start and convention.cache_on_module and not _keeps_tokens(module, config, convention, ids)
-    if forgets or not (convention.past or convention.cache_on_module):
+    if forgets_tokens(module, config, convention, ids) or not (convention.past or convention.cache_on_module):
         if (installed := find_installed(module, config, convention, ids)) is None:
             return _without_cache(module, convention)
         convention = installed
@@ -364,6 +363,11 @@ def _is_value(past: Any) -> bool:
     if isinstance(past, (tuple, list)):
         return all(_is_value(item) for item in past)
     return past is None or isinstance(past, (Tensor, int, float))
+
+
+def forgets_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether a module that is told where its tokens start keeps nothing of them for a later call."""
+    return bool(convention.start and convention.cache_on_module) and not _keeps_tokens(module, config, convention, ids)
 
 
 def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:

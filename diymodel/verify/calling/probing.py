@@ -19,6 +19,7 @@ from diymodel.verify.calling.cache_probing import (
     always_cached_ways,
     cache_on_module,
     close,
+    forgets_tokens,
     is_narrower,
 )
 from diymodel.verify.calling.cache_rows import find_cache_and_rows
@@ -87,6 +88,10 @@ def find_convention(
     module = drawn()
     with torch.no_grad():
         convention = _find_logits(module, config, _find_call(module, declared), ids, declared)
+        if convention.always_cached and forgets_tokens(module, config, convention, ids):
+            # Nothing is cached: such calls take labels and carry gradients, and with labels all logits may come.
+            uncached = replace(convention, always_cached=False, last_only=False)
+            convention = _find_logits(module, config, uncached, ids, declared)
         _refuse_lost_buffers(module, config, convention, ids)
         if "dtype" in declared:
             return rest(convention.dtype)
