@@ -281,6 +281,28 @@ def test_a_call_that_takes_the_last_token_alone_takes_no_chunks() -> None:
     assert (found["decode.cached_equals_full"], found["decode.chunks"]) == ("passed", "skipped")
 
 
+class MaskOfNewTokens(OtherName):
+    """Where there are several tokens, the mask is of them alone: on a cache it does not fit (mini-deepseek)."""
+
+    def seen(self, T: int, S: int) -> Tensor:
+        return super().seen(T, T if T > 1 else S)
+
+
+class RefusesSeveral(OtherName):
+    def seen(self, T: int, S: int) -> Tensor:
+        assert T in (1, S), "one token at a time"
+        return super().seen(T, S)
+
+
+def test_a_mask_that_does_not_fit_a_chunk_is_a_bug_and_no_refusal_of_chunks() -> None:
+    assert "one token at a time" in convention(RefusesSeveral).missing["chunks"]
+    report = check_causal_lm(MaskOfNewTokens, profile="quick", only=["decode.chunks", "decode.cached_equals_full"])
+    assert {result.check.id: result.status for result in report.results} == {
+        "decode.cached_equals_full": "passed",
+        "decode.chunks": "failed",
+    }
+
+
 @pytest.mark.parametrize(
     ("past", "use_cache"),
     [("memories", "return_memory"), ("prev_state", "return_next_state"), ("hiddens", "return_hiddens")],

@@ -205,12 +205,12 @@ def test_an_error_in_forward_is_told_once_whoever_calls_it() -> None:
 def test_errors_of_two_lines_are_told_apart_though_they_say_the_same() -> None:
     check = next(check for check in list_checks() if check.id == "shape.logits")
 
-    def raised(*lines: int) -> Result:
+    def raised(*lines: int, size: int = 2) -> Result:
         frames = "".join(f'  File "my.py", line {line}, in forward\n    x = y\n' for line in lines)
-        return Result(check, "failed", failure=Failure("the same", (), {}, {}, "", traceback=frames.rstrip()))
+        return Result(check, "failed", failure=Failure(f"not {size}", (), {}, {}, "", traceback=frames.rstrip()))
 
-    report = Report("x", results=[raised(1, 2), raised(2), raised(2, 1)])
-    assert [len(others) for _, others in report.failed_apart] == [1, 0]
+    report = Report("x", results=[raised(1, 2), raised(2), raised(2, size=3), raised(2, 1)])
+    assert [len(others) for _, others in report.failed_apart] == [2, 0]
 
 
 def test_a_module_that_cannot_be_copied_is_told_so_and_nothing_else_is_harmed() -> None:

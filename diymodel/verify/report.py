@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ Status = Literal["passed", "failed", "skipped", "inconclusive", "expected_failur
 Lead = Literal["beside", "instead", ""]  # how a diagnosis follows on the ones before
 
 _LEAST_SCORE = 0.02  # of a diagnosis that is shown beside a likelier one
+_NUMBER = re.compile(r"\d+")
 _FITS_WELL = 0.5  # from which share of the belief on the likeliest is more than the nearest
 
 
@@ -111,13 +113,16 @@ class Report:
     def failed_apart(self) -> list[tuple[Result, list[str]]]:
         """The failures, each with the ids of later checks in which the subject raised the same error at the same line.
 
-        By which of its own calls it came to that line, forward or generate, is no other error.
+        By which of its own calls it came to that line, forward or generate, and what sizes of tensors do not fit, makes
+        no other error.
         """
         apart: list[tuple[Result, list[str]]] = []
         raised: dict[tuple[str, str], list[str]] = {}
         for result in self.failed:
             failure = result.failure
-            error = (failure.message, failure.raised_at) if failure is not None and failure.traceback else None
+            error = None
+            if failure is not None and failure.traceback:
+                error = (_NUMBER.sub("", failure.message), failure.raised_at)
             if error in raised:
                 raised[error].append(result.check.id)
                 continue

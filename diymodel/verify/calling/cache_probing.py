@@ -99,7 +99,7 @@ def find_cache(
     lm = LM(module, config, convention)
     if convention.one_at_a_time:
         missing["chunks"] = "every call is on the cache, and takes one token at a time"
-    elif (why := refusal(lambda: lm.extend(ids[:, :2], lm.extend(ids)[1]))) is not None:
+    elif (why := _chunks_refused(lm, ids)) is not None:
         missing["chunks"] = f"several tokens on a cache are refused: {why}"
     elif _takes_the_last_alone(lm, ids):
         missing["chunks"] = "of several tokens, a call on the cache takes the last one alone"
@@ -256,6 +256,15 @@ def _continues(
         return close(logits[:, -1], lm.logits(ids)[:, -1])
     except Exception:  # a stranger's forward may raise anything
         return False
+
+
+def _chunks_refused(lm: LM, ids: Tensor) -> str | None:
+    """What the module says against several tokens on a cache; a mask that does not fit says nothing, and is a bug."""
+    try:
+        lm.extend(ids[:, :2], lm.extend(ids)[1])
+    except Exception as error:  # a stranger's forward may raise anything
+        return None if crashed(error) else said(error)
+    return None
 
 
 def _takes_the_last_alone(lm: LM, ids: Tensor) -> bool:
