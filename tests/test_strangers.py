@@ -116,6 +116,36 @@ def test_a_complex_buffer_is_lost_on_the_way_to_another_dtype_and_nowhere_else()
     assert "the buffer turns must stay complex, saw it real" in report.failed[0].failure.message
 
 
+class AssertsItsTable(DIYForCausalLM):
+    """As nanochat of 2025-10: its table is bfloat16, whatever the rest is."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("table", torch.full((config.vocab_size,), 0.3).bfloat16(), persistent=False)
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        assert self.table.dtype == torch.bfloat16, "in bfloat16 alone"
+        output = super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        return (output[0] * self.table, output[1]) if isinstance(output, tuple) else output * self.table
+
+
+def test_buffers_whose_type_is_asserted_stay_in_it_and_the_rest_is_verified() -> None:
+    convention = Subject(AssertsItsTable).convention
+    assert (convention.buffers_stay, convention.dtype) == (True, torch.float64)
+    assert "its buffers must stay" in convention.describe()
+    assert not Subject(Turning).convention.buffers_stay
+    only = ["decode.c*", "numerics.*", "state.*", "shape.logits", "gradients.long_row_finite"]
+    report = check_causal_lm(AssertsItsTable, profile="quick", only=only)
+    assert report.verdict == "passed", to_text(report)
+    found = {result.check.id: (result.status, result.reason) for result in report.results}
+    assert found["state.moves"] == (
+        "skipped",
+        "moved to torch.float32 on cpu, the module does not run: AssertionError: in bfloat16 alone",
+    )
+    for id in ("decode.cached_equals_full", "numerics.bfloat16_near_float64", "gradients.long_row_finite"):
+        assert found[id][0] == "passed", found[id]
+
+
 @pytest.mark.parametrize(
     ("refuses", "check", "kept"),
     [

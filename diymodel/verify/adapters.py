@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.calling.masks import causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
+from diymodel.verify.casting import cast
 from diymodel.verify.convention import IGNORED, Convention
 from diymodel.verify.embeddings import Table, looked_up, tables_of
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
@@ -136,6 +137,10 @@ class LM:
     def copied(self, past: Past) -> Past:
         """The cache to go on with when another branch goes on with ``past``: a copy, unless it is a value."""
         return past if self.convention.cache_is_value else past._replace(cache=copy.deepcopy(past.cache))
+
+    def cast(self, dtype: torch.dtype, device: str | None = None) -> nn.Module:
+        """The very module, converted."""
+        return cast(self.module, dtype, device, buffers=not self.convention.buffers_stay)
 
     def twin(self) -> LM:
         """The same with a copy of the module.

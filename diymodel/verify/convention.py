@@ -102,6 +102,7 @@ class Convention:
     cached_gets_all: bool = False  # local-attention: the whole sequence stands beside its cache in each call
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64
+    buffers_stay: bool = False  # nanochat: forward asserts that its table of positions is bfloat16, as it was built
     padded_dtype: torch.dtype | None = None  # of calls with padding, where that overflows in dtype
     generating: Generating | None = None  # how the module's own generate is called; None: not yet found
     missing: Mapping[str, str] = field(default_factory=dict)  # capability -> why the module does not have it
@@ -119,6 +120,8 @@ class Convention:
         """How the module is called, in a line for its author."""
         call = f"forward({', '.join(name for role in ROLES if (name := getattr(self, role)))})"
         notes = [f"{name}={value}" for name, value in self.extra.items()]
+        if self.buffers_stay:
+            notes.append("in another dtype its buffers must stay in those that they were built in")
         if self.sequence_first:
             notes.append("tensors are (seq, batch)")
         if self.last_only:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
-from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
@@ -150,7 +149,8 @@ class Trial:
             if self._draw is None:
                 raise NotApplicable(f"the subject refuses this configuration: {self.subject.refusal}")
             reject()
-        lm = LM(cast(module, self.dtype, self.device).eval(), config, self.subject.convention)
+        lm = LM(module, config, self.subject.convention)
+        lm.cast(self.dtype, self.device).eval()
         lm.around = self.around
         return lm
 

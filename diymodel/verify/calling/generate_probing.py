@@ -19,7 +19,6 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.calling.entries import Entry, others
 from diymodel.verify.calling.generate_names import NAMES, by_names, lacking
 from diymodel.verify.calling.generating import CAPABILITIES, FORMS, MANY, Generating
-from diymodel.verify.casting import cast
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.timing import OutOfTime, time_limit
@@ -48,7 +47,7 @@ def with_generating(
     """
     generating = convention.generating  # its author may have stated it
     if generating is None:
-        module = cast(build().eval(), convention.dtype)
+        module = LM(build().eval(), config, convention).cast(convention.dtype)
         try:
             with time_limit(_SECONDS):
                 generating = find_generating(module, config, convention, factory)
@@ -280,7 +279,7 @@ def _find_padding(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     if hasattr(lm.module, "generation_config"):  # transformers' own pads on the left
         sides = dict(reversed(sides.items()))
     if (dtype := lm.convention.padded_dtype) is not None:
-        lm = LM(cast(lm.module, dtype), lm.config, lm.convention)
+        lm.cast(dtype)
     refusals = {side: refusal(lm.greedy, ids, 4, real) for side, real in sides.items()}
     if refusals["right"] is None:
         generating = replace(generating, follows_padding=_follows_padding(lm, ids, right))

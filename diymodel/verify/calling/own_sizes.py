@@ -17,7 +17,6 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.calling.uncallable import LENGTH
-from diymodel.verify.casting import cast
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import refusal
 from diymodel.verify.trial import LONGEST, draw_weights
@@ -37,7 +36,9 @@ def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, co
     def answering(each: DIYConfig) -> LM:
         module = make(each).eval()
         draw_weights(module, seed=0, sharpness=2)  # its constructor may have left them undefined
-        return LM(cast(module, convention.dtype), replace(config, vocab_size=1), convention)  # logits of any width
+        lm = LM(module, replace(config, vocab_size=1), convention)  # logits of any width
+        lm.cast(convention.dtype)
+        return lm
 
     try:
         small, large = answering(config), answering(larger)

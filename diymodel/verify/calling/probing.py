@@ -79,7 +79,7 @@ def find_convention(
         except Exception as error:  # a stranger's module may raise anything
             raise SubjectError(f"eval() failed: {said_where(error)}") from error
         draw_weights(module, seed=0, sharpness=2)
-        return module if dtype is None else cast(module, dtype)
+        return module if dtype is None else cast(module, dtype, buffers=not convention.buffers_stay)
 
     def rest(dtype: torch.dtype) -> Convention:
         found = _find_rest(drawn(dtype), config, replace(convention, dtype=dtype), ids, declared, factory)
@@ -93,6 +93,8 @@ def find_convention(
             uncached = replace(convention, always_cached=False, last_only=False)
             convention = _find_logits(module, config, uncached, ids, declared)
         _refuse_lost_buffers(module, config, convention, ids)
+        if _buffers_must_stay(drawn, config, convention, ids):
+            convention = replace(convention, buffers_stay=True)
         if "dtype" in declared:
             return rest(convention.dtype)
         if not _runs_in_float64(module, config, convention, ids):
@@ -104,7 +106,7 @@ def find_convention(
             return coarse
         better = len(coarse.missing) < len(exact.missing)  # buffers that are float32 for good, masks that overflow
         finite = [padded_is_finite(drawn(way.dtype), config, way, ids) for way in (coarse, exact)]
-        narrower = "cache" not in exact.missing and is_narrower(drawn().double(), config, exact, ids)
+        narrower = "cache" not in exact.missing and is_narrower(drawn(torch.float64), config, exact, ids)
         if better or narrower:
             return coarse
         if finite != [True, False]:
@@ -275,11 +277,28 @@ def _is_causal(lm: LM, ids: Tensor) -> bool:
     return bool(logits.isfinite().all()) and close(lm.logits(last)[:, :-1], logits[:, :-1])
 
 
+def _buffers_must_stay(drawn: Callable[[], nn.Module], config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether it answers in float32 with buffers in the types that they were built in, and not with converted ones."""
+    module = drawn()
+    types = {parameter.dtype for parameter in module.parameters()}
+    if all(buffer.dtype in types for buffer in module.buffers() if buffer.is_floating_point()):
+        return False
+
+    def answers(stay: bool) -> bool:
+        lm = LM(drawn(), config, replace(convention, buffers_stay=stay))
+        lm.cast(torch.float32)
+        return refusal(lm.logits, ids) is None
+
+    return answers(True) and not answers(False)
+
+
 def _runs_in_float64(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
     """Whether it does not refuse float64; kernels and modules do so in ways of their own."""
     logits = LM(module, config, convention).logits(ids)
     try:
-        exact = LM(module.double(), config, replace(convention, dtype=torch.float64)).logits(ids)
+        lm = LM(module, config, replace(convention, dtype=torch.float64))
+        lm.cast(torch.float64)
+        exact = lm.logits(ids)
     except Exception:  # the report says which dtype was used
         return False
     return bool(exact.isfinite().all()) or not bool(logits.isfinite().all())

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM, Past
-from diymodel.verify.casting import cast
 from diymodel.verify.convention import NewCache
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
@@ -101,7 +100,7 @@ def dtype(trial: Trial) -> None:
     refusals = []
     for name in (torch.float32, torch.bfloat16):
         narrow = lm.twin()
-        cast(narrow.module, name)
+        narrow.cast(name)
         try:
             expected = narrow.logits(ids).dtype
         except Exception as error:  # kernels and modules refuse narrow types in ways of their own

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.casting import cast
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -33,7 +32,7 @@ def round_trip(trial: Trial) -> None:
     ids = trial.tokens(lm)
     with _saved(trial, lm.module.float()) as path:  # float32, which every format keeps as it is
         loaded = _loaded(trial, path, lm, "a checkpoint must load")
-    cast(lm.module, trial.dtype)
+    lm.cast(trial.dtype)
     expected = lm.logits(ids)
     trial.varies(trial.build(lm.config, trial.values["weights"] + 1, trial.values["sharpness"]).logits(ids), expected)
     trial.identical(loaded.logits(ids), expected, "a module from a checkpoint must give the same logits bit for bit")
@@ -73,7 +72,7 @@ def _comes_back(trial: Trial, lm: LM, ids: Tensor, wrap: Callable[[nn.Module], A
         except Exception as error:  # to refuse is safe
             raise NotApplicable(f"a module in {wrapper} is not saved: {said(error)}") from error
         loaded = _loaded(trial, path, lm, what)
-    cast(lm.module, trial.dtype)
+    lm.cast(trial.dtype)
     trial.identical(loaded.logits(ids), lm.logits(ids), f"{what} and give the same logits bit for bit")
 
 
@@ -129,7 +128,7 @@ def damaged(trial: Trial) -> None:
         loaded = _load(trial, path)
     if isinstance(loaded, str):
         return
-    cast(lm.module, trial.dtype)
+    lm.cast(trial.dtype)
     seen, expected = _called_as(lm, loaded, trial).logits(ids), lm.logits(ids)
     if not torch.equal(seen, expected):  # else what is missing was of no importance, such as a last line break
         raise CheckFailure(
@@ -170,7 +169,9 @@ def _loaded(trial: Trial, path: Path, lm: LM, what: str) -> LM:
 
 def _called_as(lm: LM, module: nn.Module, trial: Trial) -> LM:
     """A module that was loaded, as ``lm`` is called."""
-    return LM(cast(module, trial.dtype, trial.device).eval(), lm.config, lm.convention)
+    other = LM(module, lm.config, lm.convention)
+    other.cast(trial.dtype, trial.device).eval()
+    return other
 
 
 def _numbers(module: nn.Module) -> dict[str, float]:

@@ -129,7 +129,7 @@ def gradients_of_a_long_row(trial: Trial) -> None:
 
     if not all(float(gradient.abs().max()) < _ORDINARY for gradient in gradients().values()):
         raise NotApplicable("the drawn weights make the gradients of a long row grow beyond any use")
-    lm.module.float()
+    lm.cast(torch.float32)
     if wrong := [name for name, gradient in gradients().items() if not bool(gradient.isfinite().all())]:
         raise CheckFailure(
             f"in float32 every gradient of a row of {ids.shape[1]} tokens must be finite, as it is in float64, "

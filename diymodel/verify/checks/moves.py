@@ -32,6 +32,7 @@ def moves(trial: Trial) -> None:
     built = lm.twin()
     ids = trial.tokens(lm)
     lm.logits(ids)  # what a module sets up on its first call has to move as well
+    refusals = []
     places = [(trial.device, torch.float32), (trial.device, trial.dtype), (trial.device, torch.float16)]
     if trial.device != "cpu":
         places += [("cpu", trial.dtype), (trial.device, trial.dtype)]
@@ -48,8 +49,11 @@ def moves(trial: Trial) -> None:
             )
         _same_parameters(there, lm)
         expected = _logits(there, ids.to(device))
-        if not isinstance(expected, Tensor) or not bool(expected.isfinite().all()):
-            continue  # it does not run there however it got there
+        if not isinstance(expected, Tensor):
+            refusals.append(f"moved to {dtype} on {device}, the module does not run: {expected}")
+            continue
+        if not bool(expected.isfinite().all()):
+            continue  # nor does it compute anything there, however it got there
         what = f"moved to {dtype} on {device}, the logits must be those of a module built there"
         seen = _logits(lm, ids.to(device))
         if not isinstance(seen, Tensor):
@@ -60,6 +64,8 @@ def moves(trial: Trial) -> None:
         worst, tolerance = float((seen - expected).abs().max()), _ROUNDED[dtype] * float(expected.abs().max())
         if not worst <= tolerance:
             raise CheckFailure(f"{what}, saw a difference of {worst:.3g}", worst, tolerance)
+    if len(refusals) == len(places):
+        raise NotApplicable(refusals[0])
 
 
 def _move(module: nn.Module, device: str, dtype: torch.dtype) -> None:

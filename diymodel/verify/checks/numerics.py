@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
-from diymodel.verify.casting import cast
 from diymodel.verify.experiments.first_overflow import first_overflow
 from diymodel.verify.experiments.kept_choices import with_choices_of
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, told_apart
@@ -36,9 +35,9 @@ def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -
     Where that is too far off, once more with what float64 picks by size, such as experts.
     """
     narrow = lm.twin()
-    cast(narrow.module, dtype)
+    narrow.cast(dtype)
     wide = narrow.twin()
-    wide.module.double()
+    wide.cast(torch.float64)
     with torch.no_grad():
         try:
             seen = narrow.logits(ids)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.registry import check
 from diymodel.verify.trial import MAX_LENGTH, Trial
@@ -112,7 +111,8 @@ def all_padding_finite(trial: Trial) -> None:
         raise NotApplicable(f"a row without a real token is refused: {type(error).__name__}: {error}") from error
     if not bool(logits.isfinite().all()):
         # float64's smallest number is -inf once cast to the float32 that many a softmax works in: judge in float32.
-        logits = LM(lm.module.float(), lm.config, lm.convention).logits(ids, real)
+        lm.cast(torch.float32)
+        logits = lm.logits(ids, real)
     if not bool(logits.isfinite().all()):
         row, position = (int(i) for i in (~logits.isfinite()).nonzero()[0][:2])
         raise CheckFailure(

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.casting import cast
 from diymodel.verify.checks.causality import edited
 from diymodel.verify.failure import CheckFailure, NotApplicable, told_apart
 from diymodel.verify.registry import check
@@ -99,7 +98,7 @@ def shift_invariance(trial: Trial) -> None:
         expected = lm.logits(ids)
         angles = torch.finfo(torch.float32).eps * (offset + ids.shape[1])
         _near(shifted(lm.module, ids, offset), expected, lm, ids, rounding(trial.dtype), angles, moved)
-        narrow = cast(lm.twin().module, torch.bfloat16)
+        narrow = lm.twin().cast(torch.bfloat16)
         seen, expected = (shifted(narrow, ids, start) for start in (offset, 0))
         _near(seen, expected, lm, ids, _GROSS, torch.finfo(torch.bfloat16).eps / 2, f"in bfloat16, {moved}")
 
