@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,19 @@ def test_a_replay_of_a_configuration_that_is_refused_now_does_not_apply() -> Non
 
     with pytest.raises(NotApplicable, match="refuses this configuration: not thirteen"):
         Trial.replaying(Subject(never, "never"), {}).fresh(DIYConfig(**{**CONFIG, "vocab_size": 13}))
+
+
+def test_a_tie_by_a_new_parameter_is_told_as_such() -> None:
+    def renewed(config: DIYConfig) -> nn.Module:
+        module = DIYForCausalLM(replace(config, tie_word_embeddings=False))
+        module.lm_head.weight = nn.Parameter(module.model.embed_tokens.weight)
+        return module
+
+    report = check_causal_lm(renewed, profile="quick", only=["state.tied_weights_stay_tied"])
+    (result,) = report.failed
+    assert result.failure is not None
+    assert "lie in the same memory and must be one parameter" in result.failure.message
+    assert [found.bug for found in report.diagnosis][:1] == ["tie-lost"]
 
 
 def test_an_error_of_the_factory_is_told_once() -> None:

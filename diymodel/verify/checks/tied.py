@@ -24,7 +24,13 @@ def tied_weights_stay_tied(trial: Trial) -> None:
     module = trial.fresh(config).module
     groups = shared(module)
     if not groups:
-        if copies := _copies(trial.subject.build(config), config.vocab_size):
+        built = trial.subject.build(config)
+        if parted := shared(built):
+            raise CheckFailure(
+                f"{' and '.join(parted[0])} lie in the same memory and must be one parameter (a tie), saw two, which "
+                "another dtype or device, or a copy, parts: nn.Parameter(…) around a weight makes a new one"
+            )
+        if copies := _copies(built, config.vocab_size):
             raise CheckFailure(f"{copies} start equal and must be one parameter (a tie), saw two that part in training")
         raise NotApplicable("no parameter is shared where tie_word_embeddings is True")
     names = " and ".join(groups[0])
