@@ -291,9 +291,12 @@ def _ruled_out(sample: Sample) -> dict[str, frozenset[str]]:
     """Of each class, the checks that fail for another reason, as experiments showed."""
     found: dict[str, frozenset[str]] = {}
     for symptom in list_symptoms().values():
-        if sample.symptoms.get(symptom.id) is False:
-            for slug in symptom.causes if symptom.rules_out else ():
-                found[slug] = found.get(slug, frozenset()).union(symptom.rules_out)
+        answer = sample.symptoms.get(symptom.id)
+        checks = symptom.settles if answer else symptom.rules_out
+        if answer is None or not checks:
+            continue
+        for slug in _classes() - {*symptom.causes} if answer else symptom.causes:
+            found[slug] = found.get(slug, frozenset()).union(checks)
     return found
 
 
@@ -303,6 +306,12 @@ def known_causes() -> dict[str, tuple[str, ...]]:
         **{check.id: check.causes for check in list_checks()},
         **{symptom.id: symptom.causes for symptom in list_symptoms().values()},
     }
+
+
+@functools.cache
+def _classes() -> frozenset[str]:
+    """That any check or symptom names."""
+    return frozenset().union(*known_causes().values())
 
 
 @functools.cache

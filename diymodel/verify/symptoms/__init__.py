@@ -139,19 +139,26 @@ class Symptom:
     causes: tuple[str, ...]  # slugs that a yes points to
     ask: Callable[[Patient], bool | None]
     rules_out: tuple[str, ...]  # checks whose failures are none of the causes' doing where the answer is no
+    settles: tuple[str, ...]  # and checks whose failures are no other's doing where it is yes
 
 
 _SYMPTOMS: dict[str, Symptom] = {}
 
 
 def symptom(
-    id: str, yes: str, yes_zh: str, when: Iterable[str], causes: Iterable[str], rules_out: Iterable[str] = ()
+    id: str,
+    yes: str,
+    yes_zh: str,
+    when: Iterable[str],
+    causes: Iterable[str],
+    rules_out: Iterable[str] = (),
+    settles: Iterable[str] = (),
 ) -> Callable[[Callable[[Patient], bool | None]], Callable[[Patient], bool | None]]:
     """Register the decorated question."""
 
     def register(ask: Callable[[Patient], bool | None]) -> Callable[[Patient], bool | None]:
         assert id not in _SYMPTOMS, id
-        _SYMPTOMS[id] = Symptom(id, yes, yes_zh, tuple(when), tuple(causes), ask, tuple(rules_out))
+        _SYMPTOMS[id] = Symptom(id, yes, yes_zh, tuple(when), tuple(causes), ask, tuple(rules_out), tuple(settles))
         return ask
 
     return register

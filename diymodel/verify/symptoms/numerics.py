@@ -25,6 +25,7 @@ def _first_to_overflow(patient: Patient) -> str | None:
     "最先超出半精度范围的是平方、范数或均值",
     (_LARGE,),
     ("rmsnorm-overflow-half", "statistic-over-batch", "statistic-over-sequence"),
+    settles=(_LARGE,),
 )
 def _square_overflows(patient: Patient) -> bool | None:
     first = _first_to_overflow(patient)
@@ -37,6 +38,7 @@ def _square_overflows(patient: Patient) -> bool | None:
     "最先超出半精度范围的是 attention 的 scores，或者加在上面的东西",
     (_LARGE,),
     ("softmax-overflow-half",),
+    settles=(_LARGE,),
 )
 def _scores_overflow(patient: Patient) -> bool | None:
     first = _first_to_overflow(patient)

@@ -77,6 +77,7 @@ def _none_at_the_router(patient: Patient) -> bool | None:
     "logits 依赖这些参数，却没有梯度能传回去（并不是传回的梯度等于 0）",
     ("gradients.reach_every_parameter",),
     ("gradient-detached",),
+    settles=("gradients.reach_every_parameter",),
 )
 def _path_is_cut(patient: Patient) -> bool | None:
     lm = patient.lm(num_layers=2, sharpness=1)
