@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from diymodel.verify import check_causal_lm
 from diymodel.zoo.base import BASES
 from diymodel.zoo.bug import list_bugs
+from tests.test_adapters import Tiny
 
 JOINED = "att.transpose(1, 2).flatten(2)"
 MIXED = "att.transpose(-2, -1).reshape(rows, length, width)"  # over all places, with one head as well
@@ -26,3 +30,35 @@ def test_no_mask_is_named_where_a_mask_alone_mends_nothing(mask: bool, repaired:
     assert report.symptoms["leak.in_attention"] is not mask
     assert report.symptoms.get("repair.causal_attention") is repaired
     assert (report.diagnosis[0].bug == "bidirectional-mask") is not mask
+    assert "heads-mixed-by-reshape" in {found.bug for found in report.diagnosis[: 1 + (not mask)]}
+
+
+class NeverSplit(Tiny):
+    """Heads are put together that were never split (1ou2's llm-from-scratch): with one head as well, all is mixed."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        (B, T), x = idx.shape, self.embed(idx) + self.positions(torch.arange(idx.shape[1]))
+        y = F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), is_causal=True)
+        return self.head(x + self.merged(y).view(B, T, -1))
+
+    def merged(self, y: Tensor) -> Tensor:
+        return y.transpose(1, 2).contiguous()
+
+
+class Averaged(NeverSplit):
+    """Nothing is mixed by views, and there is a mean over the sequence."""
+
+    def merged(self, y: Tensor) -> Tensor:
+        return y.flatten(0, 1).view(y.shape) + y.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "by_a_view", "bug"),
+    [(NeverSplit, True, "heads-mixed-by-reshape"), (Averaged, False, "statistic-over-sequence")],
+)
+def test_places_that_a_view_mixes_are_told_from_a_statistic(module: type[Tiny], by_a_view: bool, bug: str) -> None:
+    report = check_causal_lm(module, profile="quick", only=["causality.*", "shape.*"])
+    assert report.symptoms["leak.by_a_view"] is by_a_view
+    assert report.symptoms["leak.outside_attention"]
+    assert report.diagnosis[0].bug == bug
+    assert report.diagnosis[0].score > 0.9

@@ -27,6 +27,7 @@ _LEAKS = (
     "softmax-wrong-axis",
     "mask-value-too-small",
     "convolution-not-causal",
+    "heads-mixed-by-reshape",
 )
 _CAPACITY = "expert-capacity-drops-tokens"
 

@@ -50,6 +50,7 @@ def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
         "statistic-over-sequence",
         "bidirectional-mask",
         "expert-capacity-drops-tokens",
+        "heads-mixed-by-reshape",
     ),
 )
 def causality_of_a_long_row(trial: Trial) -> None:

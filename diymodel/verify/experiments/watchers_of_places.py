@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,7 @@ _PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "addc
 _PRODUCTS |= {"einsum", "div", "__truediv__"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "sub_", "baddbmm"}
 NOISE = {"randn", "randn_like", "normal", "normal_", "uniform_", "exponential_", "gumbel_softmax"}
+_VIEWS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
 _VALUES = 3  # a mask has two
 _HIDDEN = -1e4  # and hides by one that is so small
 
@@ -92,3 +94,28 @@ class PlaceOperands(Watcher):
         if numbers.is_complex():
             return True
         return len(set(numbers[numbers > _HIDDEN].tolist())) >= _VALUES
+
+
+class MixedPlaces(Watcher):
+    """Whether a view puts numbers of several places into the vector of one, as where heads are merged untransposed.
+
+    Args:
+        seen: gets, of each view from a dimension of T to another, whether it does.
+    """
+
+    def __init__(self, seen: list[bool], start: int, length: int) -> None:
+        super().__init__()
+        self.seen, self.length = seen, length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if getattr(function, "__name__", "") not in _VIEWS or self.length not in result.shape:
+            return
+        sizes = list(args[0].shape)
+        if sum(min(size % self.length, -size % self.length) <= 1 < size for size in sizes) != 1:
+            return  # scores of pairs, which Transformer-XL shifts by views, or no place at all
+        along = [self.length if size == self.length else 1 for size in sizes]
+        places = torch.arange(self.length, device=result.device).view(along).expand(sizes).contiguous()
+        moved = function(places, *args[1:], **kwargs)
+        axes = [axis for axis, size in enumerate(moved.shape) if size == self.length]
+        vectors = [moved.movedim(axis, 0).reshape(self.length, -1) for axis in axes]
+        self.seen.append(not any(bool((x == x[:, :1]).all()) for x in vectors))

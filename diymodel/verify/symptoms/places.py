@@ -5,10 +5,13 @@ Shapes: T query length.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from diymodel.verify.experiments.repairs import SoftmaxOverKeys
+from diymodel.verify.experiments.watchers_of_places import MixedPlaces
 from diymodel.verify.learning import trained_call
 from diymodel.verify.randomness import reseed
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
@@ -17,6 +20,7 @@ from diymodel.verify.symptoms.watched import looks_ahead, weights_of, weights_of
 
 _BY_VALUE = {"causality.edit", "causality.truncation"}
 _LEAKS = ("causality.edit", "causality.truncation", "causality.gradient", "causality.in_training")
+_APART = 11  # tokens: no width, and no number of heads, is near it or a multiple
 
 
 def _leaks(patient: Patient) -> bool:
@@ -134,6 +138,22 @@ def _none_with_one_head(patient: Patient) -> bool | None:
         return None
     in_one, in_two = (max(max(row) for row in leaks_of(lm, distinct_tokens(lm))) for lm in (one, two))
     return None if in_two <= SAME else in_one <= SAME
+
+
+@symptom(
+    "leak.by_a_view",
+    "a view or reshape puts numbers of several positions into the vector of one",
+    "某次 view 或 reshape 把几个位置的数拼进了同一个位置的向量",
+    (*_LEAKS, "reference.*"),
+    ("heads-mixed-by-reshape",),
+    settles=(*_LEAKS, "causality.long_row"),
+)
+def _by_a_view(patient: Patient) -> bool:
+    lm = patient.lm()
+    seen: list[bool] = []
+    lm.around = partial(MixedPlaces, seen)
+    lm.logits(distinct_tokens(lm, length=_APART))
+    return any(seen)
 
 
 @symptom(
