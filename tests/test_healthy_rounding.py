@@ -216,3 +216,60 @@ def test_noise_by_design_in_training_mode_is_no_failure_and_dropout_is(module: t
     assert result.status == status, result
     if status == "skipped":
         assert result.reason == "in training mode the module draws random numbers beside dropout"
+
+
+class Halfway(Mixture):
+    """Activations are rounded, as in BitNet; one lies halfway, up to the last bits of a kernel for this length."""
+
+    number, last_bits = 0.5, 1e-15
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        kernel = self.last_bits * (input_ids.shape[1] % 2)
+        return super().forward(input_ids) + (self.number + kernel + 0 * self.positions.weight[0, 0]).round()
+
+
+class SeesTheLength(Halfway):
+    number, last_bits = 0.4995, 1e-3
+
+
+class LeaksBeside(Halfway):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) + 10.0 * input_ids.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "status"), [(Halfway, "skipped"), (SeesTheLength, "failed"), (LeaksBeside, "failed")]
+)
+def test_what_is_rounded_from_halfway_between_is_no_leak(module: type[nn.Module], status: str) -> None:
+    values = {"config": DIYConfig(dropout=0.0).to_dict(), "weights": 0, "sharpness": 1, **ROWS, "cut": 3}
+    result = replay(resolve(module), select_checks(["causality.truncation"])[0], values)
+    assert result.status == status, result
+    assert status == "failed" or "lies halfway" in str(result.reason)
+
+
+class Ternary(Mixture):
+    """Weights are rounded to -1, 0 and 1, and gradients go straight through."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        scale = weight.abs().mean()
+        return weight + ((weight / scale).round().clamp(-1, 1) * scale - weight).detach()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = F.embedding(input_ids, self.rounded(self.embed.weight)) + self.place(torch.arange(input_ids.shape[1]))
+        return F.linear(x, self.rounded(self.head.weight))
+
+
+class TurnedRound(Ternary):
+    """No rounding, and a gradient that points away."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return 2 * weight.detach() - weight
+
+
+@pytest.mark.parametrize(("module", "status"), [(Ternary, "skipped"), (TurnedRound, "failed")])
+def test_a_gradient_straight_through_rounding_is_no_slope(module: type[nn.Module], status: str) -> None:
+    config = DIYConfig(vocab_size=16, hidden_size=8, dropout=0.0).to_dict()
+    values = {"config": config, "weights": 0, "sharpness": 1, "length": 3, "tokens": [2, 5, 1]}
+    result = replay(resolve(module), select_checks(["training.small_step_lowers_loss"])[0], values)
+    assert result.status == status, result
+    assert status == "failed" or "straight through" in str(result.reason)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
+from diymodel.verify.jumps import across_near_jumps
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import (
@@ -42,6 +43,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 MAX_LENGTH = 8
 LONGEST = 320  # positions that any trial asks for, above the usual small blocks of 64, 128 and 256
 MAX_ROWS = 3
+_ACROSS = 4  # times what it changes: of several numbers that lie halfway, some are decided so and some otherwise
 _SEED = 1  # not that of the constructor, or a second module would be a copy of the first
 
 
@@ -239,6 +241,7 @@ class Trial:
                 tolerance = max(tolerance, half_step(rerun) * largest)
         wrong = ~(difference <= tolerance)  # a NaN is wrong
         if bool(wrong.any()):
+            self._decided_by_rounding(lm, rerun, worst)
             apart, explained = told_apart(worst, tolerance)
             raise CheckFailure(
                 f"{what}, saw {_first_wrong(wrong, seen, expected)}; "
@@ -273,6 +276,20 @@ class Trial:
                 noise = estimate_noise(lm.module, rerun, self.values.get("weights", 0), enough=difference / factor)
             self._noise[where] = max(noise, self._noise.get(where, 0.0))
         return factor * self._noise[where]
+
+    def _decided_by_rounding(self, lm: LM, rerun: Callable[[], Tensor], difference: float) -> None:
+        """End the trial where the module rounds a number that lies between two, and the other is as far off.
+
+        Raises:
+            NotApplicable: it does.
+        """
+        with lm.aside():
+            other = across_near_jumps(rerun)
+            if other is None:
+                return
+            effect = float((other.double() - rerun().detach().double()).abs().max())
+        if _ACROSS * effect >= difference:
+            raise NotApplicable("forward rounds a number that lies halfway, and the last bit decides where it goes")
 
     def varies(self, seen: Tensor, other: Tensor) -> None:
         """Note how far two results are apart that a bug would confuse; where they never are, nothing is proved."""
