@@ -99,6 +99,7 @@ class Convention:
     cache_is_value: bool = True  # lists, tuples and dicts of tensors; an object may change under its holder's hands
     placed_on_cache: bool = False  # positions or start go with a cache only
     one_at_a_time: bool = False  # hkproj's pytorch-llama: a call on the cache refuses all but one token
+    chunks_crash: bool = False  # several tokens on a cache are a mistake: one check says so, others add one at a time
     cached_gets_all: bool = False  # local-attention: the whole sequence stands beside its cache in each call
     shortest: int = 1  # tokens of an uncached call
     dtype: torch.dtype = torch.float64  # float32 where the module refuses float64

@@ -195,6 +195,11 @@ class Trial:
             return f"in {self.dtype} padded rows overflow, and not in {wanted}"
         return self.subject.missing(capability)
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether several tokens may be added to a cache at once."""
+        return self.missing("chunks") is None and not self.subject.convention.chunks_crash
+
     def right_padding(self, ids: Tensor, shortest: int = 1) -> Tensor:
         """Which tokens of each row are real, (B, T) bool; padding stands on the right."""
         B, T = ids.shape

@@ -99,8 +99,10 @@ def find_cache(
     lm = LM(module, config, convention)
     if convention.one_at_a_time:
         missing["chunks"] = "every call is on the cache, and takes one token at a time"
-    elif (why := _chunks_refused(lm, ids)) is not None:
-        missing["chunks"] = f"several tokens on a cache are refused: {why}"
+    elif (error := _on_chunks(lm, ids)) is not None and not crashed(error):
+        missing["chunks"] = f"several tokens on a cache are refused: {said(error)}"
+    elif error is not None:  # such as a mask that does not fit
+        convention = replace(convention, chunks_crash=True)
     elif _takes_the_last_alone(lm, ids):
         missing["chunks"] = "of several tokens, a call on the cache takes the last one alone"
     return convention, missing
@@ -258,12 +260,12 @@ def _continues(
         return False
 
 
-def _chunks_refused(lm: LM, ids: Tensor) -> str | None:
-    """What the module says against several tokens on a cache; a mask that does not fit says nothing, and is a bug."""
+def _on_chunks(lm: LM, ids: Tensor) -> Exception | None:
+    """What the module raises where several tokens are added to a cache."""
     try:
         lm.extend(ids[:, :2], lm.extend(ids)[1])
     except Exception as error:  # a stranger's forward may raise anything
-        return None if crashed(error) else said(error)
+        return error
     return None
 
 

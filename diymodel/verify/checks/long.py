@@ -77,7 +77,7 @@ def decode_of_a_long_row(trial: Trial) -> None:
     lm, ids = _long(trial)
     T = ids.shape[1]
     edges = [0, *range(T - _STEPS, T + 1)]
-    if trial.missing("chunks") is None:
+    if trial.takes_chunks:
         edges.insert(1, trial.draw("prefill", st.integers(1, T - _STEPS - 1)))
     full = lm.logits(ids)
     past = None

@@ -82,7 +82,7 @@ def right_with_cache(trial: Trial) -> None:
     ids = trial.tokens(lm, min_length=3)
     B, T = ids.shape
     sizes = trial.draw("chunks", chunk_sizes(T))
-    if trial.subject.missing("chunks") is not None:
+    if not trial.takes_chunks:
         sizes = [sizes[0], *[1] * (T - sizes[0])]
     lengths = trial.draw("lengths", _real_lengths(B, sizes))
     columns = [torch.arange(size) < torch.tensor(real)[:, None] for size, real in zip(sizes, lengths, strict=True)]

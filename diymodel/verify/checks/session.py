@@ -92,7 +92,7 @@ def session(trial: Trial) -> None:
     and a replay reads, in any version of Hypothesis, and it runs within one trial, with the trial's model and limits.
     """
     lm = trial.model()
-    longest = 1 if trial.subject.missing("chunks") else _LONGEST_CALL
+    longest = _LONGEST_CALL if trial.takes_chunks else 1
     max_rows = min(_MAX_ROWS, trial.max_rows)
     first_rows = trial.draw("rows", st.integers(1, max_rows))
     plan = _plan(trial.draw("steps", _steps(lm.config.vocab_size, longest, max_rows)), first_rows, lm, trial.device)
