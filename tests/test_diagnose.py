@@ -20,7 +20,7 @@ from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Diagnosis, Failure, Report, Result
 from diymodel.verify.runner import run_checks, verify_one
 from diymodel.verify.samples import Sample, read_samples
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 from diymodel.verify.symptoms import list_symptoms
 from diymodel.zoo.base import BASES
@@ -213,11 +213,10 @@ def test_a_strangers_bug_is_named_in_every_form_of_the_report(restarting: Path) 
 
 @pytest.mark.parametrize("fresh", TRIES, ids=[fresh.slug for fresh in TRIES])
 def test_a_bug_in_a_model_outside_the_zoo_is_named(tmp_path: Path, fresh: Try) -> None:
-    """By failures as they were found: making those of all checks small takes most of a minute."""
+    """By failures as they were found in few trials: making those of all checks small takes most of a minute."""
     report = Report(fresh.file)
     subject = resolve(fresh.plant(tmp_path))
-    settings = Settings(PROFILES["quick"], shrink=False, optional=False)
-    report.results = list(run_checks(subject, list_checks(), settings))
+    report.results = list(run_checks(subject, list_checks(), Settings(4, shrink=False, optional=False)))
     diagnose(report, subject)
     assert report.diagnosis[0].bug == fresh.slug, report.to_text()
 
