@@ -342,3 +342,43 @@ def test_who_says_that_its_cache_rolls_is_not_asked_what_follows_past_its_contex
     check = next(check for check in CHECKS if check.id == "generation.past_context")
     result = verify_one(Subject(Greedy, lacks={"past_context": "the cache rolls"}), check, Settings(3))
     assert (result.status, result.reason) == ("skipped", "the cache rolls")
+
+
+class OnItsCache(nn.Module):
+    """Forward takes no more than so many tokens at once; generate goes on, on a state of all before."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.limit = config.max_seq_len
+        self.embed = nn.Embedding(config.vocab_size, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.shape[1] > self.limit:
+            raise ValueError(f"{input_ids.shape[1]} tokens are more than {self.limit}")
+        return self.step(input_ids, self.embed.weight.new_zeros(len(input_ids), 1, 8))[0]
+
+    def step(self, ids: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        states = state + self.embed(ids).cumsum(1)
+        return -states @ self.embed.weight.T, states[:, -1:]  # what there was is unlikely to come again
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        logits, state = self.step(input_ids, self.embed.weight.new_zeros(len(input_ids), 1, 8))
+        for _ in range(max_new_tokens):
+            new = logits[:, -1].argmax(-1, keepdim=True)
+            input_ids = torch.cat((input_ids, new), 1)
+            logits, state = self.step(new, self.kept(state, input_ids.shape[1] - 1))
+        return input_ids
+
+    def kept(self, state: Tensor, length: int) -> Tensor:
+        return state
+
+
+class OnACacheThatStops(OnItsCache):
+    def kept(self, state: Tensor, length: int) -> Tensor:
+        return state if length < self.limit else torch.zeros_like(state)
+
+
+@pytest.mark.parametrize(("factory", "status"), [(OnItsCache, "passed"), (OnACacheThatStops, "failed")])
+def test_what_is_generated_on_a_cache_may_pass_the_length_that_forward_takes(factory: Any, status: str) -> None:
+    check = next(check for check in CHECKS if check.id == "generation.past_context")
+    assert verify_one(Subject(factory), check, Settings(10)).status == status

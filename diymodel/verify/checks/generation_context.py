@@ -5,6 +5,9 @@ Shapes: B batch, T prompt length, N new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,14 +40,34 @@ def past_context(trial: Trial) -> None:
         raise CheckFailure(f"{what} keep the prompt {ids.tolist()}, saw {found.tolist()}")
     kept = (longest, longest - 1, found.shape[1])  # a crop, one that leaves room for the next token, or no limit at all
     what += f" refuse, or take the likeliest token after the last {longest} (or {longest - 1}, or all)"
-    wrong = [_wrong_with(trial, lm, found, seen, what) for seen in kept]
-    if all(wrong):
+    beyond = range(longest + 1, found.shape[1])
+    wrong = [_wrong_with(trial, lm, found, beyond, seen, what) for seen in kept]
+    if not all(wrong):
+        return
+    larger = _with_room(trial, lm, found.shape[1])
+    if larger is None or _wrong_with(trial, larger, found, beyond, found.shape[1], what):
         raise next(failure for failure in wrong if failure)
 
 
-def _wrong_with(trial: Trial, lm: LM, found: Tensor, seen: int, what: str) -> CheckFailure | None:
-    """What speaks against each token beyond max_seq_len being the likeliest after the last ``seen``."""
-    for place in range(lm.config.max_seq_len + 1, found.shape[1]):
+def _with_room(trial: Trial, lm: LM, length: int) -> LM | None:
+    """The same weights in a module that holds ``length`` positions: ``generate`` may go on, on its cache, where
+    ``forward`` takes no more at once. None where they do not fit into it, as a table of positions does not.
+    """
+    try:
+        larger = trial.fresh(replace(lm.config, max_seq_len=length))
+        with torch.no_grad():
+            for parameter, own in zip(larger.module.parameters(), lm.module.parameters(), strict=True):
+                parameter.copy_(own)
+    except Exception:  # whatever it is, that is another model
+        return None
+    return larger
+
+
+def _wrong_with(
+    trial: Trial, lm: LM, found: Tensor, beyond: Iterable[int], seen: int, what: str
+) -> CheckFailure | None:
+    """What speaks against each token at the places ``beyond`` being the likeliest after the last ``seen``."""
+    for place in beyond:
         try:
             must_be_likeliest(trial, lm, found[:, max(0, place - seen) : place], found[:, place : place + 1], what)
         except CheckFailure as failure:
