@@ -63,7 +63,7 @@ def test_a_module_that_no_conversion_leaves_whole_is_told_where_it_fails() -> No
     class Asserting(Causal):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.register_buffer("table", torch.ones(1, dtype=torch.bfloat16))
+            self.table = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
 
         def forward(self, tokens: Tensor) -> Tensor:
             assert self.table.dtype == torch.bfloat16, "the table must be in bfloat16"

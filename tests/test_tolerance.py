@@ -171,13 +171,16 @@ def test_weights_are_as_they_were_even_where_the_run_fails() -> None:
 
 @pytest.mark.parametrize(("difference", "measured"), [(2e-3, False), (0.5e-3, True), (1e-12, False)])
 def test_a_difference_is_measured_where_rounding_could_explain_it(difference: float, measured: bool) -> None:
-    """More than a thousandth is no rounding in float64, less than 1e-11 needs no explanation."""
+    """More than a thousandth is no rounding in float64, less than 1e-11 needs no explanation.
+
+    A failure costs one call more: whether the module rounds a number that lies halfway.
+    """
     trial = Trial(resolve(None), None, {"weights": 0})
     lm = trial.build(DIYConfig(vocab_size=8, num_layers=1, hidden_size=4, num_heads=2, dropout=0.0), 0, 1)
     one, calls = torch.ones(1, dtype=torch.float64), []
     with contextlib.nullcontext() if difference < 1e-11 else pytest.raises(CheckFailure, match="must be one, saw"):
         trial.same(one + difference, one, "must be one", lm, lambda: (calls.append(1), one)[1])
-    assert bool(calls) == measured
+    assert (len(calls) > 1) == measured
 
 
 @pytest.mark.parametrize(
