@@ -30,7 +30,7 @@ from diymodel.verify.wrapping import Compiled, Parallel, compiled
 def round_trip(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
-    with _saved(trial, lm.module.float()) as path:  # float32, which every format keeps as it is
+    with _saved(trial, lm.cast(torch.float32)) as path:  # float32, which every format keeps as it is
         loaded = _loaded(trial, path, lm, "a checkpoint must load")
     lm.cast(trial.dtype)
     expected = lm.logits(ids)
@@ -68,7 +68,7 @@ def _comes_back(trial: Trial, lm: LM, ids: Tensor, wrap: Callable[[nn.Module], A
     what = f"a checkpoint of a module in {wrapper} must load"
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(_saved(trial, wrap(lm.module.float())))
+            path = stack.enter_context(_saved(trial, wrap(lm.cast(torch.float32))))
         except Exception as error:  # to refuse is safe
             raise NotApplicable(f"a module in {wrapper} is not saved: {said(error)}") from error
         loaded = _loaded(trial, path, lm, what)
@@ -121,7 +121,7 @@ def damaged(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
     kept = trial.draw("kept", st.integers(0, 999))
-    with _saved(trial, lm.module.float()) as path:
+    with _saved(trial, lm.cast(torch.float32)) as path:
         file = max(_files(path), key=lambda file: file.stat().st_size)
         size = file.stat().st_size
         os.truncate(file, size * kept // 1000)
