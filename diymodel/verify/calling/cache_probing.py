@@ -12,55 +12,27 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Past
+from diymodel.verify.calling.cache_kept import forgets_tokens
 from diymodel.verify.calling.cache_makers import (
     after,
     by_classes,
     by_method,
-    emptied,
-    installing,
     makers_on,
     one_none_a_layer,
     reset_on,
-    set_up,
     two_none_a_layer,
 )
 from diymodel.verify.calling.cache_of_generate import generate_places_tokens, ways_of_generate
-from diymodel.verify.calling.installed import installers_on
 from diymodel.verify.calling.installing import find_installed
 from diymodel.verify.calling.signature import has_no, required_parameters
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
-from diymodel.verify.held import tensors_in, tensors_on
+from diymodel.verify.held import tensors_in
 
 
 def close(seen: Tensor, expected: Tensor) -> bool:
     """Whether they are the same as far as finding a convention goes; bugs are for the checks."""
     return bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
-
-
-def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The convention of a module that keeps its cache, if it has a method or a parameter that says so."""
-    if names.get("start"):
-        return {"cache_on_module": True, "always_cached": "use_cache" not in names}
-    makers, reset = makers_on(module), reset_on(module)
-    if makers and names.get("positions"):
-        found = {"cache_on_module": True, "new_cache": set_up(makers[0], reset), "positions_are_shared": True}
-        return found | {"always_cached": bool(names.get("block_mask"))}
-    if reset is not None and names.get("use_cache"):
-        return {"cache_on_module": True, "new_cache": by_method(reset)}
-    if reset is not None and names.get("positions"):  # lit-llama, which makes its cache in the first call on it
-        return {"cache_on_module": True, "new_cache": emptied(reset), "positions_are_shared": True}
-    return {}
-
-
-def always_cached_ways(module: nn.Module, convention: Convention) -> list[Convention]:
-    """The ways to call a module that makes its caches by a method, where no call goes without one."""
-    always = replace(convention, causal=None, always_cached=True)
-    if convention.cache_on_module and convention.new_cache is None:
-        return [replace(always, new_cache=installing(name, reset_on(module))) for name in installers_on(module)]
-    if convention.always_cached or convention.new_cache is not None:
-        return [] if convention.always_cached else [always]
-    return [replace(always, new_cache=by_method(name)) for name in makers_on(module)] if convention.past else []
 
 
 def find_cache(
@@ -374,36 +346,3 @@ def _is_value(past: Any) -> bool:
     if isinstance(past, (tuple, list)):
         return all(_is_value(item) for item in past)
     return past is None or isinstance(past, (Tensor, int, float))
-
-
-def forgets_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether a module that is told where its tokens start keeps nothing of them for a later call."""
-    return bool(convention.start and convention.cache_on_module) and not _keeps_tokens(module, config, convention, ids)
-
-
-def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether a call changes what the module holds, other than by making it, or by the same whatever the tokens are."""
-
-    def after(tokens: Tensor) -> list[Tensor]:
-        LM(module, config, convention).extend(tokens)
-        return [tensor.clone() for tensor in tensors_on(module)]
-
-    try:
-        first, second = after(ids), after((ids + 1) % config.vocab_size)
-    except Exception:  # a stranger's forward may raise anything; who tries it next tells what
-        return True
-    return len(first) != len(second) or any(not torch.equal(*pair) for pair in zip(first, second, strict=True))
-
-
-# --- what a cache is made of -----------------------------------------------------------------------------------------
-
-
-def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether what is kept between calls has less precision than the module: rounding of that size is then no bug."""
-    lm, ids = LM(module, config, convention), ids[:1] if convention.one_row else ids
-    lm.logits(ids)  # what it makes in any first call, such as a table of positions, is no cache
-    before = [(kept, kept.clone()) for kept in tensors_on(module)]
-    _, past = lm.extend(ids)
-    same = {id(kept) for kept, copy in before if torch.equal(kept, copy)}
-    kept = [*tensors_in(past.cache), *(kept for kept in tensors_on(module) if id(kept) not in same)]
-    return any(t.is_floating_point() and t.dtype.itemsize < convention.dtype.itemsize for t in kept)

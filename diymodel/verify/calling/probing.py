@@ -14,14 +14,9 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
+from diymodel.verify.calling.cache_kept import always_cached_ways, cache_on_module, forgets_tokens, is_narrower
 from diymodel.verify.calling.cache_makers import one_none_a_layer, two_none_a_layer
-from diymodel.verify.calling.cache_probing import (
-    always_cached_ways,
-    cache_on_module,
-    close,
-    forgets_tokens,
-    is_narrower,
-)
+from diymodel.verify.calling.cache_probing import close
 from diymodel.verify.calling.cache_rows import find_cache_and_rows
 from diymodel.verify.calling.loss_probing import find_loss, no_labelled_logits
 from diymodel.verify.calling.masks import CAUSAL_MASKS
