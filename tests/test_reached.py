@@ -73,6 +73,51 @@ def test_what_learns_in_neither_mode_is_not_reached() -> None:
     assert unreached(NeverMixed) == "router.weight"
 
 
+class BiasedChoice(Mixture):
+    """As DeepSeek-V3's: what is added to the scores decides which expert is asked, and not how much it counts."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.expert_bias = nn.Parameter(torch.zeros(2))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        scores = self.router(x).sigmoid()
+        chosen = F.one_hot((scores + self.expert_bias).argmax(-1), 2).to(x)
+        return sum((expert(x) * w for expert, w in zip(self.experts, (scores * chosen).split(1, -1), strict=True)), x)
+
+
+class BiasedWeights(BiasedChoice):
+    """The bias counts, and is cut off."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return super().mixed(x) * (1 + self.expert_bias.detach().sum())
+
+
+class ChoiceAlone(BiasedChoice):
+    """The router itself only chooses."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        chosen = F.one_hot((self.router(x) + self.expert_bias).argmax(-1), 2).to(x)
+        return sum((expert(x) * w for expert, w in zip(self.experts, chosen.split(1, -1), strict=True)), x)
+
+
+class BiasUnused(BiasedChoice):
+    def mixed(self, x: Tensor) -> Tensor:
+        return Mixture.mixed(self, x)
+
+
+def test_a_bias_that_only_chooses_experts_needs_no_gradient() -> None:
+    passes(BiasedChoice, REACH, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [(BiasedWeights, "expert_bias"), (ChoiceAlone, "router.weight"), (BiasUnused, "expert_bias")],
+)
+def test_choosing_excuses_nothing_else(module: type[nn.Module], names: str) -> None:
+    assert unreached(module) == names
+
+
 class TwoAhead(Tiny):
     """A second head predicts the token after the next, and only the loss asks it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,7 +56,7 @@ def _unreached(trial: Trial, lm: LM, ids: Tensor, draws: range = _ALL) -> set[st
     if unreached and (lm.convention.labels or lm.convention.loss_switch):  # whatever else is in that loss
         with suppress(Exception):  # likewise
             unreached -= _serving_the_loss(trial, lm, ids, unreached)
-    return unreached
+    return unreached - _only_choosing(trial, lm, ids, unreached)
 
 
 def _serving_the_loss(trial: Trial, lm: LM, ids: Tensor, unreached: set[str]) -> set[str]:
@@ -63,25 +64,51 @@ def _serving_the_loss(trial: Trial, lm: LM, ids: Tensor, unreached: set[str]) ->
 
     A router that is cut off has its part in the logits, and may get gradients from a loss that balances experts.
     """
-    aside = _without_effect(trial, lm, ids, unreached)
+    aside = _without_effect(trial, lm, ids, unreached, _redrawn)
     left = set(aside)
     _leave_unreached(left, trial, lm, ids, _own_loss)
     return aside - left
 
 
+def _only_choosing(trial: Trial, lm: LM, ids: Tensor, names: set[str]) -> set[str]:
+    """Those vectors of some parameters that logits follow in jumps alone, as those that choose experts.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) adds a bias to a router's scores where it chooses and not where it
+    weighs, and moves it by hand. A matrix is meant to learn: a router that only chooses never does.
+    """
+    vectors = {name for name, parameter in trainable(lm).items() if name in names and parameter.dim() == 1}
+    if not vectors:
+        return vectors
+    still = _without_effect(trial, lm, ids, vectors, _nudged)
+    return still - _without_effect(trial, lm, ids, still, _redrawn)
+
+
+def _redrawn(parameter: Tensor, noise: Tensor) -> Tensor:
+    return noise
+
+
+def _nudged(parameter: Tensor, noise: Tensor) -> Tensor:
+    return parameter + noise * math.sqrt(torch.finfo(parameter.dtype).eps)
+
+
 @torch.no_grad()
-def _without_effect(trial: Trial, lm: LM, ids: Tensor, names: set[str]) -> set[str]:
-    """Those of some parameters that change no logit, whatever their values."""
+def _without_effect(
+    trial: Trial, lm: LM, ids: Tensor, names: set[str], change: Callable[[Tensor, Tensor], Tensor]
+) -> set[str]:
+    """Those of some parameters that change no logit when each is given the values that ``change`` makes of noise."""
     lm = trial.build(lm.config, trial.values["weights"], 1)
     many, generator = _many(lm, ids), torch.Generator().manual_seed(_MANY.start)
     before, found = lm.logits(many), set()
     for name, parameter in trainable(lm).items():
         if name in names:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            after = lm.logits(many)
-            if after.equal(before):
-                found.add(name)
-            before = after
+            found.add(name)
+            for _ in _ALL:  # a choice of two experts goes the same way in every second draw
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.copy_(change(parameter, noise))
+                after = lm.logits(many)
+                if not after.equal(before):
+                    found.discard(name)
+                before = after
     return found
 
 

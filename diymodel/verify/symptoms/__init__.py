@@ -63,8 +63,7 @@ class _Repeatable(LM):
 def _wide_ones() -> Iterator[dict[str, Any]]:
     """Configurations to try in turn: few modules know fewer heads of keys, some only tied weights or larger heads."""
     for size, tied, kv_heads in itertools.product((8, 16), (False, True), (_WIDE["num_kv_heads"], _WIDE["num_heads"])):
-        own = {"num_layers": 1, "hidden_size": size, "tie_word_embeddings": tied, "num_kv_heads": kv_heads}
-        yield {**_WIDE, **own}
+        yield {**_WIDE, "hidden_size": size, "tie_word_embeddings": tied, "num_kv_heads": kv_heads}
 
 
 class Patient:
@@ -76,12 +75,17 @@ class Patient:
         self.device = device
 
     def lm(self, sharpness: int = 2, seed: int = 1, **fixed: Any) -> LM:
-        """A module with one layer and sharp weights; of a failing configuration where the subject refuses others."""
-        failed = [result for result in self.failed.values() if result.failure is not None]
-        first = failed[0].failure.config  # type: ignore[union-attr]
-        needs = frozenset.intersection(*(frozenset(result.check.needs) for result in failed))
+        """A module with few layers and sharp weights; of a failing configuration where the subject refuses others.
+
+        One layer, whose answers are the easiest to read, unless no check was seen to fail with so few.
+        """
+        failed = [(result.check, result.failure) for result in self.failed.values() if result.failure is not None]
+        configs = [failure.config for _, failure in failed]
+        needs = frozenset.intersection(*(frozenset(check.needs) for check, _ in failed))
+        layers = min(config.get("num_layers", 1) for config in configs)  # a failure may come before any is drawn
         trial = Trial(self.subject, None, dtype=self.subject.convention.dtype_for(needs), device=self.device)
-        for config in (*_wide_ones(), {**first, "dropout": 0.0}):
+        wide = ({**config, "num_layers": layers} for config in _wide_ones())
+        for config in (*wide, {**configs[0], "dropout": 0.0}):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", HypothesisDeprecationWarning)  # of a trial that is refused
