@@ -1,11 +1,14 @@
-"""Two leaks at once: no mask, and heads that are joined wrongly, so that a right mask alone is no cure."""
+"""Leaks that are told apart: two at once, one that begins in the second layer, one behind an attention of one's own."""
 
 from __future__ import annotations
+
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diymodel.verify import check_causal_lm
 from diymodel.zoo.base import BASES
@@ -62,3 +65,42 @@ def test_places_that_a_view_mixes_are_told_from_a_statistic(module: type[Tiny], 
     assert report.symptoms["leak.outside_attention"]
     assert report.diagnosis[0].bug == bug
     assert report.diagnosis[0].score > 0.9
+
+
+class Deep(nn.Module):
+    """The first layer is causal, those after it are not."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed, self.head = nn.Embedding(config.vocab_size, d), nn.Linear(d, config.vocab_size)
+        self.layers = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(config.num_layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for number, layer in enumerate(self.layers):
+            x = x + F.scaled_dot_product_attention(*layer(x).chunk(3, -1), is_causal=number == 0)
+        return self.head(x)
+
+
+def test_what_begins_in_the_second_layer_is_seen() -> None:
+    report = check_causal_lm(Deep, profile="quick", only=["causality.edit", "causality.truncation"])
+    (failure,) = {result.failure.config["num_layers"] for result in report.failed if result.failure is not None}
+    assert failure == 2
+    assert report.symptoms["leak.in_attention"]
+    assert report.symptoms["leak.of_all_tokens"]
+    assert report.diagnosis[0].bug == "bidirectional-mask"
+
+
+def test_attention_is_seen_where_another_was_put_in_its_place() -> None:
+    """As by what makes attention faster: F's name then stands for a function that calls torch's, or does not."""
+    torchs = F.scaled_dot_product_attention
+
+    def ahead(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        return torchs(q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(1))
+
+    with mock.patch.object(F, "scaled_dot_product_attention", ahead):
+        report = check_causal_lm(Deep, profile="quick", only=["causality.edit", "causality.truncation"])
+    assert report.symptoms["leak.in_attention"]
+    assert not report.symptoms["leak.without_attention"]
+    assert report.diagnosis[0].bug == "mask-sees-next-token"

@@ -54,6 +54,7 @@ LIVE = (  # bugs, one for each group of symptoms
     "mask-sees-next-token-rotary-causality.through_cache",
     "continues-from-pad-scribe-generation.padded_prompt",
     "expert-capacity-drops-tokens-experts-modes.agree_without_dropout",
+    "dropout-inverted-headwise-modes.agree_without_dropout",
 )
 WHERE_WRONG = (  # symptoms that ask what is different where a cached step is wrong
     "cache.right_with_keys_as_held",
@@ -388,6 +389,13 @@ def test_a_watched_trial_may_copy_its_module() -> None:
         copied = copy.deepcopy(module)
     assert torch.equal(copied.table, module.table)
     assert seen.first is None
+
+
+@pytest.mark.parametrize("square", [Tensor.square, lambda x: x * x, lambda x: torch.addcmul(torch.zeros_like(x), x, x)])
+def test_a_square_that_overflows_is_seen_however_it_is_written(square: Callable[[Tensor], Tensor]) -> None:
+    with Overflows() as seen:
+        square(torch.full((2,), 300.0, dtype=torch.float16))
+    assert seen.first == "square"
 
 
 def test_keys_that_a_later_step_turns_are_seen_in_the_cache() -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+SDPA = torch._C._nn.scaled_dot_product_attention  # F has it too, unless a module has put its own there
 SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _TABLE_DIMENSIONS = 3  # of cosines, (S, 1, D) at most; a cache (B, S, H, D) has more
 _KEYS = 4  # dimensions of keys (B, H, S, D); a tensor of more holds those of several layers
@@ -135,7 +136,7 @@ class CausalAttention(Repair):
     """
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             inputs = attention_inputs(args, kwargs)
             seen = self._seen(inputs["query"], inputs["query"].shape[-2], inputs["key"].shape[-2])
             bias = inputs.get("attn_mask")
@@ -173,7 +174,7 @@ class NoDropout(Repair):
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _DROPOUT:
             return args[0] if args else kwargs["input"]
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             return function(**{**attention_inputs(args, kwargs), "dropout_p": 0.0})
         return function(*args, **kwargs)
 

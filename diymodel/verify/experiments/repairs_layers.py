@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diymodel.verify.experiments.repairs import SOFTMAX, Repair, attention_inputs, dimension, over_keys
+from diymodel.verify.experiments.repairs import SDPA, SOFTMAX, Repair, attention_inputs, dimension, over_keys
 
 Rule = Callable[[Tensor], Tensor]
 _SIGMOID = (torch.sigmoid, Tensor.sigmoid, F.sigmoid)
@@ -28,7 +28,7 @@ class ScaledScores(Repair):
         self.factor = factor
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             inputs = attention_inputs(args, kwargs)
             scale = inputs.get("scale") or inputs["query"].shape[-1] ** -0.5
             return function(**{**inputs, "scale": scale * self.factor})

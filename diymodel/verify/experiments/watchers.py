@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diymodel.verify.experiments.repairs import SOFTMAX, attention_inputs, dimension, over_keys
+from diymodel.verify.experiments.repairs import SDPA, SOFTMAX, attention_inputs, dimension, over_keys
 from diymodel.verify.experiments.repairs_layers import CHOICES
 from diymodel.verify.held import tensors_in
 
@@ -31,7 +31,7 @@ _SQUARES = {
     "std",
     "dot",
 }
-_PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "multiply"}  # of a tensor with itself: a square
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "multiply", "addcmul"}  # of a tensor with itself: a square
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _PADS = {"pad", "constant_pad_nd"}
 _FILLS = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "__get__"}  # "__get__": of attributes
@@ -116,7 +116,7 @@ class AttentionWeights(Watcher):
         given = _given_to_attention(function, args, kwargs, self.length)
         if given is None or _has_nan(given):
             return
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             weights = _weights(**attention_inputs(args, kwargs))
         elif function is F.multi_head_attention_forward:
             asked = {**kwargs, "need_weights": True, "average_attn_weights": False, "training": False}
@@ -154,7 +154,7 @@ def _given_to_attention(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
 ) -> tuple[Tensor, ...] | None:
     """Queries and keys, or their scores; None where an operation is no attention."""
-    if function is F.scaled_dot_product_attention:
+    if function is SDPA:
         inputs = attention_inputs(args, kwargs)
         return inputs["query"], inputs["key"]
     if function is F.multi_head_attention_forward or (
@@ -206,7 +206,7 @@ class SoftmaxesOverQueries(Watcher):
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if function in SOFTMAX and over_keys(args[0], -1, self.length):
             self.seen.append(dimension(args, kwargs) in (-2, args[0].dim() - 2))
-        elif function in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+        elif function in (SDPA, F.multi_head_attention_forward):
             self.seen.append(False)
 
 
@@ -261,7 +261,7 @@ class Overflows(Watcher):
         if not given:
             return
         name = getattr(function, "__name__", "")
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             if bool(_weights(**attention_inputs(args, kwargs)).isnan().any()):
                 self.first = "scores"
         elif function in SOFTMAX:
@@ -270,7 +270,7 @@ class Overflows(Watcher):
         elif isinstance(result, Tensor) and not bool(result.isfinite().all()):
             if not all(bool(tensor.isfinite().all()) for tensor in given):
                 return
-            if name in _SQUARES or (name in _PRODUCTS and args[0] is args[1]):
+            if name in _SQUARES or (name in _PRODUCTS and args[-1] is args[-2]):
                 self.first = "square"
             elif name in _SCORES:
                 self.first = "scores"

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from diymodel.verify.experiments.repairs import attention_inputs
+from diymodel.verify.experiments.repairs import SDPA, attention_inputs
 from diymodel.verify.experiments.watchers import Watcher
 
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "addcmul", "matmul", "__matmul__", "bmm"}
@@ -34,7 +33,7 @@ class Calls(Watcher):
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self.names.add(getattr(function, "__name__", ""))
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             self.drops |= bool(attention_inputs(args, kwargs).get("dropout_p"))
 
 
@@ -69,7 +68,7 @@ class PlaceOperands(Watcher):
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = getattr(function, "__name__", "")
         self.names.add(name)
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             operands, result = [attention_inputs(args, kwargs).get("attn_mask")], result
             sums, scores = True, True
         elif name in _PRODUCTS or name in _SUMS:

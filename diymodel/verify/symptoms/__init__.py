@@ -27,7 +27,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.calling.outputs import Output
 from diymodel.verify.experiments.repairs import RepairOf
-from diymodel.verify.failure import CheckFailure
+from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.randomness import reseed, seeded
 from diymodel.verify.report import Result
 from diymodel.verify.subject import Subject
@@ -75,16 +75,12 @@ class Patient:
         self.device = device
 
     def lm(self, sharpness: int = 2, seed: int = 1, **fixed: Any) -> LM:
-        """A module with few layers and sharp weights; of a failing configuration where the subject refuses others.
-
-        One layer, whose answers are the easiest to read, unless no check was seen to fail with so few.
-        """
+        """A module with few layers and sharp weights; of a failing configuration where the subject refuses others."""
         failed = [(result.check, result.failure) for result in self.failed.values() if result.failure is not None]
         configs = [failure.config for _, failure in failed]
         needs = frozenset.intersection(*(frozenset(check.needs) for check, _ in failed))
-        layers = min(config.get("num_layers", 1) for config in configs)  # a failure may come before any is drawn
         trial = Trial(self.subject, None, dtype=self.subject.convention.dtype_for(needs), device=self.device)
-        wide = ({**config, "num_layers": layers} for config in _wide_ones())
+        wide = ({**config, "num_layers": self._layers} for config in _wide_ones())
         for config in (*wide, {**configs[0], "dropout": 0.0}):
             try:
                 with warnings.catch_warnings():
@@ -94,6 +90,21 @@ class Patient:
             except Exception as error:  # a stranger's constructor may raise anything
                 refusal = error
         raise refusal
+
+    @functools.cached_property
+    def _layers(self) -> int:
+        """One, whose answers are the easiest to read, unless every check needs more to fail."""
+        failed = [result for result in self.failed.values() if result.failure is not None]
+        fewest = min(result.failure.config.get("num_layers", 1) for result in failed)  # type: ignore[union-attr]
+        return 1 if fewest == 1 or any(map(self._fails_with_one_layer, failed)) else fewest
+
+    def _fails_with_one_layer(self, result: Result) -> bool:
+        try:
+            return not self.passes_now(result, config={"num_layers": 1})
+        except NotApplicable:
+            return False
+        except Exception:  # a stranger's module may raise anything
+            return True
 
     def passes_under(self, repair: RepairOf, ids: Iterable[str]) -> bool | None:
         """Whether the failing trials of these checks pass under a repair; None where one passes without it as well."""

@@ -67,6 +67,7 @@ def _given_nan(patient: Patient) -> bool | None:
     "后面的 key 仍有权重，约为前面的五十分之一：用来屏蔽的数不够大",
     ("causality.*", "decode.*"),
     ("mask-value-too-small",),
+    settles=("causality.edit", "causality.truncation", "causality.gradient", "causality.long_row"),
 )
 def _future_is_faint(patient: Patient) -> bool | None:
     lm = patient.lm(sharpness=1)

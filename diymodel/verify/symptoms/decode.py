@@ -114,7 +114,7 @@ def _step_sees_the_first_only(patient: Patient) -> bool | None:
     ("position-advances-per-layer", "bidirectional-mask"),
 )
 def _right_in_one_layer(patient: Patient) -> bool | None:
-    one, two = patient.lm(), patient.lm(num_layers=2)
+    one, two = patient.lm(num_layers=1), patient.lm(num_layers=2)
     if two.config.num_layers != 2:
         return None
     return right_once(patient, lambda: wrong(one, distinct_tokens(one), 1), lambda: wrong(two, distinct_tokens(two), 1))

@@ -1,4 +1,4 @@
-"""What decides whether dropout drops in eval mode."""
+"""What decides whether dropout drops in eval mode, and whether training mode differs by it alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diymodel.verify.adapters import LM, Around
-from diymodel.verify.experiments.repairs import NoDropout
+from diymodel.verify.experiments.repairs import SDPA, NoDropout
 from diymodel.verify.experiments.watchers_of_places import NOISE, Calls
 from diymodel.verify.learning import trained_call
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
@@ -84,7 +84,7 @@ class _AttentionDrops(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             probability = args[_DROPOUT_P] if len(args) > _DROPOUT_P else (kwargs or {}).get("dropout_p", 0.0)
             self.seen |= probability > 0
         return function(*args, **(kwargs or {}))
@@ -146,3 +146,14 @@ def _draws_noise(patient: Patient) -> bool | None:
     lm.around = lambda start, length: calls
     lm.logits(distinct_tokens(lm))
     return bool(calls.names & NOISE)
+
+
+@symptom(
+    "modes.agree_once_nothing_drops",
+    "with every dropout taken out, training mode gives the logits of eval mode: at 0 something still drops",
+    "把所有 dropout 去掉后，训练模式的 logits 就与 eval 一致：概率为 0 时仍有东西被丢掉",
+    ("modes.agree_without_dropout",),
+    ("dropout-inverted",),
+)
+def _agree_once_nothing_drops(patient: Patient) -> bool | None:
+    return patient.passes_under(NoDropout, ("modes.agree_without_dropout",))
