@@ -85,7 +85,7 @@ def _sees_no_later(lm: LM, ids: Tensor) -> bool:
     ("window-off-by-one",),
 )
 def _one_off(patient: Patient) -> bool | None:
-    window, lm = patient.subject.window, patient.lm()
+    window, lm = patient.subject.window, patient.lm(num_layers=1)  # in more, it sees further
     ids = distinct_tokens(lm, length=(window or LENGTH) + 3)
     if window is None:  # or nobody says how wide it is
         return False if all(_seen(lambda tokens: lm.logits(tokens)[0, -1], ids)) else None
@@ -125,7 +125,7 @@ def _cached_equals_without_gradients(patient: Patient) -> bool | None:
     ("window-off-by-one",),
 )
 def _cached_step_is_right(patient: Patient) -> bool | None:
-    window, lm = patient.subject.window, patient.lm()
+    window, lm = patient.subject.window, patient.lm(num_layers=1)  # in more, it sees further
     ids = distinct_tokens(lm, length=(window or LENGTH) + 3)
     whole = sum(_seen(lambda tokens: lm.logits(tokens)[0, -1], ids))
     if window is None:
