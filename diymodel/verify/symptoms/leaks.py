@@ -33,8 +33,8 @@ def leaks_of(lm: LM, ids: Tensor) -> list[list[float]]:
 
 @symptom(
     "leak.next_token_only",
-    "in one layer a position sees the token after it, and none further",
-    "单层时，每个位置只能看到它后面的那一个 token",
+    "within one layer a position sees the token after it, and none further",
+    "一层之内，每个位置只能看到它后面的那一个 token",
     _LEAKS,
     ("mask-sees-next-token",),
 )
@@ -48,8 +48,8 @@ def _next_token_only(patient: Patient) -> bool | None:
 
 @symptom(
     "leak.of_fixed_width",
-    "in one layer every position sees the same few tokens after it, and none further",
-    "单层时，每个位置都能看到后面固定的几个 token，再往后就看不到",
+    "within one layer every position sees the same few tokens after it, and none further",
+    "一层之内，每个位置都能看到后面固定的几个 token，再往后就看不到",
     _LEAKS,
     ("convolution-not-causal", "mask-sees-next-token"),
 )
@@ -82,8 +82,8 @@ def _without_attention(patient: Patient) -> bool | None:
 
 @symptom(
     "leak.of_all_tokens",
-    "in one layer a position sees all tokens after it",
-    "单层时，每个位置能看到后面的所有 token",
+    "within one layer a position sees all tokens after it",
+    "一层之内，每个位置能看到后面的所有 token",
     _LEAKS,
     ("bidirectional-mask", "mask-dropped-on-fast-path", "softmax-wrong-axis", "statistic-over-sequence"),
 )
