@@ -558,3 +558,24 @@ def test_the_token_that_crosses_top_p_stays(factory: Any, status: str) -> None:
     assert result.status == status, result
     if result.failure is not None:
         assert "tokens reach, must leave token" in result.failure.message
+
+
+class FailsFromTheSecondOn(Pairs):
+    """The first new token is right; the next call, as on a cache of a wrong shape, fails by mistake."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        start = idx.shape[1]
+        for _ in range(max_new_tokens):
+            logits = self(idx)[:, -1] / temperature
+            logits = (logits * torch.ones(1, 1 if idx.shape[1] == start else 3)).view(len(idx), -1)
+            if top_k:
+                logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -torch.inf)
+            idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), 1)
+        return idx
+
+
+def test_where_longer_calls_fail_by_mistake_shorter_ones_are_still_greedy() -> None:
+    assert found(FailsFromTheSecondOn).greedy == {"top_k": 1}
+    result = verify_one(subject(FailsFromTheSecondOn), CHECKS["generation.greedy_is_argmax"], Settings(5))
+    assert result.failure is not None
+    assert "must match the size" in result.failure.message

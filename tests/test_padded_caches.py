@@ -50,3 +50,29 @@ def test_a_mask_that_a_cached_call_refuses_is_a_lack() -> None:
 def test_what_is_padded_on_the_left_is_checked_all_the_same() -> None:
     (check,) = select_checks(PADDED[:1])
     assert verify_one(Subject(ForgetsWhereRowsStart), check, Settings(20, shrink=False)).status == "failed"
+
+
+class StartsAlone(WithIntermediates):
+    """As lucidrains' speculative-decoding: no mask, only where each row begins."""
+
+    def forward(self, x: Tensor, seq_start_pos: Tensor | None = None) -> Any:  # type: ignore[override]
+        return super().forward(x, False, None, self.start(seq_start_pos), None, 1)
+
+    def start(self, seq_start_pos: Tensor | None) -> Tensor | None:
+        return seq_start_pos
+
+
+class NeverTold(StartsAlone):
+    """It is taken, and no layer hears of it."""
+
+    def start(self, seq_start_pos: Tensor | None) -> Tensor | None:
+        return None
+
+
+def test_where_rows_begin_hides_what_stands_before() -> None:
+    (check,) = select_checks(["padding.mask_is_used"])
+    assert verify_one(Subject(StartsAlone), check, Settings(20)).status == "passed"
+    result = verify_one(Subject(NeverTold), check, Settings(20))
+    assert result.failure is not None
+    assert "hiding the token at position 0 of " in result.failure.message
+    assert " by seq_start_pos must change" in result.failure.message

@@ -177,6 +177,57 @@ def test_the_loss_excuses_nothing_else(module: type[nn.Module], names: str) -> N
     assert unreached(module) == names
 
 
+class Further(Tiny):
+    """A head for the token after next hands its logits over beside the first, and no loss knows them."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.after_next = nn.Linear(config.vocab_size, config.vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits = self.run(input_ids, causal)
+        return logits, torch.stack([self.after_next(logits)], 1)
+
+
+class FurtherUnasked(Further):
+    """One more such head is never called, and what comes beside the logits has another width."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.third = nn.Linear(config.vocab_size, config.vocab_size)
+        self.states = nn.Linear(config.vocab_size, config.vocab_size + 1)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits, further = super().forward(input_ids)
+        return logits, further, self.states(logits)
+
+
+class FurtherBalanced(Mixture):
+    """The router is cut off from the logits; those of the token after next alone teach it."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embed(input_ids)
+        chosen = F.one_hot(self.router(x).argmax(-1), 2).to(x)
+        mixed = sum((expert(x) * w for expert, w in zip(self.experts, chosen.split(1, -1), strict=True)), x)
+        logits = self.run(input_ids, causal) + self.head(mixed)
+        return logits, logits * self.router(x).sum(-1, keepdim=True)
+
+
+def test_a_head_that_hands_over_further_logits_is_reached() -> None:
+    passes(Further, REACH, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (FurtherUnasked, "states.bias, states.weight, third.bias, third.weight"),
+        (FurtherBalanced, "router.weight"),
+    ],
+)
+def test_further_logits_excuse_nothing_else(module: type[nn.Module], names: str) -> None:
+    assert unreached(module) == names
+
+
 class Layered(Tiny):
     """One router for all layers, which every ``period``-th layer asks, and a last layer that may be forgotten."""
 

@@ -28,6 +28,7 @@ _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others ma
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open
 _CALLS = 6  # in which a draw shows
 _SECONDS = 30  # for all of a module's answers
+_SURELY_GREEDY = {"do_sample": False, "top_k": 1, "temperature": 0.0}  # the last one may be divided by
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
 _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
 _MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
@@ -47,7 +48,8 @@ def with_generating(
     """
     generating = convention.generating  # its author may have stated it
     if generating is None:
-        module = LM(build().eval(), config, convention).cast(convention.dtype)
+        module = LM(build(), config, convention).cast(convention.dtype)
+        module.eval()
         try:
             with time_limit(_SECONDS):
                 generating = find_generating(module, config, convention, factory)
@@ -113,8 +115,10 @@ def _settled(lm: LM, ids: Tensor) -> Generating:
         missing["generate_batch"] = f"generate does not take two rows: {why}"
         ids = ids[1:]
     if generating.names["ids"] in _TOKENS and (why := _crash(lm, ids)) is not None:
-        # The checks that need no more will show it.
-        return replace(generating, missing={c: why for c in CAPABILITIES if c not in ("generate", "greedy")})
+        # The checks that need no more will show it; shorter calls may well go through, and must not draw then.
+        greedy = next(({role: value} for role, value in _SURELY_GREEDY.items() if role in generating.names), {})
+        missing = {c: why for c in CAPABILITIES if c not in ("generate", "greedy")}
+        return replace(generating, greedy=greedy, missing=missing)
     found = replace(_find_counting(lm, ids), one_row=len(ids) == 1)
     for find in (_find_greedy, _find_sampling, _find_settings, _find_padding):
         found, without = find(_with(lm, found), ids)

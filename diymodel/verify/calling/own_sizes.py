@@ -34,7 +34,8 @@ def find_own_sizes(make: Callable[[DIYConfig], nn.Module], config: DIYConfig, co
     larger = replace(config, vocab_size=_MANY, max_seq_len=LONGEST)
 
     def answering(each: DIYConfig) -> LM:
-        module = make(each).eval()
+        module = make(each)
+        module.eval()
         draw_weights(module, seed=0, sharpness=2)  # its constructor may have left them undefined
         lm = LM(module, replace(config, vocab_size=1), convention)  # logits of any width
         lm.cast(convention.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, first_of, refusal
 from diymodel.verify.graph import only_added
+from diymodel.verify.held import tensors_in
 from diymodel.verify.learning import distinct_tokens, gradients_of, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -47,7 +49,7 @@ def reach_every_parameter(trial: Trial) -> None:
 
 
 def _unreached(trial: Trial, lm: LM, ids: Tensor, draws: range = _ALL) -> set[str]:
-    """The parameters that learn from the logits in neither mode, nor, where they serve it alone, from the loss."""
+    """The parameters that learn from the logits in neither mode, nor from a loss or further logits that they serve."""
     unreached = set(trainable(lm))
     _leave_unreached(unreached, trial, lm, ids, _weighted_logits, draws)
     unreached = {name for name in unreached if not any(fnmatchcase(name, glob) for glob in trial.subject.no_gradient)}
@@ -55,18 +57,23 @@ def _unreached(trial: Trial, lm: LM, ids: Tensor, draws: range = _ALL) -> set[st
         _leave_unreached(unreached, trial, lm, ids, _in_training)
     if unreached and (lm.convention.labels or lm.convention.loss_switch):  # whatever else is in that loss
         with suppress(Exception):  # likewise
-            unreached -= _serving_the_loss(trial, lm, ids, unreached)
+            unreached -= _serving(_own_loss, trial, lm, ids, unreached)
+    if unreached:
+        with suppress(Exception):  # likewise
+            unreached -= _serving(_further_logits, trial, lm, ids, unreached)
     return unreached - _only_choosing(trial, lm, ids, unreached)
 
 
-def _serving_the_loss(trial: Trial, lm: LM, ids: Tensor, unreached: set[str]) -> set[str]:
-    """Those of some parameters that no logit depends on, and that learn from the module's own loss in training mode.
+def _serving(
+    objective: Callable[[LM, Tensor, int], Tensor], trial: Trial, lm: LM, ids: Tensor, unreached: set[str]
+) -> set[str]:
+    """Those of some parameters that no logit depends on, and that learn from something else: the loss, further logits.
 
     A router that is cut off has its part in the logits, and may get gradients from a loss that balances experts.
     """
     aside = _without_effect(trial, lm, ids, unreached, _redrawn)
     left = set(aside)
-    _leave_unreached(left, trial, lm, ids, _own_loss)
+    _leave_unreached(left, trial, lm, ids, objective)
     return aside - left
 
 
@@ -141,6 +148,16 @@ def _in_training(lm: LM, ids: Tensor, seed: int) -> Tensor:
 def _own_loss(lm: LM, ids: Tensor, seed: int) -> Tensor:
     lm.module.train()
     return lm.own_loss(ids, lm.own_labels(ids))
+
+
+def _further_logits(lm: LM, ids: Tensor, seed: int) -> Tensor:
+    """All that a call returns with a number for every token, such as the logits of a head for the token after next."""
+    returned: list[Any] = []
+    with lm.module.register_forward_hook(lambda module, given, output: returned.append(output)):
+        width = lm.logits(ids).shape[-1]
+    wide = [x for x in tensors_in(returned[-1]) if x.dim() > 2 and x.shape[-1] == width and x.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([(x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in wide]).sum()
 
 
 def _leave_unreached(

@@ -115,7 +115,8 @@ def meta_device(trial: Trial) -> None:
     try:
         with torch.device("meta"):
             module = trial.subject.build(lm.config)
-        module = cast(module, trial.dtype).to_empty(device=trial.device).eval()
+        module = cast(module, trial.dtype).to_empty(device=trial.device)
+        module.eval()
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():

@@ -17,16 +17,21 @@ _MATTERS = 1e-6  # of the largest logit: another token there moves what comes af
     "padding.mask_is_used",
     title="hiding a token by the mask changes what later tokens give, or is refused",
     step="5.1",
-    needs=("padding", "causal"),
+    needs=("causal",),
     causes=("padding-mask-ignored",),
 )
 def mask_is_used(trial: Trial) -> None:
     # On the right a causal model needs no mask. Padding on the left, and generating for such rows, do.
     lm = trial.model()
+    name, first_alone = lm.convention.mask, False
+    if (why := trial.missing("padding")) is not None:
+        name, first_alone = lm.convention.left, True  # where its rows begin
+        if name is None or trial.missing("left_padding") is not None:
+            raise NotApplicable(why)
     if lm.convention.lengths:
         raise NotApplicable(f"forward({lm.convention.lengths}=…) can hide no token that stands before others")
     ids = distinct_tokens(trial, lm, 2)  # an average over equal tokens is the same without one of them
-    hidden = trial.draw("hidden", st.integers(0, ids.shape[1] - 2))
+    hidden = trial.draw("hidden", st.integers(0, 0 if first_alone else ids.shape[1] - 2))
     real = torch.ones_like(ids, dtype=torch.bool)
     real[:, hidden] = False
     if (why := refusal(lm.logits, ids, real)) is not None:
@@ -39,6 +44,6 @@ def mask_is_used(trial: Trial) -> None:
     # One of the two tokens is attended to then; the other may have a weight that rounds to 0.
     if matters and torch.equal(masked[0], plain) and torch.equal(masked[1], changed):
         raise CheckFailure(
-            f"hiding the token at position {hidden} of {ids.tolist()} by {lm.convention.mask} must change the logits "
+            f"hiding the token at position {hidden} of {ids.tolist()} by {name} must change the logits "
             "after it, which depend on that token, saw the very same: the mask is taken and ignored"
         )

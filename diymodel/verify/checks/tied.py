@@ -40,11 +40,16 @@ def tied_weights_stay_tied(trial: Trial) -> None:
         other.load_state_dict({name: value.clone() for name, value in module.state_dict().items()})  # as from a file
         return other
 
+    def trained() -> nn.Module:
+        other = copy.deepcopy(module)
+        other.train()  # which may return nothing
+        return other
+
     moves: dict[str, Callable[[], nn.Module]] = {
         "load_state_dict": loaded,
         "copy.deepcopy": lambda: copy.deepcopy(module),
         "float()": lambda: copy.deepcopy(module).float(),
-        "train()": lambda: copy.deepcopy(module).train(),
+        "train()": trained,
     }
     for move, moved in moves.items():
         if shared(moved()) != groups:

@@ -29,7 +29,11 @@ def modes_of(module: nn.Module) -> dict[str, bool]:
 )
 def _parts_stay_behind(patient: Patient) -> bool | None:
     module = patient.lm().module
-    return any(set(modes_of(module.train(mode)).values()) != {mode} for mode in (True, False))
+    for mode in (True, False):
+        module.train(mode)
+        if set(modes_of(module).values()) != {mode}:
+            return True
+    return False
 
 
 @symptom(
@@ -41,7 +45,8 @@ def _parts_stay_behind(patient: Patient) -> bool | None:
 )
 def _call_turns_training_on(patient: Patient) -> bool | None:
     lm = patient.lm()
-    if any(modes_of(lm.module.eval()).values()):
+    lm.module.eval()
+    if any(modes_of(lm.module).values()):
         return None
     ids, missing = distinct_tokens(lm), patient.subject.missing
     calls: dict[str, Callable[[], object]] = {
@@ -51,7 +56,8 @@ def _call_turns_training_on(patient: Patient) -> bool | None:
     }
     made = [lambda: lm.logits(ids), *(call for need, call in calls.items() if missing(need) is None)]
     for call in made:
-        parts = list(lm.module.eval().modules())  # a cache may become a new one
+        lm.module.eval()
+        parts = list(lm.module.modules())  # a cache may become a new one
         call()
         if any(part.training for part in parts):
             return True
