@@ -313,6 +313,14 @@ def test_states_have_many_names(past: str, use_cache: str) -> None:
     assert parameter_names(module) == {"ids": "x", "past": past, "use_cache": use_cache}
 
 
+def test_a_switch_for_memories_is_none_for_a_cache_of_keys_and_values() -> None:
+    module = nn.Module()
+    namespace: dict[str, Any] = {}
+    exec("def forward(x, past_memories=None, cached_kv=None, return_new_memories=False): ...", namespace)
+    module.forward = namespace["forward"]
+    assert parameter_names(module) == {"ids": "x", "past": "cached_kv"}
+
+
 class OneAtATime(Past):
     """hkproj's pytorch-llama: the cache is on the module, and takes one token at a time."""
 

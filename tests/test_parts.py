@@ -163,6 +163,21 @@ def test_one_cache_for_all_rows_explains_no_failure_of_one_row(rows: int | None,
     assert PARTS["several_rows"](patient) is not lacks
 
 
+def test_reordered_rows_are_always_several_and_say_nothing_beside_one_that_fails_alone() -> None:
+    single, reordered = (
+        Result(CHECKS[id], "failed", failure=Failure("told", (), {}, values, ""))
+        for id, values in (("decode.session", {"rows": 1}), ("decode.rows_reordered", {"batch": 2}))
+    )
+    subject = BASES["rotary"].subject()
+    for failed, has in (([reordered], True), ([single, reordered], False)):
+        assert PARTS["several_rows"](Patient(subject, {result.check.id: result for result in failed})) is has
+
+
+@pytest.mark.parametrize(("base", "has"), [("onmodule", True), ("rotary", False), ("nanogpt", False)])
+def test_tokens_that_do_not_exist_are_drawn_where_there_are_logits_for_them(base: str, has: bool) -> None:
+    assert ("logits_to_spare" in absent(BASES[base].subject(), "generation.greedy_is_argmax")) is not has
+
+
 def test_what_is_impossible_is_not_named() -> None:
     sample = next(s for s in read_samples() if s.slug == "alibi-lost-in-decode")
     impossible = frozenset({"alibi-lost-in-decode"})

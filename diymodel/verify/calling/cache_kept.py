@@ -66,7 +66,7 @@ def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, id
     lm, ids = LM(module, config, convention), ids[:1] if convention.one_row else ids
     lm.logits(ids)  # what it makes in any first call, such as a table of positions, is no cache
     before = [(kept, kept.clone()) for kept in tensors_on(module)]
-    _, past = lm.extend(ids)
+    _, past = lm.extend(ids[:, :1] if convention.one_at_a_time else ids)
     same = {id(kept) for kept, copy in before if torch.equal(kept, copy)}
     kept = [*tensors_in(past.cache), *(kept for kept in tensors_on(module) if id(kept) not in same)]
     return any(t.is_floating_point() and t.dtype.itemsize < convention.dtype.itemsize for t in kept)

@@ -70,7 +70,8 @@ def find_cache(
             missing["right_padded_cache"] = f"padding on the right is refused by a call on the cache: {why}"
     lm = LM(module, config, convention)
     if convention.one_at_a_time:
-        missing["chunks"] = "every call is on the cache, and takes one token at a time"
+        every = "every call is on the cache, and" if convention.always_cached else "a call on the cache"
+        missing["chunks"] = f"{every} takes one token at a time"
     elif (error := _on_chunks(lm, ids)) is not None and not crashed(error):
         missing["chunks"] = f"several tokens on a cache are refused: {said(error)}"
     elif error is not None:  # such as a mask that does not fit
@@ -129,9 +130,11 @@ def _find_new_cache(
             if found.why_not is None and _continues(module, config, found.way, ids):
                 return found.way, None
         for way in ways_of_generate(module, config, convention):
-            found = _tried(module, config, way, ids)
-            if found.why_not is None:
-                return found.way, None
+            for fed in (way, replace(way, one_at_a_time=True)):
+                found = _tried(module, config, fed, ids)
+                if found.why_not is None:
+                    return found.way, None
+                crashing = crashing or (found.way if found.crashed else None)
     if crashing is not None:
         return crashing, None
     return convention, tried[ways.index(convention)].why_not
@@ -161,7 +164,7 @@ def _tried(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -
     lm = LM(module, config, way)
     begun: Past | None = None
     try:
-        _, begun = lm.extend(ids)
+        _, begun = lm.extend(ids[:, :1] if way.one_at_a_time else ids)
         if (kept := tensors_in(begun.cache)) and not any(tensor.numel() for tensor in kept):
             return _Tried(way, f"forward({way.past}=…) of a few tokens hands back tensors without elements")
         _, past = lm.extend(ids[:, :1], begun)

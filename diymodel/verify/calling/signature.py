@@ -42,6 +42,7 @@ _TWINS = {"k": "v", "ks": "vs", "key": "value", "keys": "values"}
 _ASKS = re.compile(  # return_cache, return_next_prev_hiddens
     rf"(use|return|with|enable|output)_([a-z]+_)*{_KEPT}|return_([a-z]+_)*(hiddens|memory|memories|mems|states?)"
 )
+_MEMORIES = re.compile("memory|memories|mems")
 
 
 def parameter_names(module: nn.Module) -> dict[str, str]:
@@ -60,6 +61,10 @@ def parameter_names(module: nn.Module) -> dict[str, str]:
     asking = [name for name in known if _ASKS.fullmatch(name) or (name in switches and _PAST.fullmatch(name))]
     candidates["use_cache"] += asking
     candidates["past"] += [name for name in values if _PAST.fullmatch(name) and name not in asking]
+    kept = [name for name in values if _PAST.fullmatch(name)]
+    if kept and not {*NAMES["past"]} & {*values}:  # infini-transformer's memories are of segments, its cache of tokens
+        asking = [name for name in asking if not _MEMORIES.search(name)]
+        candidates["use_cache"] = [name for name in candidates["use_cache"] if name in (*NAMES["use_cache"], *asking)]
     if asking and "memory" in values:  # alone, it may as well be what an encoder made
         candidates["past"].append("memory")
     if not {*NAMES["past"]} & {*values} and (pair := find_pair(values)):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.experiments.watchers import AttentionWeights, Choices, ExponentialsOfPairs
 from diymodel.verify.experiments.watchers_of_places import NOISE, Calls, Operand, PlaceOperands
@@ -31,6 +33,7 @@ _SECONDS = 20  # for one part
 _LENGTH = 7  # as much as nothing else is
 _LONGEST = 13
 _ROWS = 3
+_NO_ROUND_NUMBER = 13  # of tokens
 _LAYERS = 8  # so that every kind of layer is among them
 _TURNS = {"cos", "sin", "polar", "cos_", "sin_"}
 _SOFTMAXES = {"softmax", "flex_attention", "logsumexp"}
@@ -191,13 +194,29 @@ def _set_in_failures(role: str, check: str) -> Has:
     return given
 
 
+def _has_logits_to_spare(patient: Patient) -> bool:
+    """Whether forward has logits for more tokens than there are, of a number that nobody rounds to."""
+    lm = patient.lm(vocab_size=_NO_ROUND_NUMBER)
+    returned: list[Any] = []
+    with lm.module.register_forward_hook(lambda module, given, output: returned.append(output)):
+        lm.logits(distinct_tokens(lm))
+    found = [read_output(output, _NO_ROUND_NUMBER).logits for output in returned]
+    return any(logits is not None and logits.shape[-1] > _NO_ROUND_NUMBER for logits in found) or not found
+
+
 def _in_several_rows(patient: Patient) -> bool:
-    """Whether any failure that one cache for all rows could explain is of more than one row."""
+    """Whether any failure that one cache for all rows could explain is of more than one row.
+
+    Where rows are reordered there are always several: that fails as well where a single one is wrong.
+    """
     named = [result for result in patient.failed.values() if "cache-rows-shared" in result.check.causes]
-    return any(result.failure is None or result.failure.values.get("rows") != 1 for result in named)
+    rows = [None if result.failure is None else result.failure.values.get("rows", 0) for result in named]
+    drawn = [number for number in rows if number != 0]
+    return any(number != 1 for number in drawn) if drawn else bool(named)
 
 
 PARTS: dict[str, Has] = {
+    "logits_to_spare": _has_logits_to_spare,
     "several_rows": _in_several_rows,
     "rotation": _turns,
     "distance_bias": _weighs_distances,
