@@ -23,7 +23,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.calling.masks import causal_block_mask
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
 from diymodel.verify.casting import cast
-from diymodel.verify.convention import IGNORED, Convention
+from diymodel.verify.convention import IGNORED, CachedEntry, Convention
 from diymodel.verify.embeddings import Table, looked_up, tables_of
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 
@@ -276,6 +276,8 @@ class LM:
         if convention.cached_gets_all:
             tokens = input_ids if tokens is None else torch.cat((tokens, input_ids), 1)
             inputs = self._inputs(tokens, real, 0)
+        elif convention.cached_entry:
+            inputs = convention.cached_entry.arguments(input_ids, start)
         else:
             inputs = self._inputs(input_ids, real, start)
         inputs |= convention.cached_extra
@@ -289,7 +291,7 @@ class LM:
             inputs[convention.start] = start
         if convention.positions and (convention.cache_on_module or convention.placed_on_cache):
             inputs.setdefault(convention.positions, self._positions(input_ids, start))
-        output = self._call(inputs, start)
+        output = self._call(inputs, start, convention.cached_entry)
         if not convention.cache_on_module:
             cache = output.past if output.past is not None else cache
             if cache is None:
@@ -354,21 +356,22 @@ class LM:
         with self._without_cache():
             return self._call(inputs)
 
-    def _call(self, inputs: Mapping[str, Any], start: int = 0) -> Output:
+    def _call(self, inputs: Mapping[str, Any], start: int = 0, entry: CachedEntry | None = None) -> Output:
         if not self.keep_layout:  # how tensors lie in memory is the matter of one check only
             inputs = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        convention, T = self.convention, inputs[self.convention.ids].shape[1]
+        convention, ids = self.convention, self.convention.ids if entry is None else entry.ids
+        T = inputs[ids].shape[1]
         if convention.sequence_first:
             by_token = {getattr(convention, role) for role in _BY_TOKEN} & inputs.keys()
             inputs = {**inputs, **{name: x.t().contiguous() for name in by_token if (x := inputs[name]).dim() == 2}}
         new = T - start if convention.cached_gets_all else T
         with nullcontext() if self.around is None else self.around(start, new):
-            returned = self.module(**inputs)
+            returned = self.module(**inputs) if entry is None else getattr(self.module, entry.name)(**inputs)
         paired = convention.past_values is not None
         output = read_output(returned, self.config.vocab_size, convention.loss_place, paired)
         if output.logits is None:
             return output
-        logits = unflattened(output.logits, inputs[convention.ids].shape, int(convention.sequence_first))
+        logits = unflattened(output.logits, inputs[ids].shape, int(convention.sequence_first))
         return output._replace(logits=logits.transpose(0, 1) if convention.sequence_first else logits)
 
 

@@ -51,6 +51,21 @@ ROLES = (  # of forward's parameters: fields of Convention that name one
 
 
 @dataclass(frozen=True)
+class CachedEntry:
+    """A method that makes the calls on the cache in the place of ``forward``: its name, and those of its arguments."""
+
+    name: str
+    ids: str
+    start: str  # how many tokens came before
+
+    def arguments(self, input_ids: Tensor, start: int) -> dict[str, Any]:
+        return {self.ids: input_ids, self.start: start}
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.ids}, {self.start})"
+
+
+@dataclass(frozen=True)
 class Convention:
     """How a module is called; parameter names are None where ``forward`` has no such parameter."""
 
@@ -89,6 +104,7 @@ class Convention:
     new_cache: NewCache | None = None  # where the caller supplies the cache, or has it set up on the module
     cache_on_module: bool = False  # litgpt, gpt-fast: nothing is handed back
     installed: Installed | None = None  # a method sets it up there; calls without a cache are made without it
+    cached_entry: CachedEntry | None = None  # GRPO-Zero: forward is for training, and inference goes on with the cache
     one_row: bool = False  # a cache is of one row, and refuses more
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
@@ -145,6 +161,7 @@ class Convention:
             kind = "on the module" if self.cache_on_module else "a value" if self.cache_is_value else "a mutable object"
             more = ", the position in it on the module" if self.position_on_module else ""
             more += f", set up by {self.installed.by}" if self.installed else ""
+            more += f", and calls on it are {self.cached_entry}" if self.cached_entry else ""
             if self.placed_on_cache:
                 more += f", beside which {self.start or self.positions} says where new tokens stand"
             more += ", to which the caller adds what comes back" if self.cache_is_new_part is not None else ""

@@ -23,6 +23,7 @@ from diymodel.verify.calling.cache_makers import (
     two_none_a_layer,
 )
 from diymodel.verify.calling.cache_of_generate import generate_places_tokens, ways_of_generate
+from diymodel.verify.calling.entering import find_entered
 from diymodel.verify.calling.installing import find_installed
 from diymodel.verify.calling.signature import has_no, required_parameters
 from diymodel.verify.convention import Convention
@@ -47,9 +48,10 @@ def find_cache(
     Where its caller makes it, classes of caches are looked for near the module's and near ``factory``.
     """
     if forgets_tokens(module, config, convention, ids) or not (convention.past or convention.cache_on_module):
-        if (installed := find_installed(module, config, convention, ids)) is None:
+        found = find_installed(module, config, convention, ids) or find_entered(module, config, convention, ids)
+        if found is None:
             return _without_cache(module, convention)
-        convention = installed
+        convention = found
     convention, why = _find_new_cache(module, config, convention, ids, factory)
     if why is not None and not convention.past and (installed := find_installed(module, config, convention, ids)):
         convention, why = _find_new_cache(module, config, installed, ids, factory)
@@ -57,7 +59,9 @@ def find_cache(
         return convention, dict.fromkeys(("cache", "chunks"), why)
     convention = _given_all(module, config, _not_told_where(module, config, convention, ids), ids)
     missing = {}
-    if convention.mask:
+    if convention.cached_entry:
+        missing["padded_cache"] = f"{convention.cached_entry} takes no mask"
+    elif convention.mask:
         covers, refused = _mask_on_cache(module, config, convention, ids)
         convention = replace(convention, mask_covers_cache=covers)
         if refused is not None:

@@ -226,7 +226,7 @@ PARTS: dict[str, Has] = {
     "window": _forgets,
     "kept_fewer": _keeps_fewer,
     "carried_state": _carries,
-    "padding": _lacks_no("padding", "generate_padded"),
+    "padding": _lacks_no("padding", "left_padding", "generate_padded"),
     "padded_prompts": _lacks_no("generate_padded"),
     "positions": _takes_positions,
     "temperature": _set_in_failures("temperature", "generation.temperature_zero"),

@@ -26,6 +26,7 @@ from torch import Tensor
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.calling.outputs import Output
+from diymodel.verify.convention import CachedEntry
 from diymodel.verify.experiments.repairs import RepairOf
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.randomness import reseed, seeded
@@ -55,9 +56,9 @@ _WIDE = {  # no unit is so alone that a norm hides what it says
 class _Repeatable(LM):
     """Each call begins with the same random numbers: what a dropout that goes on does is no effect of a token."""
 
-    def _call(self, inputs: Mapping[str, Any], start: int = 0) -> Output:
+    def _call(self, inputs: Mapping[str, Any], start: int = 0, entry: CachedEntry | None = None) -> Output:
         reseed()
-        return super()._call(inputs, start)
+        return super()._call(inputs, start, entry)
 
 
 def _wide_ones() -> Iterator[dict[str, Any]]:
