@@ -189,6 +189,14 @@ class Further(Tiny):
         return logits, torch.stack([self.after_next(logits)], 1)
 
 
+class FurtherMoving(Further):
+    """Each call moves a bias by hand, so that no two give the same."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        self.head.bias.data += 1e-3
+        return super().forward(input_ids)
+
+
 class FurtherUnasked(Further):
     """One more such head is never called, and what comes beside the logits has another width."""
 
@@ -213,8 +221,9 @@ class FurtherBalanced(Mixture):
         return logits, logits * self.router(x).sum(-1, keepdim=True)
 
 
-def test_a_head_that_hands_over_further_logits_is_reached() -> None:
-    passes(Further, REACH, seeds=1)
+@pytest.mark.parametrize("module", [Further, FurtherMoving])
+def test_a_head_that_hands_over_further_logits_is_reached(module: type[nn.Module]) -> None:
+    passes(module, REACH, seeds=1)
 
 
 @pytest.mark.parametrize(

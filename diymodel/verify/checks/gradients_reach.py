@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure, first_of, refusal
+from diymodel.verify.failure import CheckFailure, NotApplicable, first_of, refusal
 from diymodel.verify.graph import only_added
 from diymodel.verify.held import tensors_in
 from diymodel.verify.learning import distinct_tokens, gradients_of, trainable
@@ -105,18 +105,25 @@ def _without_effect(
     """Those of some parameters that change no logit when each is given the values that ``change`` makes of noise."""
     lm = trial.build(lm.config, trial.values["weights"], 1)
     many, generator = _many(lm, ids), torch.Generator().manual_seed(_MANY.start)
-    before, found = lm.logits(many), set()
+    before, found = _of_a_copy(lm, many), set()
     for name, parameter in trainable(lm).items():
         if name in names:
             found.add(name)
             for _ in _ALL:  # a choice of two experts goes the same way in every second draw
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.copy_(change(parameter, noise))
-                after = lm.logits(many)
+                after = _of_a_copy(lm, many)
                 if not after.equal(before):
                     found.discard(name)
                 before = after
     return found
+
+
+def _of_a_copy(lm: LM, ids: Tensor) -> Tensor:
+    """Logits, of a module that is as it was afterwards even where calls move its weights; if it can be copied."""
+    with suppress(NotApplicable):
+        lm = lm.twin()
+    return lm.logits(ids)
 
 
 def _deeper(trial: Trial, lm: LM, ids: Tensor) -> LM | None:
