@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, T, V) and unshifted l
 # module, config, rows -> an empty cache, or None if on the module
 NewCache = Callable[[nn.Module, DIYConfig, int], Any]
 
-_PADDED = {"padding", "left_padding", "generate_padded"}  # capabilities of a call with padding
+_PADDED = {"padding", "left_padding", "hiding", "generate_padded"}  # capabilities of a call with padding
 IGNORED = -100  # marks an unscored label between checks and LM, whatever the module's own ignore index is
 
 ROLES = (  # of forward's parameters: fields of Convention that name one

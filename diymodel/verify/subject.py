@@ -97,7 +97,8 @@ _GIVEN = {
     "checkpoint": "does not say how it is saved and loaded: Subject(…, save=…, load=…)",
 }
 _PRESUMED = ("causal", "past_context")  # of every subject that does not say otherwise
-_CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, *_PRESUMED)
+_HIDING = "hiding"  # a token is hidden, by a mask or by where its row begins
+_CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, *_PRESUMED, _HIDING)
 
 
 class Subject:
@@ -230,6 +231,8 @@ class Subject:
             return self.lacks["gradient"]
         if capability in self.lacks:
             return self.lacks[capability]
+        if capability == _HIDING:
+            return None if convention.left else self.missing("padding")
         if capability in _FOUND:
             return convention.missing.get(capability)
         if capability in _GIVEN:

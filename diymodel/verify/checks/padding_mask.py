@@ -17,17 +17,14 @@ _MATTERS = 1e-6  # of the largest logit: another token there moves what comes af
     "padding.mask_is_used",
     title="hiding a token by the mask changes what later tokens give, or is refused",
     step="5.1",
-    needs=("causal",),
+    needs=("hiding", "causal"),
     causes=("padding-mask-ignored",),
 )
 def mask_is_used(trial: Trial) -> None:
     # On the right a causal model needs no mask. Padding on the left, and generating for such rows, do.
     lm = trial.model()
-    name, first_alone = lm.convention.mask, False
-    if (why := trial.missing("padding")) is not None:
-        name, first_alone = lm.convention.left, True  # where its rows begin
-        if name is None or trial.missing("left_padding") is not None:
-            raise NotApplicable(why)
+    first_alone = trial.missing("padding") is not None  # and the module is told where each row begins
+    name = lm.convention.left if first_alone else lm.convention.mask
     if lm.convention.lengths:
         raise NotApplicable(f"forward({lm.convention.lengths}=…) can hide no token that stands before others")
     ids = distinct_tokens(trial, lm, 2)  # an average over equal tokens is the same without one of them

@@ -40,7 +40,6 @@ def _hides_self(patient: Patient) -> bool | None:
     "失败的例子里有 query 一个 key 都看不到，权重成了 NaN",
     ("shape.*", "padding.*", "gradients.finite", "causality.edit"),
     ("masked-row-nan", "mask-hides-self"),
-    rules_out=("shape.logits", "shape.longest", "shape.shortest", "gradients.finite", "numerics.zeros_finite"),
 )
 def _row_sees_nothing(patient: Patient) -> bool | None:
     ids = [id for id in patient.failed if id.startswith(("shape.", "padding.")) or id in ("gradients.finite", _FUTURE)]
