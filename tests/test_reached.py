@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel import DIYConfig
-from diymodel.verify import check_causal_lm
-from diymodel.verify.checks import gradients_reach
+from diymodel.verify import check_causal_lm, reaching
 from tests.test_adapters import Tiny, causal
 from tests.test_healthy_strangers import passes
 
@@ -25,7 +24,7 @@ class Healthy(Tiny):
 
 
 def test_the_graph_is_walked_only_where_something_is_without_gradient() -> None:
-    with mock.patch.object(gradients_reach, "only_added", side_effect=AssertionError):
+    with mock.patch.object(reaching, "only_added", side_effect=AssertionError):
         passes(Healthy, REACH, seeds=1)
 
 

@@ -18,8 +18,8 @@ from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.verify import Subject, SubjectError, check_causal_lm
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
-from diymodel.verify.checks.gradients_reach import _reached
 from diymodel.verify.failure import NotApplicable
+from diymodel.verify.reaching import reached
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Failure, Report, Result
 from diymodel.verify.subject import resolve
@@ -335,8 +335,8 @@ def test_a_gradient_below_the_rounding_of_the_largest_is_none() -> None:
     """As that of a router whose weights are divided by their own sum; but what a key's bias gets is nothing else."""
     large, tiny = torch.ones(2, 2), torch.full((2, 2), 1e-17)
     found = {"large": large, "router": tiny, "bias": tiny[0], "cut": None, "unused": torch.zeros(2), "empty": large[:0]}
-    assert _reached(found, set()) == {"large", "bias"}
-    assert _reached({**found, "b_K": tiny}, {"b_K", "unused"}) == {"large", "bias", "b_K"}
+    assert reached(found, set()) == {"large", "bias"}
+    assert reached({**found, "b_K": tiny}, {"b_K", "unused"}) == {"large", "bias", "b_K"}
 
 
 class Crashing(DIYForCausalLM):
