@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -44,6 +45,15 @@ class TellsPositions(Trained):
         return logits
 
 
+class Warns(Trained):
+    """A property is no method, and is not asked."""
+
+    @property
+    def old_name(self) -> bool:
+        warnings.warn("is deprecated", FutureWarning, stacklevel=1)
+        return True
+
+
 class LosesTheLast(Trained):
     def before(self, start_pos: int) -> Tensor | None:
         return super().before(max(start_pos - 1, 0))
@@ -63,7 +73,11 @@ class WantsMore(Trained):
 
 @pytest.mark.parametrize(
     ("module", "called"),
-    [(Trained, "inference(tokens, start_pos)"), (TellsPositions, "infer_with_cache(x, cur_pos)")],
+    [
+        (Trained, "inference(tokens, start_pos)"),
+        (Warns, "inference(tokens, start_pos)"),
+        (TellsPositions, "infer_with_cache(x, cur_pos)"),
+    ],
 )
 def test_a_method_goes_on_with_what_another_sets_up(module: type[Past], called: str) -> None:
     subject = Subject(module)

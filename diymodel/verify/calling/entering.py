@@ -49,18 +49,17 @@ def find_entered(module: nn.Module, config: DIYConfig, convention: Convention, i
 def _entries(module: nn.Module) -> Iterator[CachedEntry]:
     """The methods of the module's own that take token ids and where they start, and need no more."""
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    names = dict.fromkeys(name for kind in kinds for name in vars(kind))
-    for name in names:
-        method = getattr(module, name, None)
-        if name.startswith("_") or name == "forward" or not callable(method) or isinstance(method, nn.Module):
+    methods = dict.fromkeys(name for kind in kinds for name, value in vars(kind).items() if callable(value))
+    for name in methods:  # properties are not asked: one may warn
+        if name.startswith("_") or name == "forward":
             continue
         try:
-            known = dict(told_parameters(method))
+            known = dict(told_parameters(getattr(module, name)))
         except (TypeError, ValueError):  # nothing that can be looked into
             continue
         ids, start = (next((n for n in among if n in known), None) for among in (NAMES["ids"], _STARTS))
         if ids is None or start is None:
             continue
-        kinds_left = (p for n, p in known.items() if n not in (ids, start))
-        if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in kinds_left):
+        others = (p for n, p in known.items() if n not in (ids, start))
+        if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others):
             yield CachedEntry(name, ids, start)

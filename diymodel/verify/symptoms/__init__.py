@@ -96,8 +96,9 @@ class Patient:
     def _layers(self) -> int:
         """One, whose answers are the easiest to read, unless every check needs more to fail."""
         failed = [result for result in self.failed.values() if result.failure is not None]
-        fewest = min(result.failure.config.get("num_layers", 1) for result in failed)  # type: ignore[union-attr]
-        return 1 if fewest == 1 or any(map(self._fails_with_one_layer, failed)) else fewest
+        fewest: int = min(result.failure.config.get("num_layers", 1) for result in failed)  # type: ignore[union-attr]
+        is_given = fewest == 1 or "num_layers" in self.subject.own_sizes
+        return 1 if is_given or any(map(self._fails_with_one_layer, failed)) else fewest
 
     def _fails_with_one_layer(self, result: Result) -> bool:
         try:
