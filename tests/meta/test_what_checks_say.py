@@ -656,7 +656,6 @@ SKIPS: list[tuple[str, Patch, dict[str, Any], str]] = [  # what a check leaves a
         {**PROMPT, "training": True},
         "^generate refuses training mode: ValueError: eval only$",
     ),
-    ("gradients.absent_tokens_zero", nothing, {"rows": 1, "length": 2, "tokens": [[3, 3]]}, "^a single token occurs"),
     ("gradients.checkpointing", nothing, ROW, r"^the module has no gradient_checkpointing_enable\(\)$"),
     (
         "gradients.checkpointing",
