@@ -131,7 +131,7 @@ def test_scores_are_shares_and_evidence_is_what_was_seen() -> None:
     scores = [round(found.score, 9) for found in ranked]  # as they are ordered by
     assert scores == sorted(scores, reverse=True)
     seen = set(one.killers) | {id for id, shows in one.symptoms.items() if shows}
-    assert all(set(found.evidence) <= seen for found in ranked)
+    assert all(found.evidence and set(found.evidence) <= seen for found in ranked)
 
 
 def test_a_class_falls_where_its_symptoms_were_looked_for_and_none_showed() -> None:

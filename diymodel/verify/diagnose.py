@@ -120,7 +120,7 @@ class Signatures:
         return replace(sample, verdicts=verdicts, symptoms={k: v for k, v in sample.symptoms.items() if k not in doing})
 
     def rank(self, sample: Sample) -> list[Diagnosis]:
-        """Every class, the one that the run looks most like first; none where nothing failed or nothing fits.
+        """Every class that anything speaks for, the one that the run looks most like first; none where nothing fits.
 
         The scores are shares. What they lack of 1 is that of a bug that is none of these.
         """
@@ -131,11 +131,11 @@ class Signatures:
         named = {slug for id in _failed(sample) for slug in self._causes.get(id, ())}
         fits = {}
         for slug, (score, evidence) in self._best(seen, ruled_out).items():
-            if slug in sample.impossible:
+            if slug in sample.impossible or not evidence:
                 continue
             score += self._silent[slug] * silent.get(slug, False) + _NOT_AMONG_CAUSES * (slug not in named)
             fits[slug] = (score, evidence)
-        best = max(score for score, _ in fits.values())
+        best = max((score for score, _ in fits.values()), default=-math.inf)
         if best < _FITS:
             return []
         total = sum(math.exp(score - best) for score in (_UNKNOWN, *(score for score, _ in fits.values())))

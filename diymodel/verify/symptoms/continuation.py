@@ -131,6 +131,7 @@ def _reads_its_padding(lm: LM, prompts: Prompts) -> bool:
     "第一个新 token 接的是 padding 的末尾，而不是提示词的末尾",
     PADDED,
     ("continues-from-pad",),
+    settles=("generation.padded_prompt",),
 )
 def _goes_on_after_the_padding(patient: Patient) -> bool | None:
     lm = patient.lm()
