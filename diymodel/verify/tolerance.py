@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diymodel._compat import DispatchMode
 from diymodel.verify.randomness import reseed, seeded
 
-HEALTHY_TRIALS, FALSE_ALARMS = 750_000, 0  # of correct models, as measured: benchmarks/results/false_alarms.json
+HEALTHY_TRIALS, FALSE_ALARMS = 1_000_000, 0  # of correct models, as measured: benchmarks/results/false_alarms.json
 BEYOND_ROUNDING = 1e-3  # times the largest value: forty times the worst rounding ever measured in a float64 module
 _HALF = {torch.float16, torch.bfloat16}
 _STEPS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16}
