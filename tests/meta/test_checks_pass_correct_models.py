@@ -15,7 +15,7 @@ from tests.meta.verdicts import subject
 
 EXAMPLES = 3
 LACKS = {name: base.lacks | base.generation for name, base in BASES.items()}
-LACKS = {name: lacks | {"hiding"} if "padding" in lacks else lacks for name, lacks in LACKS.items()}
+LACKS = {name: lacks | {"hiding"} if "padding" in lacks else lacks for name, lacks in LACKS.items()}  # what hides it
 GIVEN = {  # what most bases do without
     "reference",
     "shifted",

@@ -133,7 +133,8 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
     "generation.top_k": lambda v: [f"top_k={v.top_k} of {v.config.vocab_size} tokens must"],
     "generation.top_p": lambda v: [f"top_p={v.top_p}{' in bfloat16' * v.bfloat16} must"],
     "gradients.absent_tokens_zero": lambda v: [
-        f"token {token} does not occur in {[v.tokens]}: " for token in {*range(v.config.vocab_size)} - {*v.tokens}
+        f"token {token} does not occur in {v.tokens}: "
+        for token in {*range(v.config.vocab_size)} - {token for row in v.tokens for token in row}
     ],
     "gradients.long_row_finite": lambda v: [f"of a row of {v.length} tokens must"],
     "loss.labels_change_no_logit": lambda v: [", the logits must be those without"],
