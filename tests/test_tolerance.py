@@ -245,3 +245,11 @@ def test_a_failure_shows_that_the_difference_is_the_larger() -> None:
     seen = torch.tensor([1.0, (1 + 1e-5) * tolerance])
     with pytest.raises(CheckFailure, match=r"difference is 1\.9074e-06, rounding explains 1\.9073e-06$"):
         trial.same(seen, torch.tensor([1.0, 0.0]), "they must be equal", lm, lambda: torch.tensor([1.0]))
+
+
+def test_what_is_no_number_is_told_where_it_stands() -> None:
+    trial = Trial(resolve(None), None, {"weights": 0})
+    lm = trial.fresh(DIYConfig(vocab_size=8))
+    expected = torch.tensor([1.0, math.nan, 2.0], dtype=torch.float64)
+    with pytest.raises(CheckFailure, match=r"saw nan instead of nan first at index 1; .* inf, rounding explains 2e-11$"):
+        trial.same(expected, expected, "they must be equal", lm, lambda: expected)

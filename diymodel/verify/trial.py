@@ -236,7 +236,8 @@ class Trial:
         if not expected.numel():
             return
         difference = (seen.double() - expected.double()).abs()
-        largest = float((expected if scale is None else scale.detach()).abs().max())
+        measure = (expected if scale is None else scale.detach()).abs()
+        largest = float(measure.where(measure.isfinite(), 0).max())  # what is not finite is wrong, and hides nothing
         tolerance = rounding(self.dtype) * largest
         worst = float(difference.nan_to_num(torch.inf).max())
         if tolerance < worst <= BEYOND_ROUNDING * largest or (worst > tolerance and self.dtype != torch.float64):

@@ -51,6 +51,7 @@ def _long(trial: Trial, rows: int = 1) -> tuple[LM, Tensor]:
         "bidirectional-mask",
         "expert-capacity-drops-tokens",
         "heads-mixed-by-reshape",
+        "recurrence-grows",
     ),
 )
 def causality_of_a_long_row(trial: Trial) -> None:
@@ -117,7 +118,7 @@ def loss_of_many_labels(trial: Trial) -> None:
     title="in float32 the gradients of a long row are finite",
     step="1.2",
     needs=("graph",),
-    causes=("exp-before-mask", "masked-row-nan"),
+    causes=("exp-before-mask", "masked-row-nan", "recurrence-grows", "decay-powers-overflow"),
 )
 def gradients_of_a_long_row(trial: Trial) -> None:
     if trial.dtype != torch.float64:

@@ -90,7 +90,13 @@ def _row(trial: Trial, vocab_size: int, max_length: int) -> Tensor:
     "numerics.bfloat16_near_float64",
     title="bfloat16 logits are finite and near those of float64",
     step="5.2",
-    causes=("rope-low-precision", "softmax-overflow-half", "mask-value-too-small"),
+    causes=(
+        "rope-low-precision",
+        "softmax-overflow-half",
+        "mask-value-too-small",
+        "recurrence-grows",
+        "decay-powers-overflow",
+    ),
 )
 def bfloat16_near_float64(trial: Trial) -> None:
     lm = trial.model(_LONG, 1, num_layers=1, vocab_size=_VOCABULARY, dropout=0.0, rope_theta=_FAST_THETA, **_SIZE)

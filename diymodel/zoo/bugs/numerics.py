@@ -133,4 +133,12 @@ BUGS = [
         kills=("numerics.bfloat16_near_float64",),
         where="rope",
     ),
+    Bug(
+        "recurrence-grows",
+        "timeshift",
+        "torch.sigmoid(self.decay) **",
+        "self.decay.exp().exp() **",
+        kills=("numerics.bfloat16_near_float64",),
+        where="TimeMix",
+    ),
 ]
