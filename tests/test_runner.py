@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,28 @@ def test_a_module_of_a_configuration_that_was_built_before_is_built_at_its_first
     assert later.module is later.module
     assert len(built) == 2
     assert built[0] == built[1]  # what a constructor draws does not depend on when it runs
+
+
+def test_most_trials_are_of_configurations_of_their_own() -> None:
+    """Hypothesis alone would draw every sixth anew, and put parts of it for others: 20 configurations in 40 trials."""
+    seen: list[str] = []
+
+    def configured(trial: Trial) -> None:
+        trial.model()
+        seen.append(json.dumps(trial.values["config"], sort_keys=True))
+
+    result = run_check(own(), check(configured), Settings(examples=40))
+    assert (result.status, result.examples, len(seen)) == ("passed", 40, 40)
+    assert len(set(seen)) >= 30
+
+
+def test_few_values_are_tried_once_each() -> None:
+    seen: list[int] = []
+    result = run_check(
+        own(), check(lambda trial: seen.append(trial.draw("x", st.integers(0, 4)))), Settings(examples=40)
+    )
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    assert result.status == "passed"
 
 
 def test_time_runs_out_between_trials_without_a_verdict_being_lost() -> None:

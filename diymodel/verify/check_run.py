@@ -26,6 +26,8 @@ from diymodel.verify.trial import MAX_ROWS, Trial, dtype_name
 
 _NOT_APPLICABLE = 5  # trials that all do not apply, before a check is skipped
 _OPTIONAL_SHARE = 10  # a trial of an optional check takes seconds: one for so many of others, and none to shrink it
+_AT_ONCE = 10  # trials that Hypothesis draws anew; beyond, five of six are one before with a part put for another
+_SEEDS = 2**40  # more than anybody counts up to
 _CONVINCING = 10  # times the tolerance: a smaller difference might be rounding that was measured too small
 _SHRINKS = 400  # trials spent on making a failure smaller
 _INTO_SUBJECT = ("_call", "build")  # functions of the harness that run the subject's code
@@ -78,9 +80,18 @@ class CheckRun:
             )
 
     def _all_trials(self) -> None:
+        """Ten at a time, from seeds that no other run begins with; each ten begin with the smallest values."""
+        for start in range(0, self.examples, _AT_ONCE):
+            before, wanted = self.count, min(_AT_ONCE, self.examples - start)
+            self._some_trials(wanted, self.settings.seed + start * _SEEDS)
+            if self.count < before + wanted:  # there are no others, or the subject refuses nearly all
+                break
+
+    def _some_trials(self, wanted: int, seed: int) -> None:
+        self.drawn = 0
         draw = hypothesis.given(st.data())(self._draw)
         draw = hypothesis.settings(
-            max_examples=self.examples,
+            max_examples=wanted,
             deadline=None,
             database=None,
             phases=(Phase.generate, Phase.shrink) if self.shrinking else (Phase.generate,),
@@ -89,7 +100,7 @@ class CheckRun:
             report_multiple_bugs=False,
         )(draw)
         with constants_from_no_module():
-            hypothesis.seed(self.settings.seed)(draw)()
+            hypothesis.seed(seed)(draw)()
 
     def _draw(self, data: st.DataObject) -> None:
         self.drawn += 1

@@ -45,7 +45,7 @@ def check_causal_lm(
     Args:
         subject: ``"path/to/file.py:Name"``, ``"package.module:Name"``, a factory ``config -> nn.Module`` (a class will
             do), a :class:`Subject`, or None for diymodel's own model.
-        profile: "quick", "standard" or "thorough": 10, 40 or 400 trials a check.
+        profile: "quick", "standard" or "thorough": 10, 40 or 200 trials a check.
         seed: the same seed gives the same report.
         only: globs of check ids to run; none means all but the optional ones.
         skip: globs of check ids to leave out.

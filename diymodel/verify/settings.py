@@ -9,7 +9,7 @@ import torch
 
 from diymodel.verify.trial import DTYPES
 
-PROFILES = {"quick": 10, "standard": 40, "thorough": 400}  # trials a check
+PROFILES = {"quick": 10, "standard": 40, "thorough": 200}  # trials a check
 CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
 
 
