@@ -163,6 +163,17 @@ def test_most_trials_are_of_configurations_of_their_own() -> None:
     assert len(set(seen)) >= 30
 
 
+def test_the_trials_of_a_profile_begin_with_those_of_a_smaller_one() -> None:
+    seen: dict[int, list[str]] = {}
+    for examples in (10, 40):
+        noted = check(
+            lambda trial, n=examples: seen.setdefault(n, []).append(repr((trial.model().config, trial.values)))
+        )
+        run_check(own(), noted, Settings(examples=examples, seed=3))
+    assert seen[40][:10] == seen[10]
+    assert len(seen[40]) == 40
+
+
 def test_few_values_are_tried_once_each() -> None:
     seen: list[int] = []
     result = run_check(

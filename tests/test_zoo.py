@@ -176,3 +176,8 @@ def test_luck_counts_the_seeds_that_let_a_bug_through(
     assert matrix.luck(Path(path), "quick", 2) == {found.id: []}
     with pytest.raises(ValueError, match="holds 2 seeds at quick, not 3"):
         matrix.luck(Path(path), "quick", 3)
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content["quick"]["escaped"] = {found.id: [1]}
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(matrix, "_escapes", lambda arguments: (arguments[0], arguments[2]))
+    assert matrix.luck(Path(path), "standard", 2) == {found.id: [1]}, "what the quick profile kills is tried again"
