@@ -1,0 +1,87 @@
+"""How often the diagnosis names a bug in a model that nobody who worked on it had seen.
+
+Five models written from memory (benchmarks/unseen/), and bugs in them whose list was fixed before any was measured, by
+somebody who had read the catalogue and none of the experiments, symptoms and planted bugs.
+
+    python -m benchmarks.unseen_bugs benchmarks/results/unseen-bugs.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.held_out import ranks
+from benchmarks.measuring import PROFILE, measured
+from benchmarks.unseen import subject_of
+from benchmarks.unseen.bugs import BUGS
+from diymodel.verify import SubjectError
+from diymodel.verify.registry import list_checks
+from diymodel.verify.runner import verify_one
+from diymodel.verify.samples import Sample, sample_of
+from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.symptoms import observe
+
+
+def names() -> list[str]:
+    return [bug.id for bug in BUGS]
+
+
+def measure(name: str) -> Sample:
+    """What the checks and symptoms say of a bug; nothing, where the model cannot be called with it at all."""
+    torch.set_num_threads(1)
+    bug = next(bug for bug in BUGS if bug.id == name)
+    settings = Settings(PROFILES[PROFILE], shrink=False, optional=False)
+    with torch.random.fork_rng():
+        subject = subject_of(bug.file, bug.source)
+        try:
+            subject.convention  # noqa: B018
+        except SubjectError:
+            return Sample(bug.id, bug.slug, bug.file, {check.id: "skipped" for check in list_checks()}, {})
+        results = [verify_one(subject, check, settings) for check in list_checks()]
+        return sample_of(results, dict(observe(subject, results)), bug.id, bug.slug, bug.file)
+
+
+@dataclass(frozen=True)
+class Named:
+    """How often the bugs were noticed, and named."""
+
+    bugs: int
+    classes: int
+    killed: int  # some check fails
+    first: int  # the diagnosis names the class first
+    three: int  # or among three
+    missed: tuple[str, ...]  # those not named first, and what was named
+
+
+def figures(samples: Iterable[Sample]) -> Named:
+    samples = list(samples)
+    killed = [sample for sample in samples if sample.killers]
+    named = ranks(killed)
+    missed = [
+        f"{sample.bug}: {', '.join(named[sample.bug]) or 'nothing'}" if sample.killers else f"{sample.bug}: no failure"
+        for sample in samples
+        if named.get(sample.bug, [])[:1] != [sample.slug]
+    ]
+    return Named(
+        bugs=len(samples),
+        classes=len({sample.slug for sample in samples}),
+        killed=len(killed),
+        first=sum(named[sample.bug][:1] == [sample.slug] for sample in killed),
+        three=sum(sample.slug in named[sample.bug] for sample in killed),
+        missed=tuple(missed),
+    )
+
+
+def main() -> int:
+    found = figures(measured(__doc__, measure, names()))
+    print("\n".join(found.missed))
+    print(f"{found.killed} of {found.bugs} killed; {found.first} named first, {found.three} among three")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
