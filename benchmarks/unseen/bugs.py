@@ -1,8 +1,9 @@
-"""The bugs: one small change each, of one place in one of the five files, with the class a reader of the catalogue gives it.
+"""One small change a bug, of one place in one of the five files, with the class that a reader of the catalogue gives it.
 
 The list was fixed and committed before anything was measured with it. Changes since, each with its reason:
 
-(none)
+- contiguous-input-assumed:gpt2_like, `input_ids = input_ids.view(-1, n_new)`, is taken out: a view of a tensor in its own
+  shape is right however it lies in memory, so it was no bug.
 """
 
 from __future__ import annotations
@@ -111,11 +112,6 @@ _GPT2 = _in(
         "module-never-called",
         "logits = self.lm_head(self.ln_f(x))",
         "logits = self.lm_head(x)",
-    ),
-    (
-        "contiguous-input-assumed",
-        "        n_new = input_ids.size(1)\n",
-        "        n_new = input_ids.size(1)\n        input_ids = input_ids.view(-1, n_new)\n",
     ),
     (
         "block-shared",
