@@ -242,6 +242,21 @@ def test_the_prompt_is_counted_and_returned_as_the_module_does(
     assert (generating.counts_prompt, generating.returns_prompt) == (counts_prompt, returns_prompt)
 
 
+class CountsThePrompt(Pairs):
+    """Returns fewer new tokens than its own parameter promises."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        return self.following(idx, max_new_tokens - idx.shape[1])
+
+
+def test_a_number_of_new_tokens_does_not_count_the_prompt() -> None:
+    assert not found(CountsThePrompt).counts_prompt
+    check = next(check for check in CHECKS if check.id == "generation.keeps_prompt")
+    result = verify_one(subject(CountsThePrompt), check, Settings(5))
+    assert result.failure is not None, result
+    assert "generated-length-wrong" in result.check.causes
+
+
 def test_defaults_that_end_or_narrow_are_switched_off() -> None:
     assert found(LikeMiniMind).fixed == {"eos_token_id": -1, "top_p": 1.0}
 

@@ -11,8 +11,10 @@ from diymodel import DIYConfig
 from diymodel.verify.checks import numerics
 from diymodel.verify.failure import CheckFailure
 from diymodel.verify.registry import select_checks
-from diymodel.verify.runner import replay
+from diymodel.verify.runner import replay, run_check
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
+from diymodel.verify.tolerance import table_noise
 from diymodel.verify.trial import Trial
 
 ROWS = {"rows": 2, "length": 4, "tokens": [[0, 1, 2, 3], [4, 5, 6, 7]]}
@@ -273,3 +275,53 @@ def test_a_gradient_straight_through_rounding_is_no_slope(module: type[nn.Module
     result = replay(resolve(module), select_checks(["training.small_step_lowers_loss"])[0], values)
     assert result.status == status, result
     assert status == "failed" or "straight through" in str(result.reason)
+
+
+class Turned(nn.Module):
+    """Rotary cosines computed in float32 when it is built, and one set of positions whatever is padding."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed, self.qkv = nn.Embedding(config.vocab_size, d), nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, config.vocab_size)
+        angle = torch.outer(torch.arange(config.max_seq_len).float(), 100.0 ** (-torch.arange(0, d, 2).float() / d))
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+
+    def places(self, T: int) -> slice:
+        return slice(T)
+
+    def turn(self, x: Tensor, places: slice) -> Tensor:
+        (a, b), c, s = x.chunk(2, -1), self.cos[places], self.sin[places]
+        return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        T = input_ids.shape[1]
+        q, k, v = self.qkv(self.embed(input_ids)).chunk(3, -1)
+        scores = self.turn(q, self.places(T)) @ self.turn(k, slice(T)).mT
+        seen = torch.ones(T, T, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            seen = seen & attention_mask.bool()[:, None] | torch.eye(T, dtype=torch.bool)
+        return self.out(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v)  # type: ignore[no-any-return]
+
+
+class TurnedByTheLength(Turned):
+    def turn(self, x: Tensor, places: slice) -> Tensor:
+        return super().turn(x, places) * (1 + 1e-4 * x.shape[1])
+
+
+@pytest.mark.parametrize(("module", "status"), [(Turned, "passed"), (TurnedByTheLength, "failed")])
+def test_a_table_of_float32_rounds_otherwise_at_another_position(module: type[nn.Module], status: str) -> None:
+    (check,) = select_checks(["padding.left_changes_nothing"])
+    result = run_check(resolve(module), check, Settings(200))
+    assert result.status == status, result
+
+
+def test_what_float32_tables_make_of_a_result_is_measured_and_leaves_them_as_they_were() -> None:
+    table, mask = torch.linspace(0, 1, 7).double(), torch.eye(7, dtype=torch.float64)
+    before = table.clone()
+    noise = table_noise([table, mask], lambda: 3 * table, 0)
+    assert 0.1 < noise / (3 * torch.finfo(torch.float32).eps) < 2
+    assert table.equal(before)
+    assert table_noise([mask, torch.rand(7, dtype=torch.float64)], lambda: table, 0) == 0

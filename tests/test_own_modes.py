@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel import DIYConfig
@@ -47,3 +49,46 @@ def test_what_train_and_eval_return_is_asked_by_nobody(module: type[nn.Module], 
     assert report.verdict == verdict, report.to_text()
     if verdict == "failed":
         assert report.diagnosis[0].bug == "mode-not-restored", report.to_text()
+
+
+class NeverDrops(Tiny):
+    """Its dropout is written out, its probability has a name of its own, and the switch is the wrong way round."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.p = config.dropout
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = self.run(input_ids, causal)
+        return logits if self.never() else logits * (torch.rand_like(logits) >= self.p) / (1 - self.p)
+
+    def never(self) -> bool:
+        return True
+
+
+class Drops(NeverDrops):
+    def never(self) -> bool:
+        return not self.training
+
+
+@pytest.mark.parametrize(("module", "verdict"), [(NeverDrops, "failed"), (Drops, "passed")])
+def test_a_probability_is_known_by_its_value_whatever_it_is_called(module: type[nn.Module], verdict: str) -> None:
+    report = check_causal_lm(module, profile="quick", only=["modes.dropout_active_in_training"])
+    assert report.verdict == verdict, report.to_text()
+    assert verdict == "passed" or "with p=0.47, calls in training mode must differ" in report.to_text()
+
+
+class ClearsInTheLoss(Tiny):
+    """Gradients of the batch before are gone as soon as the next loss is computed, and not before."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.run(input_ids, causal)
+        if labels is None:
+            return logits
+        self.zero_grad()
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_gradients_add_up_over_calls_with_labels_as_well() -> None:
+    report = check_causal_lm(ClearsInTheLoss, profile="quick", only=["gradients.accumulate"])
+    assert report.verdict == "failed", report.to_text()

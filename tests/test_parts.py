@@ -120,6 +120,18 @@ def test_noise_of_any_kind_is_drawn_as_dropout_is() -> None:
         assert "dropout" not in absent(subject, "forward.deterministic")
 
 
+class DropsByHand(Exponentials):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        logits: Tensor = self.head(x * (torch.rand_like(x) >= 0.5) if self.training else x)
+        return logits
+
+
+def test_a_dropout_by_hand_in_training_mode_alone_is_one() -> None:
+    subject = Subject(lambda config: DropsByHand(config, decayed))
+    assert "dropout" not in absent(subject, "numerics.bfloat16_near_float64")
+
+
 @pytest.mark.parametrize(("weigh", "lacks"), [(decayed, True), (softmax_by_hand, False), (softmax_by_blocks, False)])
 def test_a_decay_is_no_softmax_and_one_by_hand_is(weigh: Callable[[Tensor], Tensor], lacks: bool) -> None:
     subject = Subject(lambda config: Exponentials(config, weigh))

@@ -14,7 +14,7 @@ may, for that would hide bugs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -108,3 +108,35 @@ def _fourth_difference(module: nn.Module, run: Callable[[], Tensor], seed: int) 
         sum(weight * results[start + i] for i, weight in enumerate(_BINOMIAL)) for start in range(len(results) - 4)
     ]
     return max(float(torch.as_tensor(difference).abs().max()) for difference in differences) / _GAIN
+
+
+def table_noise(tensors: Iterable[Tensor], run: Callable[[], Tensor], seed: int) -> float:
+    """How far ``run()`` moves when tables that were computed in float32 are off by its rounding, as an absolute size.
+
+    Such a table in float64 holds numbers of float32 alone, like rotary cosines of a constructor. Rounding is another at
+    every position, so that what is equal but for its position is so up to this. What bfloat16 holds as well, such as a
+    mask or a scale, is exact in every type. The tables are left as they were.
+    """
+    tables = [x for x in tensors if x.dtype in (torch.float64, torch.complex128) and _is_of_float32(x.detach())]
+    if not tables:
+        return 0.0
+    originals = [table.detach().clone() for table in tables]
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.finfo(torch.float32).eps / 2
+    with torch.no_grad(), seeded():
+        before = run().double()
+        try:
+            for table, original in zip(tables, originals, strict=True):
+                off = torch.randn(original.shape, generator=generator).to(original)
+                table.copy_(original * (1 + half * off))
+            reseed()
+            return float((run().double() - before).abs().max())
+        finally:
+            for table, original in zip(tables, originals, strict=True):
+                table.copy_(original)
+
+
+def _is_of_float32(tensor: Tensor) -> bool:
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    numbers = numbers[numbers.isfinite()]
+    return numbers.float().double().equal(numbers) and not numbers.bfloat16().double().equal(numbers)

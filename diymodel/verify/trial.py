@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
+from diymodel.verify.held import tensors_on
 from diymodel.verify.jumps import across_near_jumps
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import real_lengths
@@ -32,6 +33,7 @@ from diymodel.verify.tolerance import (
     half_step,
     noise_factor,
     rounding,
+    table_noise,
 )
 
 if TYPE_CHECKING:
@@ -217,6 +219,7 @@ class Trial:
         rerun: Callable[[], Tensor],
         scale: Tensor | None = None,
         kernels: bool = False,
+        moved: bool = False,
     ) -> None:
         """Fail unless ``seen`` is ``expected`` up to the subject's own rounding.
 
@@ -227,6 +230,7 @@ class Trial:
             scale: what the numbers were computed from, where its size and not that of ``expected`` sets the rounding
                 (a loss near 0 is a difference of large logits).
             kernels: whether other kernels computed the two, which may be given a half type inside.
+            moved: whether the two stand at other positions, and read other entries of a table, such as rotary cosines.
         """
         seen, expected = seen.detach(), expected.detach()
         if seen.shape != expected.shape:
@@ -245,6 +249,9 @@ class Trial:
         if kernels and tolerance < worst <= rounding(torch.bfloat16) * largest:
             with lm.aside():
                 tolerance = max(tolerance, half_step(rerun) * largest)
+        if moved and tolerance < worst <= BEYOND_ROUNDING * largest:
+            noise = table_noise(tensors_on(lm.module), rerun, self.values.get("weights", 0))
+            tolerance = max(tolerance, noise_factor(self.dtype) * noise)
         wrong = ~(difference <= tolerance)  # a NaN is wrong
         if bool(wrong.any()):
             self._decided_by_rounding(lm, rerun, worst)

@@ -158,12 +158,13 @@ def _find_counting(lm: LM, ids: Tensor) -> Generating:
     prompt_first = torch.equal(found[:, :T], ids)
     if lm.generating.counts_prompt:
         return replace(lm.generating, returns_prompt=prompt_first)
-    named_total = lm.generating.names["new_tokens"] in _TOTALS
+    name = lm.generating.names["new_tokens"]
     counts, returns = {
         T + new_tokens: (False, True),
         new_tokens - T: (True, False),
         new_tokens: (prompt_first, prompt_first),
-    }.get(found.shape[1], (named_total, prompt_first))
+    }.get(found.shape[1], (name in _TOTALS, prompt_first))
+    counts &= "new" not in name.lower()  # else it promises what it does not hold
     return replace(lm.generating, counts_prompt=counts, returns_prompt=returns)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diymodel.verify.adapters import LM
+from diymodel.verify.checks.loss import labels_of_ids
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 from diymodel.verify.learning import (
     accumulated,
@@ -96,18 +98,24 @@ def accumulate(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1)
     other = lm.twin()
     ids = distinct_tokens(trial, lm, 2)
+    batches = (labels_of_ids(lm, ids), ids.flip(1))
+    has_loss = trial.subject.missing("loss") is None
+
+    def loss(of: LM, batch: Tensor) -> Tensor:
+        return of.loss(batch, batch.clone()) if has_loss else next_token_loss(of, batch)
+
     what = "after backward passes over two batches, the gradient must be that of the sum of their losses"
     try:
-        for batch in (ids, ids.flip(1)):
-            next_token_loss(lm, batch).backward()  # type: ignore[no-untyped-call]
+        for batch in batches:
+            loss(lm, batch).backward()  # type: ignore[no-untyped-call]
     except SubjectError:
         raise
     except Exception as error:  # torch says in several ways that a graph is used twice
-        next_token_loss(other, ids).backward()  # type: ignore[no-untyped-call]  # raises where the first is at fault
+        loss(other, ids).backward()  # type: ignore[no-untyped-call]  # raises where the first is at fault
         raise CheckFailure(f"{what}, saw {said(error)}") from error
 
     def objective() -> Tensor:
-        return next_token_loss(other, ids) + next_token_loss(other, ids.flip(1))
+        return loss(other, batches[0]) + loss(other, batches[1])
 
     same_gradients(trial, accumulated(trainable(lm)), what, other, objective)
 

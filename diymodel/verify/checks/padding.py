@@ -64,7 +64,8 @@ def left_changes_nothing(trial: Trial) -> None:
     for row, length in enumerate(real.sum(1).tolist()):
         alone = ids[row : row + 1, -length:]
         what = f"row {row}, {ids.shape[1] - length} of padding and then {length} real, must give what it gives alone"
-        trial.same(padded[row : row + 1, -length:], lm.logits(alone), what, lm, partial(lm.logits, alone))
+        rerun = partial(lm.logits, alone)
+        trial.same(padded[row : row + 1, -length:], lm.logits(alone), what, lm, rerun, moved=True)
 
 
 @check(

@@ -38,4 +38,4 @@ def positions_are_used(trial: Trial) -> None:
         f"{convention.positions}={near[0].tolist()} changes no logit of {ids.tolist()}, so a row padded on the left "
         "must need no positions, and give what it gives alone"
     )
-    trial.same(lm.logits(ids, real)[:, 1:], alone, what, lm, lambda: lm.logits(ids[:, 1:]))
+    trial.same(lm.logits(ids, real)[:, 1:], alone, what, lm, lambda: lm.logits(ids[:, 1:]), moved=True)

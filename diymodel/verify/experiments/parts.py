@@ -105,8 +105,9 @@ def _drops(patient: Patient) -> bool:
         return True
     calls = Calls()
     lm.around = lambda start, length: calls
-    trained_call(lm, distinct_tokens(lm))
     lm.logits(distinct_tokens(lm))
+    lm.module.train()
+    trained_call(lm, distinct_tokens(lm))
     return bool(calls.names & _DROPS) or calls.drops
 
 

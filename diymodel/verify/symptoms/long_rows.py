@@ -25,9 +25,11 @@ _EXPONENTIAL = 1e6  # times as much in the longest row: a sum over all tokens, e
 
 
 def _long(patient: Patient) -> LM | None:
-    """A module that holds a long row; None where the subject holds none."""
+    """A module that holds a long row; None where the subject holds none, or its short rows are no numbers already."""
     lm = patient.lm(sharpness=1, max_seq_len=LONGEST, vocab_size=LONGEST)
-    return lm if lm.config.max_seq_len >= LONGEST else None
+    if lm.config.max_seq_len < LONGEST or not bool(lm.logits(distinct_tokens(lm, length=_SHORT)).isfinite().all()):
+        return None
+    return lm
 
 
 def _largest_output(lm: LM, length: int) -> float:
