@@ -52,6 +52,12 @@ class OtherName(Past):
         return self.step(idx, past_kvs)[:2]
 
 
+class NamedAtLength(Past):
+    def forward(self, x: Tensor, past_key_value_states: Tensor | None = None, use_cache: bool = False) -> Any:
+        logits, present, _ = self.step(x, past_key_value_states)
+        return (logits, present) if use_cache else logits
+
+
 class OtherNameTopLeft(OtherName):
     """The mask of ``is_causal=True``, which one query on a cache passes for the first key."""
 
@@ -68,7 +74,12 @@ class Switched(Past):
 
 
 @pytest.mark.parametrize(
-    ("factory", "past", "switch"), [(OtherName, "past_kvs", None), (Switched, "kv_cache_list", "cache")]
+    ("factory", "past", "switch"),
+    [
+        (OtherName, "past_kvs", None),
+        (Switched, "kv_cache_list", "cache"),
+        (NamedAtLength, "past_key_value_states", "use_cache"),
+    ],
 )
 def test_a_cache_is_known_by_what_its_name_is_made_of(factory: Any, past: str, switch: str | None) -> None:
     assert (convention(factory).past, convention(factory).use_cache) == (past, switch)
@@ -389,6 +400,21 @@ def test_a_start_alone_makes_no_cache() -> None:
     assert found.missing.keys().isdisjoint({"gradient", "graph"})
 
 
+class CacheSwitchedOff(Tiny):
+    """Its kind of cache is a setting, and this one keeps nothing (DenseFormer)."""
+
+    def forward(self, idx: Tensor, use_cache: bool = False) -> Tensor:
+        return self.run(idx, causal)
+
+    def clear_state(self) -> None: ...
+
+
+def test_a_switch_for_a_cache_that_keeps_nothing_makes_none() -> None:
+    found = convention(CacheSwitchedOff)
+    assert (found.cache_on_module, found.always_cached) == (False, False)
+    assert found.missing["cache"] == "forward(use_cache=…) leaves nothing on the module for a later call to go on with"
+
+
 class StartAndLastLogits(StartWithoutState):
     """nanoGPT's forward, told where the first token stands (rudi77/nanodeepseek)."""
 
@@ -406,6 +432,34 @@ def test_a_start_that_makes_no_cache_keeps_no_labels_from_a_call() -> None:
     assert (found.logits_need_labels, found.last_only, found.always_cached) == (True, False, False)
     statuses = verdicts(StartAndLastLogits, ("loss.value", "loss.many_labels", "gradients.reach_every_parameter"))
     assert set(statuses.values()) == {"passed"}
+
+
+class InPlaceOfForward(Tiny):
+    """labml's hourglass transformer has no forward."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.run(x, causal), None
+
+
+def test_a_module_may_define_call_in_the_place_of_forward() -> None:
+    assert verdicts(InPlaceOfForward, ("causality.edit", "gradients.reach_every_parameter")) == {
+        "causality.edit": "passed",
+        "gradients.reach_every_parameter": "passed",
+    }
+
+
+class BesideItsConfidence(Tiny):
+    """What it returns beside the logits has as many columns as there are tokens."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.run(x, causal)
+        return logits, logits.softmax(-1).amax(-1).flatten()[None]
+
+
+def test_what_stands_beside_the_logits_tells_no_vocabulary() -> None:
+    subject = Subject(BesideItsConfidence)
+    assert "whatever the configuration says" not in subject.describe()
+    assert verdicts(subject, ("shape.logits",)) == {"shape.logits": "passed"}
 
 
 class Flat(Tiny):

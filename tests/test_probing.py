@@ -300,8 +300,9 @@ class NeedsAState(CachesFirst):
 
 def test_a_state_without_a_default_is_made_by_the_module() -> None:
     subject = Subject(NeedsAState)
-    assert subject.missing("gradient") == "every call is on the cache that its caller makes: it is for inference only"
-    report = check_causal_lm(NeedsAState, profile="quick", only=["causality.edit", "decode.c*"])
+    assert subject.convention.always_cached
+    assert subject.missing("gradient") is None
+    report = check_causal_lm(NeedsAState, profile="quick", only=["causality.*", "decode.c*"])
     assert report.verdict == "passed", report.to_text()
 
 

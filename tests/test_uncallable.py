@@ -53,6 +53,14 @@ class InBlocks(Tiny):
         return self.run(input_ids, causal)
 
 
+class LooksFarBack(Tiny):
+    """Shorter rows crash, as where a fixed number of tokens is cut off."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        far = input_ids.narrow(1, 0, input_ids.shape[1] - 8)
+        return self.run(input_ids, causal) + 0 * far.sum()
+
+
 class NeverReady(CachesFirst):
     def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
         raise RuntimeError("ready" if self.keys is not None else "not ready")
@@ -84,7 +92,8 @@ FUNCTION = "name a function config -> module instead, whose forward"
         ),
         (
             partial(InBlocks, block=2),
-            f"^lengths that are multiples of 2 alone are taken: {FUNCTION} pads behind to one and cuts the logits",
+            f"^forward failed on 3 tokens: ValueError: whole blocks only {HERE}; "
+            f"lengths that are multiples of 2 alone are taken: {FUNCTION} pads behind to one and cuts the logits",
         ),
         (
             OneTokenOnly,
@@ -102,6 +111,11 @@ FUNCTION = "name a function config -> module instead, whose forward"
             Misspelt,
             rf"forward failed on token ids: AttributeError: 'Misspelt' object has no attribute 'hed'.* {HERE}; {GIVEN}"
             "however it is called, it fails there$",
+        ),
+        (
+            LooksFarBack,
+            rf"forward failed on token ids: RuntimeError: .*length must be non-negative.* {HERE}; {GIVEN}"
+            f"all 16 tokens are taken: {FUNCTION} pads to max_seq_len and cuts the logits",
         ),
         (
             NeverReady,

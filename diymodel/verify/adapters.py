@@ -100,7 +100,8 @@ class LM:
             rows = range(len(input_ids))
             return torch.cat([self._logits(input_ids[[r]], None if real is None else real[[r]]) for r in rows])
         if convention.always_cached:
-            return self.extend(input_ids, None, real)[0]
+            call = self.extend if convention.cache_on_module else self._extend  # a caller's cache may carry gradients
+            return call(input_ids, None, real)[0]
         inputs = self._inputs(input_ids, real, start=0)
         if convention.logits_need_labels:
             inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
@@ -281,7 +282,7 @@ class LM:
         else:
             inputs = self._inputs(input_ids, real, start)
         inputs |= convention.cached_extra
-        if cache is not None:
+        if cache is not None or (convention.always_cached and convention.past and not convention.cache_on_module):
             inputs |= self._handed(cache)
         if convention.use_cache:
             inputs[convention.use_cache] = True
@@ -306,7 +307,7 @@ class LM:
         convention = self.convention
         if convention.past_values is None:
             return {_some(convention.past): cache}
-        keys, values = cache
+        keys, values = cache or (None, None)
         return {_some(convention.past): keys, convention.past_values: values}
 
     def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:

@@ -43,8 +43,9 @@ def always_cached_ways(module: nn.Module, convention: Convention) -> list[Conven
 
 
 def forgets_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether a module that is told where its tokens start keeps nothing of them for a later call."""
-    return bool(convention.start and convention.cache_on_module) and not _keeps_tokens(module, config, convention, ids)
+    """Whether a module that is told where its tokens start, or to use its cache, keeps nothing for a later call."""
+    told = convention.start or (convention.use_cache and not convention.past)
+    return bool(told and convention.cache_on_module) and not _keeps_tokens(module, config, convention, ids)
 
 
 def _keeps_tokens(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:

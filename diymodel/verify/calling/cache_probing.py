@@ -87,10 +87,12 @@ def find_cache(
 
 def _without_cache(module: nn.Module, convention: Convention) -> tuple[Convention, dict[str, str]]:
     """The convention, and why there is no cache."""
-    why = has_no(module, "past_key_values")
-    if convention.start and convention.cache_on_module:
-        why = f"forward({convention.start}=…) leaves nothing on the module for a later call to go on with"
-        convention = replace(convention, cache_on_module=False, always_cached=convention.new_cache is not None)
+    emptied = next((name for name, value in convention.extra.items() if value is None), None)
+    why = f"forward({emptied}=…) does not take what comes back" if emptied else has_no(module, "past_key_values")
+    if (told := convention.start or convention.use_cache) and convention.cache_on_module:
+        why = f"forward({told}=…) leaves nothing on the module for a later call to go on with"
+        always = convention.start is not None and convention.new_cache is not None
+        convention = replace(convention, cache_on_module=False, always_cached=always)
     return convention, dict.fromkeys(("cache", "chunks"), why)
 
 

@@ -63,7 +63,7 @@ def _width(lm: LM) -> int | None:
     hook = lm.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     refusal(lm.logits, torch.zeros(1, lm.convention.shortest, dtype=torch.int64))
     hook.remove()
-    logits = read_output(seen[0], vocab_size=1).logits if seen else None
+    logits = read_output(seen[0], vocab_size=0).logits if seen else None  # of no width that is preferred
     return None if logits is None else logits.shape[-1]
 
 

@@ -32,8 +32,8 @@ from diymodel.verify.calling.signature import (
 from diymodel.verify.calling.uncallable import (
     LENGTH,
     Tried,
-    of_multiples,
     only_multiples,
+    refuses_between,
     sample_ids,
     uncallable,
     wrong_logits,
@@ -41,6 +41,7 @@ from diymodel.verify.calling.uncallable import (
 from diymodel.verify.casting import cast
 from diymodel.verify.convention import ROLES, Convention
 from diymodel.verify.failure import SubjectError, refusal, said_where
+from diymodel.verify.learning import gradients_to
 from diymodel.verify.trial import draw_weights
 
 _PERHAPS_CAUSAL = ("mask", "masks", *NAMES["causal"])  # names of masks (T, S) as well
@@ -166,10 +167,12 @@ def _find_logits(
     if found is None and (asking := logits_switches(module)):
         found, _ = _first_of(module, config, [replace(way, extra={**asking, **way.extra}) for way in ways], ids)
     if found is None and "always_cached" not in declared:  # gpt-fast: nothing goes without setup_caches
-        found, further = _first_of(module, config, _placed(always_cached_ways(module, convention)), ids)
+        cached = _either_first(_placed(always_cached_ways(module, convention)))
+        found, further = _first_of(module, config, cached, ids)
         tried += further
         if found is None and convention.past and convention.new_cache is None:
-            found, _ = _first_of(module, config, [_with_list(convention)], ids)
+            found, _ = _first_of(module, config, _either_first(_with_nothing(convention)), ids)
+            found = found and _without_memory(module, config, found, ids)
     if found is None and convention.start and convention.cache_on_module:
         found, _ = _first_of(module, config, [replace(convention, always_cached=True, one_at_a_time=True)], ids)
     if found is None:
@@ -181,9 +184,26 @@ def _find_logits(
     return found
 
 
-def _with_list(convention: Convention) -> Convention:
-    empty = two_none_a_layer if convention.past_values else one_none_a_layer
-    return replace(convention, causal=None, always_cached=True, new_cache=empty)
+def _with_nothing(convention: Convention) -> list[Convention]:
+    """The ways to begin a cache that must be given: with None, and with a list of it, one a layer."""
+    none = replace(convention, causal=None, always_cached=True)
+    return [none, replace(none, new_cache=two_none_a_layer if convention.past_values else one_none_a_layer)]
+
+
+def _without_memory(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> Convention:
+    """The way; where what comes back is of a kind that is not taken, with None in its place in every call.
+
+    labml's compressive transformer hands back hidden states, which its caller has to compress.
+    """
+    lm = LM(module, config, way)
+    try:
+        lm.extend(ids[:, :1], lm.extend(ids)[1])
+    except (AttributeError, TypeError):
+        if way.new_cache is None and way.past is not None and way.past_values is None:
+            return replace(way, past=None, always_cached=False, extra={**way.extra, way.past: None})
+    except Exception:  # a stranger's forward may raise anything; the checks will show it
+        pass
+    return way
 
 
 def _first_of(
@@ -238,7 +258,12 @@ def _ways(convention: Convention, required: set[str]) -> list[Convention]:
         if name in required and convention.cache_on_module:
             ways.insert(0, replace(without, block_mask=name, always_cached=True))
         ways += [replace(without, causal=name, causal_mask=kind) for kind in CAUSAL_MASKS]
-    return [replace(way, sequence_first=first) for first in (False, True) for way in _placed(ways)]
+    return _either_first(_placed(ways))
+
+
+def _either_first(ways: Sequence[Convention]) -> list[Convention]:
+    """The ways, with tensors (B, T, …) and then (T, B, …)."""
+    return [replace(way, sequence_first=first) for first in (False, True) for way in ways]
 
 
 def _placed(ways: Sequence[Convention]) -> list[Convention]:
@@ -310,7 +335,7 @@ def _find_rest(
     """How short inputs, padding, labels and cache are handled; what is missing."""
     shortest = _find_shortest(module, config, convention, ids)
     if shortest > 1 and (step := only_multiples(LM(module, config, convention))) is not None:
-        raise SubjectError(of_multiples(step))
+        raise refuses_between(LM(module, config, convention), step)
     convention = replace(convention, shortest=shortest)
     learns = _carries_gradient(module, config, convention, ids)
     convention, no_padding = find_padding(module, config, convention, ids, declared)
@@ -321,7 +346,7 @@ def _find_rest(
     missing = no_padding | no_loss | no_cache | missing_packing(module, config, convention, ids)
     if (why := no_labelled_logits(module, config, convention, ids)) is not None:
         missing["labelled_logits"] = why
-    if convention.always_cached:
+    if convention.always_cached and (convention.cache_on_module or not learns):
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
         missing["gradient"] = missing["graph"] = f"every call is on the cache {whose}: it is for inference only"
     elif not learns:
@@ -330,9 +355,13 @@ def _find_rest(
 
 
 def _carries_gradient(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether the logits do; where every call is on a cache, which may be written to, they must go back through it."""
     try:
         with torch.enable_grad():
-            return LM(module, config, convention).logits(ids).requires_grad
+            total = LM(module, config, convention).logits(ids).sum()
+        if convention.always_cached and total.requires_grad:
+            return refusal(gradients_to, total, [p for p in module.parameters() if p.requires_grad]) is None
+        return total.requires_grad
     except SubjectError:
         raise
     except Exception as error:  # a stranger's forward may raise anything

@@ -26,7 +26,7 @@ NAMES = {
     "past": (
         *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
         *("cache_params", "state", "states", "hidden", "hidden_state", "h", "s"),
-        *("prev_state", "prev_states", "prev_hidden", "prev_hiddens", "hiddens", "memories", "mems"),
+        *("prev_state", "prev_states", "prev_hidden", "prev_hiddens", "hiddens", "memories", "mems", "mem"),
     ),
     "use_cache": ("use_cache", "return_intermediates"),
     "labels": ("labels", "targets", "target", "lm_labels", "target_ids", "target_token_ids", "y"),
@@ -36,7 +36,9 @@ LABELS_SHIFTED = ("targets", "target", "target_ids", "target_token_ids", "y")  #
 _ASKS_FOR_LOSS = re.compile(r"(return|compute|calculate|calc|get|with|output)_loss")
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
-_PAST = re.compile(rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?")  # past_kvs, kv_cache_list
+_PAST = re.compile(  # past_kvs, kv_cache_list, past_key_value_states
+    rf"([a-z]+_)*{_KEPT}(_list|_values|_states?)?|(past|prev|cached?)_key_values?(_list|_states?)?"
+)
 _KEYS = re.compile(r"((past|prev|cached?|caches)_(k|ks|keys?)|(k|keys?)_(past|prev|caches?))$")  # past_k, key_cache
 _TWINS = {"k": "v", "ks": "vs", "key": "value", "keys": "values"}
 _ASKS = re.compile(  # return_cache, return_next_prev_hiddens
@@ -89,9 +91,16 @@ def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Those of ``forward`` that can be given by name."""
     return {
         name: parameter
-        for name, parameter in told_parameters(module.forward).items()
+        for name, parameter in told_parameters(called(module)).items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+
+
+def called(module: nn.Module) -> Callable[..., Any]:
+    """``forward``, or ``__call__`` where a module defines that in its place."""
+    kind = type(module)
+    in_its_place = kind.forward is nn.Module.forward and kind.__call__ is not nn.Module.__call__
+    return module.__call__ if in_its_place else module.forward
 
 
 def told_parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -119,5 +128,5 @@ def logits_switches(module: nn.Module) -> dict[str, bool]:
 
 def has_no(module: nn.Module, what: str) -> str:
     """That ``forward`` lacks a parameter; one with ``**kwargs`` may take it all the same, and does not name it."""
-    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+    kinds = {parameter.kind for parameter in inspect.signature(called(module)).parameters.values()}
     return f"forward {'names' if inspect.Parameter.VAR_KEYWORD in kinds else 'has'} no {what}"

@@ -60,9 +60,10 @@ def uncallable(module: nn.Module, config: DIYConfig, tried: Sequence[Tried]) -> 
         text += f"; with {plain.way.labels}: {said_where(labels.error)}"
     if cached is not None:
         text += f"; on a cache made first: {said_where(cached.error)}"
-    if crashed(shown.error) and len({said_where(way.error) for way in tried}) == 1:
+    advice = _of_lengths(module, config, shown.way)
+    if advice is None and crashed(shown.error) and len({said_where(way.error) for way in tried}) == 1:
         return SubjectError(f"{text}; however it is called, it fails there")
-    return SubjectError(f"{text}; {_advice(module, config, shown, cached)}")
+    return SubjectError(f"{text}; {advice or _advice(shown, cached)}")
 
 
 def only_multiples(lm: LM) -> int | None:
@@ -72,21 +73,33 @@ def only_multiples(lm: LM) -> int | None:
     return taken[0] if len(taken) > 1 and taken[0] > 1 and taken == [*lengths[taken[0] - 1 :: taken[0]]] else None
 
 
-def of_multiples(step: int) -> str:
+def refuses_between(lm: LM, step: int) -> SubjectError:
+    """The error of a module that takes multiples of ``step`` alone, be it by design or by a mistake."""
+    error = wrong_logits(lm, sample_ids(lm.config, step + 1))
+    assert error is not None
+    return SubjectError(f"forward failed on {step + 1} tokens: {said_where(error)}; {_of_multiples(step)}")
+
+
+def _of_multiples(step: int) -> str:
     """What to write where lengths must be multiples."""
     return f"lengths that are multiples of {step} alone are taken: {_INSTEAD} pads behind to one and cuts the logits"
 
 
-def _advice(module: nn.Module, config: DIYConfig, shown: Tried, cached: Tried | None) -> str:
-    """What to write instead."""
-    way, whole = shown.way, config.max_seq_len
+def _of_lengths(module: nn.Module, config: DIYConfig, way: Convention) -> str | None:
+    """What to write where other lengths are taken; None: none is."""
+    whole = config.max_seq_len
     if (step := only_multiples(LM(module, config, way))) is not None:
-        return of_multiples(step)
+        return _of_multiples(step)
     if wrong_logits(LM(module, config, way), sample_ids(config, whole)) is None:
         return f"all {whole} tokens are taken: {_INSTEAD} pads to max_seq_len and cuts the logits"
     if wrong_logits(LM(module, config, way), sample_ids(config, 1)) is None:
         return f"one token at a time is taken: {_INSTEAD} feeds them singly"
-    fields = []
+    return None
+
+
+def _advice(shown: Tried, cached: Tried | None) -> str:
+    """What to write instead."""
+    way, fields = shown.way, []
     if way.causal or way.mask:
         fields.append(f"causal={way.causal or way.mask!r}")
     if way.past or cached is not None:
