@@ -68,6 +68,7 @@ _formula(
     "loss 是每个位置预测它自己",
     "labels-not-shifted",
     _entropy,
+    lambda logits, labels: _entropy(logits, labels, "sum") / labels.numel(),
     lambda logits, labels: _entropy(logits[:, :-1], labels[:, :-1]),
 )
 _formula(
