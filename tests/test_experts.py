@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diymodel.verify import check_causal_lm
 from diymodel.verify.experiments.parts import PARTS
 from diymodel.verify.registry import list_checks
 from diymodel.verify.report import Failure, Result
@@ -70,3 +71,31 @@ def test_whether_tokens_take_the_place_of_others(keep: Keep, smooth: bool, answe
     patient = Patient(subject, {check.id: Result(check, "failed", failure=Failure("told", (), {}, {}, ""))})
     assert list_symptoms()["experts.take_the_place_of_others"].ask(patient) is answer
     assert PARTS["router"](patient)
+
+
+class DropsOut(nn.Module):
+    """Each expert drops out of the tokens that it is sent, so that where one goes decides on the dropout of others."""
+
+    def __init__(self, config: Any, leaks: bool = False) -> None:
+        super().__init__()
+        d, self.leaks = config.hidden_size, leaks
+        self.embed, self.head = nn.Embedding(config.vocab_size, d), nn.Linear(d, config.vocab_size)
+        self.gate, self.experts = nn.Linear(d, EXPERTS), nn.ModuleList(nn.Linear(d, d) for _ in range(EXPERTS))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).cumsum(1)
+        if self.leaks and self.training and self.dropout.p:
+            x = x.flip(1)
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            out[chosen == i] = self.dropout(expert(x[chosen == i]))
+        logits: Tensor = self.head(x + weights[..., None] * out)
+        return logits
+
+
+@pytest.mark.parametrize(("leaks", "status"), [(False, "passed"), (True, "failed")])
+def test_other_dropout_where_a_token_goes_to_another_expert_is_no_leak(leaks: bool, status: str) -> None:
+    report = check_causal_lm(lambda config: DropsOut(config, leaks), profile="quick", only=("causality.in_training",))
+    assert [result.status for result in report.results] == [status], report.to_text()

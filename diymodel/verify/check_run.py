@@ -209,8 +209,9 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
     device = "" if trial.device == "cpu" else f" --device {trial.device}"
     command = f"diymodel verify {shlex.quote(subject.name)} --only {check.id}{device} --replay {shlex.quote(recorded)}"
     if isinstance(error, CheckFailure):
+        causes = () if error.speaks_for_itself else check.causes
         return Failure(
-            error.message, check.causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance
+            error.message, causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance
         )
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not is_a_tools(frame)]

@@ -19,12 +19,13 @@ class CheckFailure(AssertionError):
     """A property is refuted.
 
     ``message`` says what was expected, what was seen, and where first. ``max_abs_diff`` and ``tolerance`` are None
-    where the property is no comparison of numbers.
+    where the property is no comparison of numbers; ``speaks_for_itself`` where no cause that the check names makes it.
     """
 
     message: str
     max_abs_diff: float | None = None
     tolerance: float | None = None
+    speaks_for_itself: bool = False
 
     def __str__(self) -> str:
         return self.message

@@ -104,25 +104,6 @@ def same_gradients(trial: Trial, seen: dict[str, Tensor], what: str, lm: LM, obj
         )
 
 
-def dropout_of(module: nn.Module, above: float = 0.0, chosen: float | None = None) -> str | None:
-    """The first part of a module that holds a dropout probability above this one; None: none does.
-
-    One that drops all is no probability that anybody chose, but another taken for its opposite.
-
-    Args:
-        chosen: is such a probability by whatever name it is held.
-    """
-    for name, part in module.named_modules():
-        held = {key: value for key, value in vars(part).items() if isinstance(value, (int, float))}
-        held = {key: value for key, value in held.items() if "drop" in key.lower() or value == chosen}
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            held["p"] = part.p
-        for key, value in held.items():
-            if not isinstance(value, bool) and above < value < 1 - above:
-                return f"{name}.{key}={value}".lstrip(".")
-    return None
-
-
 @contextmanager
 def training_undone(module: nn.Module) -> Iterator[None]:
     """What calls inside write to buffers and frozen parameters is undone, where it would be saved with the weights.

@@ -44,10 +44,11 @@ class Sample:
 def sample_of(
     results: Iterable[Result], symptoms: Mapping[str, bool], bug: str = "", slug: str = "", base: str = ""
 ) -> Sample:
-    """What a run saw. That the subject raised tells no bug from another, so it counts as an error of the check."""
+    """What a run saw. Where the subject raised, or no cause is named, no bug is told from another: that is an error."""
 
     def status(result: Result) -> str:
-        return "error" if result.failure is not None and result.failure.traceback is not None else result.status
+        failure = result.failure
+        return "error" if failure is not None and (failure.traceback or not failure.likely_causes) else result.status
 
     return Sample(bug, slug, base, {result.check.id: status(result) for result in results}, dict(symptoms))
 

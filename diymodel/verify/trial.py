@@ -342,7 +342,8 @@ def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
     """Weights sharp enough that a bug shows: matrices from N(0, (sharpness/√d)²), vectors a little off their start.
 
     The usual 0.02 makes every distribution near-uniform; N(0, 1) saturates attention, which hides masks. A vector that
-    is frozen is a constant, such as rotary frequencies, and others may have been computed from it.
+    is frozen is a constant, such as rotary frequencies, and others may have been computed from it; one that its
+    constructor leaves undefined is none.
     """
     generator = torch.Generator()
     for index, parameter in enumerate(module.parameters()):
@@ -352,7 +353,7 @@ def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
         noise = torch.randn(own.shape, generator=generator, dtype=kind).to(own)
         if parameter.dim() >= 2:
             own.copy_(noise * sharpness / own.shape[-1] ** 0.5)
-        elif parameter.requires_grad:
+        elif parameter.requires_grad or bool(own.isnan().any()):
             own.copy_(own.where(~own.isnan(), 0) + noise / 4)
 
 

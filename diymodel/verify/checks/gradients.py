@@ -70,6 +70,8 @@ def absent_tokens_zero(trial: Trial) -> None:
         ids[0, -1] = (ids[0, -1] + 1) % lm.config.vocab_size
         trial.values["tokens"] = ids.tolist()  # the report shows what was given
     table = lm.embedding()
+    if not table.weight.requires_grad:
+        raise NotApplicable("the token embedding is frozen")
     present = torch.tensor(sorted(set(ids.flatten().tolist())), device=trial.device)
     absent = [token for token in range(lm.config.vocab_size) if token not in set(present.tolist())]
     logits = lm.logits(ids)[..., present]  # a tied row has a right to its own logit

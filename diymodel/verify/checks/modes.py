@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.dropout import NEXT_TO_NONE, dropout_of
 from diymodel.verify.experiments.draws import draws_beside_dropout
 from diymodel.verify.failure import CheckFailure, NotApplicable, first_of, refusal
-from diymodel.verify.learning import dropout_of, trained_call, training_undone
+from diymodel.verify.learning import trained_call, training_undone
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_NEXT_TO_NONE = 1e-15  # a dropout that never drops, and scales by less than rounding
 _ODD = 0.47  # as nothing else in a module is
 _CALLS = 24  # a tiny module may well drop the same few elements twice, but not in all these calls
 
@@ -78,7 +78,7 @@ def dropout_off_in_eval(trial: Trial) -> None:
 def agree_without_dropout(trial: Trial) -> None:
     # Some take another path where dropout is exactly 0; others keep what they should drop. Narrower random numbers than
     # those of float64 are below the tiny one now and then.
-    dropout = trial.draw("dropout", st.sampled_from((0.0, _NEXT_TO_NONE) if trial.dtype == torch.float64 else (0.0,)))
+    dropout = trial.draw("dropout", st.sampled_from((0.0, NEXT_TO_NONE) if trial.dtype == torch.float64 else (0.0,)))
     lm = trial.model(dropout=dropout)
     ids = trial.tokens(lm)
     if (held := dropout_of(lm.module, above=dropout)) is not None:

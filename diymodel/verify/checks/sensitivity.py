@@ -13,7 +13,7 @@ from diymodel.verify.registry import check
 from diymodel.verify.tolerance import rounding
 from diymodel.verify.trial import Trial, draw_weights
 
-_WEIGHTS = 4  # draws, before saying that something has no effect
+_WEIGHTS = 16  # draws, before saying that something has no effect: sparse features let many pass without one
 _OFFSETS = (1, 10, 100, 1000)
 _PERTURBED_FACTOR = 4  # times what perturbed weights change; healthy modules stay below 1 in float64, 3 in bfloat16
 _GROSS = 1 / 16  # of the largest logit; in bfloat16, what is further off is held against perturbed weights

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.embeddings import tables_of
+from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -40,15 +41,21 @@ def tied_weights_stay_tied(trial: Trial) -> None:
         other.load_state_dict({name: value.clone() for name, value in module.state_dict().items()})  # as from a file
         return other
 
+    def copied() -> nn.Module:
+        try:
+            return copy.deepcopy(module)
+        except Exception as error:  # a stranger's module may hold what torch copies not
+            raise NotApplicable(f"the module cannot be copied: {said(error)}") from error
+
     def trained() -> nn.Module:
-        other = copy.deepcopy(module)
+        other = copied()
         other.train()  # which may return nothing
         return other
 
     moves: dict[str, Callable[[], nn.Module]] = {
         "load_state_dict": loaded,
-        "copy.deepcopy": lambda: copy.deepcopy(module),
-        "float()": lambda: copy.deepcopy(module).float(),
+        "copy.deepcopy": copied,
+        "float()": lambda: copied().float(),
         "train()": trained,
     }
     for move, moved in moves.items():
@@ -66,10 +73,13 @@ def shared(module: nn.Module) -> list[list[str]]:
 
 
 def _copies(module: nn.Module, vocab_size: int) -> str | None:
-    """Two random tables of the vocabulary that are equal as constructed."""
+    """A random embedding and another table of the vocabulary that are equal as constructed."""
     tables = [(n, p) for n, p in module.named_parameters() if p.dim() == 2 and p.shape[0] == vocab_size]
+    embeddings = {id(table.weight) for table in tables_of(module)} or {id(p) for _, p in tables}
     for i, (name, table) in enumerate(tables):
         for other_name, other in tables[:i]:
+            if embeddings.isdisjoint({id(table), id(other)}):  # experts may begin as copies of one
+                continue
             if torch.equal(table, other) and not bool((table == table[0, 0]).all()):
                 return f"{other_name} and {name}"
     return None

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.dropout import dropout_of
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.jumps import jumps_move
 from diymodel.verify.learning import (
     distinct_tokens,
-    dropout_of,
     gradients_of,
     next_token_loss,
     trainable,
