@@ -1,4 +1,4 @@
-"""Weights that are frozen, and modules that cannot be copied: what a check says of them."""
+"""Weights that are frozen, empty or equal, and modules that cannot be copied: what a check says of them."""
 
 from __future__ import annotations
 
@@ -77,3 +77,20 @@ class Cloned(Tiny):
 def test_copies_of_an_expert_are_no_lost_tie() -> None:
     report: Any = check_causal_lm(Cloned, profile="quick", only=("state.tied_weights_stay_tied",))
     assert [result.status for result in report.results] == ["skipped"], report.to_text()
+
+
+class NoneInside(Tiny):
+    """A width that is rounded down, to none in a tiny model."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.inner = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size // 64))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal) + self.head((self.embed(input_ids) @ self.inner).tanh() @ self.inner.T)
+
+
+def test_a_parameter_without_elements_has_nothing_to_learn() -> None:
+    only = ("gradients.*", "training.optimizer_is_complete")
+    report = check_causal_lm(NoneInside, profile="quick", only=only)
+    assert {result.status for result in report.results} == {"passed", "skipped"}, report.to_text()

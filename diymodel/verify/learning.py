@@ -28,7 +28,7 @@ def distinct_tokens(trial: Trial, lm: LM, min_length: int = 3, max_length: int =
 
 def trainable(lm: LM) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name."""
-    return {name: parameter for name, parameter in lm.module.named_parameters() if parameter.requires_grad}
+    return {name: p for name, p in lm.module.named_parameters() if p.requires_grad and p.numel()}
 
 
 def next_token_loss(lm: LM, ids: Tensor) -> Tensor:
