@@ -171,7 +171,7 @@ def _find_logits(
         found, further = _first_of(module, config, cached, ids)
         tried += further
         if found is None and convention.past and convention.new_cache is None:
-            found, _ = _first_of(module, config, _either_first(_with_nothing(convention)), ids)
+            found, _ = _first_of(module, config, _either_first(_with_nothing(module, convention)), ids)
             found = found and _without_memory(module, config, found, ids)
     if found is None and convention.start and convention.cache_on_module:
         found, _ = _first_of(module, config, [replace(convention, always_cached=True, one_at_a_time=True)], ids)
@@ -184,10 +184,11 @@ def _find_logits(
     return found
 
 
-def _with_nothing(convention: Convention) -> list[Convention]:
-    """The ways to begin a cache that must be given: with None, and with a list of it, one a layer."""
+def _with_nothing(module: nn.Module, convention: Convention) -> list[Convention]:
+    """The ways to begin a cache: with None, where it has no default, and with a list of it, one a layer."""
     none = replace(convention, causal=None, always_cached=True)
-    return [none, replace(none, new_cache=two_none_a_layer if convention.past_values else one_none_a_layer)]
+    listed = replace(none, new_cache=two_none_a_layer if convention.past_values else one_none_a_layer)
+    return [none, listed] if convention.past in required_parameters(module) else [listed]
 
 
 def _without_memory(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -> Convention:
