@@ -113,8 +113,8 @@ def figures(samples: Iterable[Sample]) -> Figures:
 def luck(path: Path, profile: str, seeds: int, jobs: int = 1) -> dict[str, list[int]]:
     """With which seeds each bug escaped the checks that must kill it; few trials can miss a bug.
 
-    The file is written bug by bug, so that an interrupted run goes on. It holds a table a profile. The trials of the quick
-    profile are the first of every other: where it killed a bug with a seed, all do.
+    The file is written bug by bug, so that an interrupted run goes on. It holds a table a profile. The trials of the
+    quick profile are the first of every other: where it killed a bug with a seed, all do.
 
     Args:
         path: the file, in JSON.
