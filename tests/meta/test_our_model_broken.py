@@ -24,7 +24,14 @@ BY_TEST = [(mutation, test) for mutation in MUTATIONS for test in mutation.tests
 CAUSES = {cause for check in CHECKS.values() for cause in check.causes}
 # Of a test of random models: the same examples each time, whatever else is imported, and the first failure will do,
 # however large.
-BRIEF = settings(max_examples=40, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
+BRIEF = settings(
+    max_examples=200,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    deadline=None,
+)
 
 
 def function_of(test: Callable[[], None]) -> Callable[..., None]:
