@@ -108,7 +108,7 @@ def bfloat16_near_float64(trial: Trial) -> None:
     "numerics.large_activations_finite",
     title="float16 logits are right where the square of an activation overflows",
     step="5.2",
-    causes=("rmsnorm-overflow-half", "softmax-overflow-half"),
+    causes=("rmsnorm-overflow-half", "softmax-overflow-half", "decay-powers-overflow"),
 )
 def large_activations_finite(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, tie_word_embeddings=False, vocab_size=_VOCABULARY, dropout=0.0, **_SIZE)
