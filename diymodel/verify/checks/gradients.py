@@ -101,7 +101,7 @@ def accumulate(trial: Trial) -> None:
     other = lm.twin()
     ids = distinct_tokens(trial, lm, 2)
     batches = (labels_of_ids(lm, ids), ids.flip(1))
-    has_loss = trial.subject.missing("loss") is None
+    has_loss = trial.subject.missing("loss") is None and lm.loss(ids, ids.clone()).requires_grad
 
     def loss(of: LM, batch: Tensor) -> Tensor:
         return of.loss(batch, batch.clone()) if has_loss else next_token_loss(of, batch)
