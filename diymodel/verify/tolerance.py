@@ -5,6 +5,9 @@ healthy modules, so 1e-11 decides nearly always. But ``.double()`` is not always
 their norms or rotary tables. Where a difference is larger than 1e-11, the module's own rounding is therefore measured,
 and 16 times that is allowed. In float32 the same factor holds; half types get 4 times, as a gross check.
 
+Where two rows stand at other positions, that includes what rounding a table to float32 changes, such as rotary cosines
+that a constructor made: it is another at every position, so results at the same positions do not show it.
+
 What rounds always to the same number measures as nothing: a saturated softmax in float32 gives exactly 1 and is off by
 what it left out. A module that computes in float32 inside may therefore be off by float32's own step, whatever was
 measured. So may kernels of attention that are given a half type inside, by what is allowed in that type; nothing else
