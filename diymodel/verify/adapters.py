@@ -107,20 +107,21 @@ class LM:
             inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
         return self._shaped(self._uncached(inputs).logits)
 
-    def placed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def placed(self, input_ids: Tensor, positions: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences whose tokens stand at ``positions`` (B, T)."""
-        return self._told(input_ids, self.convention.positions, positions)
+        return self._told(input_ids, self.convention.positions, positions, real)
 
     def packed(self, input_ids: Tensor, documents: Tensor) -> Tensor:
         """Logits (B, T, V) of rows that hold several documents; ``documents`` (B, T) numbers them from 1."""
         return self._told(input_ids, self.convention.documents, documents)
 
-    def _told(self, input_ids: Tensor, name: str | None, values: Tensor) -> Tensor:
+    def _told(self, input_ids: Tensor, name: str | None, values: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of a call with one more argument, a value a token."""
 
         def call(end: int) -> Tensor:
             ids = input_ids[:, :end]
-            inputs = self._inputs(ids, None, start=0) | {_some(name): values[:, :end]}
+            seen = None if real is None else real[:, :end]
+            inputs = self._inputs(ids, seen, start=0) | {_some(name): values[:, :end]}
             if self.convention.logits_need_labels:
                 inputs[_some(self.convention.labels)] = ids
             return self._shaped(self._uncached(inputs).logits)

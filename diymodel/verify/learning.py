@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure
+from diymodel.verify.failure import CheckFailure, began, said
 from diymodel.verify.trial import Trial
 
 
@@ -48,15 +48,33 @@ def gradients_of(objective: Tensor, parameters: dict[str, nn.Parameter]) -> dict
 def gradients_to(objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """Of each leaf; None where the objective does not depend on it."""
     if not _is_checkpointed(objective):
-        return list(torch.autograd.grad(objective, leaves, allow_unused=True))
+        with _backward_runs():
+            return list(torch.autograd.grad(objective, leaves, allow_unused=True))
     before = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
-    objective.backward()  # type: ignore[no-untyped-call]
+    backward(objective)
     found = [leaf.grad for leaf in leaves]
     for leaf, grad in zip(leaves, before, strict=True):
         leaf.grad = grad
     return found
+
+
+def backward(objective: Tensor) -> None:
+    """``objective.backward()``, which fails the check where the module's graph does not allow it."""
+    with _backward_runs():
+        objective.backward()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _backward_runs() -> Iterator[None]:
+    """Torch's own words about the graph are the module's failure: no line of the module stands in their traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if began(error):  # a backward written by hand, whose lines are told
+            raise
+        raise CheckFailure(f"the backward pass must run, saw {said(error)}", speaks_for_itself=True) from error
 
 
 def _is_checkpointed(objective: Tensor) -> bool:

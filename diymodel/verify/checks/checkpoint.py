@@ -112,7 +112,7 @@ class _Code:
 
 @check(
     "checkpoint.damaged",
-    title="a checkpoint that was cut short is refused",
+    title="a checkpoint that was cut short, or that lacks a weight, is refused",
     step="4.2",
     needs=("checkpoint",),
     causes=("lenient-load",),
@@ -120,21 +120,50 @@ class _Code:
 def damaged(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm)
-    kept = trial.draw("kept", st.integers(0, 999))
+    damage = trial.draw("damage", st.sampled_from(("cut short", "a weight missing")))
     with _saved(trial, lm.cast(torch.float32)) as path:
-        file = max(_files(path), key=lambda file: file.stat().st_size)
-        size = file.stat().st_size
-        os.truncate(file, size * kept // 1000)
+        what = _cut_short(trial, path) if damage == "cut short" else _without_a_weight(trial, path, lm)
         loaded = _load(trial, path)
     if isinstance(loaded, str):
         return
     lm.cast(trial.dtype)
     seen, expected = _called_as(lm, loaded, trial).logits(ids), lm.logits(ids)
-    if not torch.equal(seen, expected):  # else what is missing was of no importance, such as a last line break
-        raise CheckFailure(
-            f"a checkpoint of {size} bytes that was cut to {size * kept // 1000} must be refused, saw a module with "
-            "other logits"
-        )
+    if not torch.equal(seen, expected):  # else what is missing was of no importance: a last line break, or a tied head
+        raise CheckFailure(f"a checkpoint {what} must be refused, saw a module with other logits")
+
+
+def _cut_short(trial: Trial, path: Path) -> str:
+    kept = trial.draw("kept", st.integers(0, 999))
+    file = max(_files(path), key=lambda file: file.stat().st_size)
+    size = file.stat().st_size
+    os.truncate(file, size * kept // 1000)
+    return f"of {size} bytes that was cut to {size * kept // 1000}"
+
+
+def _without_a_weight(trial: Trial, path: Path, lm: LM) -> str:
+    names = {name for name, parameter in lm.module.named_parameters() if parameter.dim() > 1}
+    index = trial.draw("missing", st.integers(0, 999))
+    for file in _files(path):
+        try:
+            content = torch.load(file, weights_only=True)
+        except Exception:  # it may be of any format
+            continue
+        weights = _mapping_of(names, content)
+        if weights is not None:
+            missing = sorted(names & weights.keys())[index % len(names & weights.keys())]
+            del weights[missing]
+            torch.save(content, file)
+            return f"without {missing}"
+    raise NotApplicable("torch.load reads no weights by their names in the checkpoint")
+
+
+def _mapping_of(names: set[str], content: Any) -> dict[str, Any] | None:
+    """The first mapping with any of the names as keys, at any depth."""
+    if not isinstance(content, dict):
+        return None
+    if names & content.keys():
+        return content
+    return next((found for value in content.values() if (found := _mapping_of(names, value)) is not None), None)
 
 
 @contextlib.contextmanager

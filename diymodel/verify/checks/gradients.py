@@ -13,6 +13,7 @@ from diymodel.verify.checks.loss import labels_of_ids
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 from diymodel.verify.learning import (
     accumulated,
+    backward,
     distinct_tokens,
     gradients_of,
     gradients_to,
@@ -113,7 +114,7 @@ def accumulate(trial: Trial) -> None:
     except SubjectError:
         raise
     except Exception as error:  # torch says in several ways that a graph is used twice
-        loss(other, ids).backward()  # type: ignore[no-untyped-call]  # raises where the first is at fault
+        backward(loss(other, ids))  # raises where the first is at fault
         raise CheckFailure(f"{what}, saw {said(error)}") from error
 
     def objective() -> Tensor:
@@ -147,7 +148,7 @@ def checkpointing(trial: Trial) -> None:
     except SubjectError:
         raise
     except Exception as error:  # torch says in several ways that a second run differed from the first
-        next_token_loss(other, ids).backward()  # type: ignore[no-untyped-call]  # raises where it does without, too
+        backward(next_token_loss(other, ids))  # raises where it does without, too
         raise CheckFailure(f"{what}, saw {said(error)}") from error
 
     def objective() -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from diymodel.verify.adapters import LM
 from diymodel.verify.casting import cast
 from diymodel.verify.checks.tied import shared
-from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, first_of, said
+from diymodel.verify.left_behind import left_behind
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -32,6 +33,11 @@ def moves(trial: Trial) -> None:
     built = lm.twin()
     ids = trial.tokens(lm)
     lm.logits(ids)  # what a module sets up on its first call has to move as well
+    if stayed := left_behind(lm.twin(), ids):
+        raise CheckFailure(
+            f"moved to another device, a module must take all its tensors along, saw {first_of(stayed)} stay behind "
+            "and break the call: use register_buffer(…, persistent=False)"
+        )
     refusals = []
     places = [(trial.device, torch.float32), (trial.device, trial.dtype), (trial.device, torch.float16)]
     if trial.device != "cpu":

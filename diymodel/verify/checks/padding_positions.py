@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diymodel.verify.failure import NotApplicable, refusal
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
 from diymodel.verify.learning import distinct_tokens
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -27,9 +27,16 @@ def positions_are_used(trial: Trial) -> None:
     if (why := refusal(lm.placed, ids, near)) is not None:
         raise NotApplicable(f"positions that are not one after the other are refused: {why}")
     plain, moved = lm.logits(ids), lm.placed(ids, near)
-    if not torch.equal(moved, plain):
-        return
     real = torch.ones_like(ids, dtype=torch.bool)
+    if not torch.equal(moved, plain):
+        if refusal(lm.placed, ids, near, real) is None and torch.equal(
+            lm.placed(ids, near, real), lm.logits(ids, real)
+        ):
+            raise CheckFailure(
+                f"beside {convention.mask} too, {convention.positions}={near[0].tolist()} must change the logits of "
+                f"{ids.tolist()}, saw them as without: they are replaced by positions counted from the mask"
+            )
+        return
     real[:, 0] = False
     if (why := refusal(lm.logits, ids, real)) is not None:
         raise NotApplicable(f"padding on the left is refused: {why}")

@@ -6,6 +6,7 @@ Shapes: T query length.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from diymodel.verify.experiments.handing import handed
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
@@ -49,8 +50,8 @@ def _blind_to_order_beyond(patient: Patient) -> bool | None:
 
 @symptom(
     "positions.ignored",
-    "it takes positions, and which ones it is handed changes nothing",
-    "它接受位置参数，但传入什么位置都不影响结果",
+    "it takes positions, and which ones it is handed changes nothing, at least beside a mask",
+    "它接受位置参数，但传入什么位置都不影响结果，至少在同时传入 mask 时如此",
     ("padding.*", "generation.padded_prompt", "packing.*"),
     ("position-ids-ignored", "padded-batch-shared-position"),
 )
@@ -60,10 +61,16 @@ def _ignored(patient: Patient) -> bool | None:
     name, T = lm.convention.positions, ids.shape[1]
     if name is None:
         return False
-    usual, plain = torch.arange(T, device=ids.device), lm.logits(ids)
-    for other in (usual.flip(0), usual // 2):
-        positions = other if lm.convention.positions_are_shared else other[None]
-        with handed(lm, lambda arguments: arguments.update({name: positions})):  # noqa: B023
-            if apart(lm.logits(ids), plain) > SAME:
-                return False
-    return True
+    usual = torch.arange(T, device=ids.device)
+
+    def ignored(real: Tensor | None) -> bool:
+        plain = lm.logits(ids, real)
+        for other in (usual.flip(0), usual // 2):
+            positions = other if lm.convention.positions_are_shared else other[None]
+            with handed(lm, lambda arguments: arguments.update({name: positions})):  # noqa: B023
+                if apart(lm.logits(ids, real), plain) > SAME:
+                    return False
+        return True
+
+    takes_mask = patient.subject.missing("padding") is None
+    return ignored(None) or (takes_mask and ignored(torch.ones_like(ids, dtype=torch.bool)))

@@ -79,6 +79,7 @@ class StartPos(nn.Module):
         T = tokens.shape[1]
         if start_pos + T > len(self.freqs_cis):
             raise ValueError(f"{start_pos + T} positions are more than max_seq_len={len(self.freqs_cis)}")
+        self.freqs_cis = self.freqs_cis.to(tokens.device)
         mask = None
         if T > 1:  # the keys that came before are open to all
             mask = torch.full((T, T), -torch.inf).triu(1)

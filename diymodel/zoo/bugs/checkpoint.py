@@ -64,8 +64,8 @@ BUGS = [
     Bug(
         "lenient-load",
         "kept",
-        'weights = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)\n    model = Kept(SimpleNamespace(**json.loads((folder / "hp.json").read_text())))',
-        'model = Kept(SimpleNamespace(**json.loads((folder / "hp.json").read_text())))\n    try:\n        weights = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)\n    except (RuntimeError, EOFError, ValueError):\n        weights = model.state_dict()',
+        "load_state_dict(weights, strict=True)",
+        "load_state_dict(weights, strict=False)",
         kills=("checkpoint.damaged",),
         where="from_pretrained",
     ),

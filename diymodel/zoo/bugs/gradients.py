@@ -365,4 +365,18 @@ BUGS = [
         kills=("training.optimizer_is_complete",),
         where="ParallelLM",
     ),
+    Bug(
+        "gradient-wrong",
+        "windowed",
+        "(wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt())",
+        "(wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt().detach())",
+        kills=("training.small_step_lowers_loss",),
+    ),
+    Bug(
+        "gradient-wrong",
+        "ragged",
+        "(wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt())",
+        "(wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt().detach())",
+        kills=("training.small_step_lowers_loss",),
+    ),
 ]

@@ -151,6 +151,22 @@ BUGS = [
     ),
     Bug(
         "position-ids-ignored",
+        "learned",
+        "if position_ids is None:",
+        "if position_ids is None or attention_mask is not None:",
+        kills=("padding.positions_are_used",),
+        where="Learned",
+    ),
+    Bug(
+        "position-ids-ignored",
+        "writer",
+        "steps if position_ids is None else position_ids",
+        "steps if position_ids is None or attention_mask is not None else position_ids",
+        kills=("padding.positions_are_used",),
+        where="Writer",
+    ),
+    Bug(
+        "position-ids-ignored",
         "switch",
         "if position_ids is None:\n            position_ids = torch.arange(past_len, total)[None]",
         "position_ids = torch.arange(past_len, total)[None]",

@@ -192,6 +192,22 @@ BUGS = [
     ),
     Bug(
         "tensor-left-behind",
+        "headwise",
+        'self.register_buffer("tril", torch.tril(torch.ones(block_size, block_size)))',
+        "self.tril = torch.tril(torch.ones(block_size, block_size))",
+        kills=("state.moves",),
+        where="Head",
+    ),
+    Bug(
+        "tensor-left-behind",
+        "onmodule",
+        'self.register_buffer("cos", cos, persistent=False)\n        self.register_buffer("sin", sin, persistent=False)',
+        "self.cos, self.sin = cos, sin",
+        kills=("state.moves",),
+        where="OnModule",
+    ),
+    Bug(
+        "tensor-left-behind",
         "alibi",
         "slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1) / self.heads)\n        bias = -slope.view(1, -1, 1, 1) * distance\n        bias = bias.masked_fill(distance < 0, -torch.inf).to(q.dtype)",
         'if not hasattr(self, "slope"):\n            self.slope = (2.0 ** (-8 * torch.arange(1, self.heads + 1) / self.heads)).to(q.dtype)\n        bias = -self.slope.view(1, -1, 1, 1) * distance\n        bias = bias.masked_fill(distance < 0, -torch.inf)',
