@@ -1,7 +1,8 @@
 """Models that the harness was not written with, and bugs in them that its diagnosis has not seen.
 
-Each of the five files holds one correct model, written from memory and apart from the zoo; ``bugs.py`` lists one small
-change a bug. The author of a model promises here what cannot be found by trying, as a user of the harness may.
+Each other file holds one correct model, written from memory and apart from the zoo; ``bugs.py`` lists one small change a
+bug of the first five, ``second_bugs.py`` of the other six. The author of a model promises here what cannot be found by
+trying, as a user of the harness may.
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ BASES = {
     ),
     "local_moe": Base("LocalMoE", ("cache_filled", "finite_loss"), window=4, reference=lambda m, ids: m(ids)),
     "recurrent": Base("Recurrent", ("cache_value", "finite_loss")),
+    **{  # the second set; nothing is promised beyond what can be found
+        name: Base(factory)
+        for name, factory in {
+            "gptj_like": "GPTJForCausalLM",
+            "latent_moe": "LatentMoE",
+            "gemma_like": "GemmaForCausalLM",
+            "learner_chars": "CharTransformer",
+            "recurrent_hybrid": "HybridLM",
+            "llama2c_like": "Transformer",
+        }.items()
+    },
 }
 
 
