@@ -1,8 +1,8 @@
 """Models that the harness was not written with, and bugs in them that its diagnosis has not seen.
 
-Each other file holds one correct model, written from memory and apart from the zoo; ``bugs.py`` lists one small change a
-bug of the first five, ``second_bugs.py`` of the other six. The author of a model promises here what cannot be found by
-trying, as a user of the harness may.
+Each other file holds one correct model, written from memory and apart from the zoo. ``bugs.py`` lists bugs of the first
+five, one small change each, and ``second_bugs.py`` bugs of the other six. The author of a model promises here what
+cannot be found by trying, as a user of the harness may.
 """
 
 from __future__ import annotations

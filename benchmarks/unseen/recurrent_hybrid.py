@@ -93,7 +93,7 @@ class AlibiAttention(nn.Module):
         self.kv_proj = nn.Linear(d_model, 2 * self.head_dim, bias=False)
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
         slopes = 2.0 ** (-8.0 * torch.arange(1, n_heads + 1) / n_heads)
-        self.register_buffer("slopes", slopes.view(n_heads, 1, 1), persistent=False)
+        self.register_buffer("slopes", slopes.view(n_heads, 1, 1))
 
     def forward(self, x: Tensor, state: Optional[dict]):
         B, T, C = x.shape
