@@ -52,17 +52,15 @@ BASES = {
     ),
     "local_moe": Base("LocalMoE", ("cache_filled", "finite_loss"), window=4, reference=lambda m, ids: m(ids)),
     "recurrent": Base("Recurrent", ("cache_value", "finite_loss")),
-    **{  # the second set; nothing is promised beyond what can be found
-        name: Base(factory)
-        for name, factory in {
-            "gptj_like": "GPTJForCausalLM",
-            "latent_moe": "LatentMoE",
-            "gemma_like": "GemmaForCausalLM",
-            "learner_chars": "CharTransformer",
-            "recurrent_hybrid": "HybridLM",
-            "llama2c_like": "Transformer",
-        }.items()
-    },
+}
+
+SECOND_BASES = {  # built by the names of their own sizes; nothing is promised beyond what can be found
+    "gptj_like": Base("GPTJForCausalLM"),
+    "latent_moe": Base("LatentMoE"),
+    "gemma_like": Base("GemmaForCausalLM"),
+    "learner_chars": Base("CharTransformer"),
+    "recurrent_hybrid": Base("HybridLM"),
+    "llama2c_like": Base("Transformer"),
 }
 
 
@@ -74,7 +72,7 @@ def source_of(base: str) -> str:
 
 def subject_of(base: str, source: str | None = None) -> Subject:
     """What its author hands to the harness: the model in its file, or in a changed text of it."""
-    stated = BASES[base]
+    stated = (BASES | SECOND_BASES)[base]
     names = _run(base, source_of(base) if source is None else source)
     more: dict[str, Any] = {"save": names["save"], "load": names["load"]} if stated.checkpoint else {}
     if stated.reference is not None:
