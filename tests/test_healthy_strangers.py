@@ -409,7 +409,25 @@ class WithoutItsOwnOrder(WritesIntoItsCache):
         raise NotImplementedError("Make sure that a `_reorder_cache` function is correctly implemented")
 
 
-@pytest.mark.parametrize("module", [WritesIntoItsCache, WithoutItsOwnOrder])
+class Sums:
+    """A cache that gives another one with its rows reordered, rather than reordering its own."""
+
+    def __init__(self, sums: Tensor) -> None:
+        self.sums = sums
+
+    def reorder(self, beam_idx: Tensor) -> Sums:
+        return Sums(self.sums[beam_idx])
+
+
+class GivesAnother(Tiny):
+    def forward(self, input_ids: Tensor, past_key_values: Sums | None = None, use_cache: bool = False) -> Any:
+        before = 0.0 if past_key_values is None else past_key_values.sums[:, None]
+        sums = before + self.embed(input_ids).cumsum(1)
+        logits = self.head(sums)
+        return (logits, Sums(sums[:, -1])) if use_cache else logits
+
+
+@pytest.mark.parametrize("module", [WritesIntoItsCache, WithoutItsOwnOrder, GivesAnother])
 def test_rows_are_chosen_by_hand_and_gone_on_with_once(module: type[nn.Module]) -> None:
     passes(module, "decode.rows_reordered", seeds=1)
 

@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 
 import hypothesis
@@ -72,7 +73,7 @@ class CheckRun:
             self.convincing_only, self.count, self.drawn = False, 0, 0
             self._all_trials()
         if self.not_applicable and len(self.not_applicable) == self.count:
-            raise NotApplicable(self.not_applicable[0])
+            raise NotApplicable(self.why_not)
         if self.effects and max(self.effects) <= rounding(torch.float64):
             raise Inconclusive(
                 f"in {self.count} trials, what a bug would change never changed by more than {max(self.effects):.1g} "
@@ -144,7 +145,7 @@ class CheckRun:
         """One trial and no other, which may not apply."""
         self.trial(trial)
         if self.not_applicable:
-            raise NotApplicable(self.not_applicable[0])
+            raise NotApplicable(self.why_not)
 
     def judged(self, run: Callable[[], object]) -> Result:
         """Call ``run`` and name what came of it."""
@@ -166,7 +167,7 @@ class CheckRun:
             if self.out_of_time:
                 status, reason = self._verdict_so_far()
             elif self.never_applies:
-                status, reason = "skipped", self.not_applicable[0]
+                status, reason = "skipped", self.why_not
             elif self.failed is None:
                 what = f"{type(raised).__name__}: {raised}"
                 status, reason = "error", f"internal error of the check, please report it: {what}"
@@ -181,6 +182,11 @@ class CheckRun:
         if not self.count:
             return "inconclusive", "there was no time for a trial"
         return "passed", f"stopped after {self.count} of {self.examples} trials: {self.limit} are over"
+
+    @property
+    def why_not(self) -> str:
+        """Why it does not apply: what most trials said; one layer may not be what the others are."""
+        return Counter(self.not_applicable).most_common(1)[0][0]
 
     @property
     def may_be_rounding(self) -> bool:

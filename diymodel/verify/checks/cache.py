@@ -16,7 +16,7 @@ from diymodel.verify.failure import CheckFailure, NotApplicable, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-_OWN_WAYS = ("reorder_cache", "batch_select_indices")  # methods of a cache, as in transformers
+_OWN_WAYS = ("reorder_cache", "batch_select_indices", "reorder")  # methods of a cache; the first as in transformers
 _MODULES_WAYS = ("_reorder_cache", "reorder_cache")  # methods of a module: (cache, rows) -> cache
 
 
@@ -61,8 +61,8 @@ def _reordered(lm: LM, ids: Tensor, past: Past, rows: Tensor) -> tuple[Past, boo
     for name in _OWN_WAYS:
         if hasattr(past.cache, name):
             with suppress(NotImplementedError):
-                getattr(past.cache, name)(rows)
-                return past, False
+                returned = getattr(past.cache, name)(rows)  # nothing, where it is done in place
+                return past if returned is None else past._replace(cache=returned), False
     for name in _MODULES_WAYS:
         if hasattr(lm.module, name):
             with suppress(NotImplementedError):
