@@ -40,6 +40,8 @@ def test_the_tree_lists_every_module(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     for path in (ROOT / "diymodel").glob("*.py"):
         assert path.name.startswith("__") or f"\n  {path.name} " in text, f"{readme.name} does not list {path.name}"
+    for path in (ROOT / "diymodel" / "verify").glob("*.py"):
+        assert path.name.startswith("__") or path.name in text, f"{readme.name} does not list verify/{path.name}"
 
 
 def test_both_languages_show_the_same_code() -> None:
