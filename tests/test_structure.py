@@ -82,7 +82,9 @@ def test_public_names_are_lazy_and_resolve() -> None:
         _ = diymodel.nothing
 
 
-@pytest.mark.parametrize("module", ["config", "cost", "_files", "cli", "bench.command", "bench.compare", "bench.plot"])
+@pytest.mark.parametrize(
+    "module", ["config", "cost", "_files", "cli", "verify.options", "bench.command", "bench.compare", "bench.plot"]
+)
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, diymodel.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

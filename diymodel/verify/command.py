@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diymodel._files import replace_text, require_place
+from diymodel.verify.options import CHECK_SECONDS, DTYPES, PROFILE, PROFILES
 
 if TYPE_CHECKING:
     from diymodel.verify.report import Report, Result
@@ -47,7 +48,7 @@ def add_commands(commands: Any) -> None:
         help="path/to/file.py:name, package.module:name, hf:MODEL_TYPE, or a directory with a config.json "
         "(default: diymodel's own model)",
     )
-    verify.add_argument("--profile", choices=("quick", "standard", "thorough"), default="standard")
+    verify.add_argument("--profile", choices=PROFILES, default=PROFILE)
     verify.add_argument("--seed", type=int, default=0, help="the same seed gives the same report (default: 0)")
     verify.add_argument("--step", help="one step of the roadmap, 3 or 3.2 (default: all)")
     verify.add_argument("--only", metavar="GLOB", action="append", default=[], help="checks to run; repeatable")
@@ -62,7 +63,7 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("--device", default="cpu", help="where the modules are built (default: cpu)")
     verify.add_argument(
         "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the modules (default: float64, in which bugs and rounding are worlds apart, or what SUBJECT runs in)",
     )
     verify.add_argument("--time-budget", type=float, metavar="SECONDS", help="report what is known after this time")
@@ -70,8 +71,8 @@ def add_commands(commands: Any) -> None:
         "--check-seconds",
         type=float,
         metavar="SECONDS",
-        default=60.0,
-        help="begin no further trial of a check after this time; a trial that takes as long hangs (default: 60)",
+        default=CHECK_SECONDS,
+        help="begin no further trial of a check after this time; one that takes as long hangs (default: %(default)g)",
     )
     verify.add_argument(
         "--jobs",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from diymodel.verify.options import DTYPES, PROFILE, PROFILES
+
 if TYPE_CHECKING:
     from diymodel.verify.registry import Check
     from diymodel.verify.report import Result, Status
@@ -18,14 +20,10 @@ _SUBJECT: pytest.StashKey[Subject] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("diymodel", "verify a causal language model")
     group.addoption("--lm", metavar="SUBJECT", help="what diymodel verify takes; 'diymodel' is ours")
-    group.addoption("--lm-profile", choices=("quick", "standard", "thorough"), default="standard")
+    group.addoption("--lm-profile", choices=PROFILES, default=PROFILE)
     group.addoption("--lm-seed", type=int, default=0, help="the same seed gives the same verdicts (default: 0)")
     group.addoption("--lm-device", default="cpu", help="where the modules are built (default: cpu)")
-    group.addoption(
-        "--lm-dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
-        help="of the modules (default: float64, or what the subject runs in)",
-    )
+    group.addoption("--lm-dtype", choices=DTYPES, help="of the modules (default: float64, or what the subject runs in)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diymodel._files import replace_text, require_place
+from diymodel.verify.options import PROFILE, PROFILES
 
 EXAMPLES = """\
 examples:
@@ -36,7 +37,7 @@ def add_zoo(commands: Any) -> None:
     matrix = actions.add_parser("matrix", help="which checks kill which bugs (default)")
     matrix.set_defaults(command=_matrix)
     matrix.add_argument("--measure", type=Path, metavar="FILE", help="measure it anew, into FILE; hours on one core")
-    matrix.add_argument("--profile", choices=("quick", "standard", "thorough"), help="(default: standard)")
+    matrix.add_argument("--profile", choices=PROFILES, help=f"(default: {PROFILE})")
     matrix.add_argument("--seed", type=int, help="(default: 0)")
     matrix.add_argument("--jobs", type=int, metavar="N", help="processes (default: 1)")
     matrix.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
@@ -45,7 +46,7 @@ def add_zoo(commands: Any) -> None:
     luck = actions.add_parser("luck", help="how often a bug escapes the checks that must kill it, over seeds")
     luck.set_defaults(command=_luck)
     luck.add_argument("--json", type=Path, metavar="FILE", required=True, help="goes on where FILE ends")
-    luck.add_argument("--profile", choices=("quick", "standard", "thorough"), default="quick")
+    luck.add_argument("--profile", choices=PROFILES, default="quick", help="(default: quick)")
     luck.add_argument("--seeds", type=int, default=20, metavar="N", help="(default: 20)")
     luck.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
 
