@@ -176,7 +176,7 @@ class Rows:
         num_bytes: how many bytes of text these tokens stand for; an end-of-document token stands for none.
 
     Raises:
-        ValueError: there is no document, or max_seq_len is below 2.
+        ValueError: there is no document, max_seq_len is below 2, or batching is neither of the two.
     """
 
     def __init__(
@@ -188,6 +188,8 @@ class Rows:
             raise ValueError(
                 f"max_seq_len={max_seq_len}: a row needs a token to read and one to predict, so at least 2"
             )
+        if batching not in ("packed", "padded"):
+            raise ValueError(f"batching={batching!r} must be 'packed' or 'padded'")
         tokens = [tokenizer.eos_id]
         borders = [0]  # where the end-of-document tokens stand
         for text in documents:
