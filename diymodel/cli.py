@@ -257,8 +257,6 @@ def _generate(args: argparse.Namespace) -> int:
         )
     if args.compile and args.no_cache:
         raise ValueError("--compile compiles the step on the cache, and --no-cache has none: drop one of them")
-    if not 0 <= args.seed < 2**64:
-        raise ValueError(f"--seed {args.seed} must be in [0, 2**64)")
     import torch
 
     from diymodel.devices import choose_device
