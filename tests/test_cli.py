@@ -333,6 +333,16 @@ def test_a_hugging_face_directory_generates_with_its_own_tokenizer(
     expected = model.generate(torch.tensor([[2, 3, 4]]), 9, eos_token_id=1)[0].tolist()
     letters = "".join("..abcdefgh"[i] for i in expected if i > 1)
     assert generated([str(tmp_path), "abc", "--temperature=0", "--device=cpu"], capsys) == letters + "\n"
+    for content, message in (
+        ("[]", "is not a JSON object"),
+        ("{", "is damaged: it is not JSON"),
+        ('{"eos_token": {"x": 1}}', """: eos_token is {"x": 1}, and must be a text or {"content": a text}"""),
+        ('{"eos_token": 1}', ": eos_token is 1, and must be a text"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        said = error_of(["generate", str(tmp_path), "abc"], capsys)
+        assert str(tmp_path / "tokenizer_config.json") in said
+        assert message in said
 
 
 def test_a_closed_pipe_is_no_traceback(run: str) -> None:
