@@ -384,6 +384,8 @@ def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
         (("--only", CACHED, "--replay", "[]"), "--replay takes the JSON object that the report printed, got []"),
         (("--only", CACHED, "--replay", "{}", "--json", "x.json"), "leave out --json and --html"),
         (("--only", CACHED, "--step", "1"), "nothing is left to run"),
+        (("--json", "."), ". cannot be written: it is a directory"),
+        (("--json", "report", "--html", "./report"), "report is named for two files"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diymodel._files import replace_text, require_place
+from diymodel._files import replace_text, require_places
 from diymodel.verify.options import CHECK_SECONDS, DTYPES, PROFILE, PROFILES
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.replay is not None:
         return _replay(args)
-    for path in filter(None, (args.json, args.html)):
-        require_place(path)
+    require_places(args.json, args.html)
     _make_absolute(args)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the module prints
         report = check_causal_lm(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diymodel._files import replace_text, require_place
+from diymodel._files import replace_text, require_place, require_places
 from diymodel.verify.options import PROFILE, PROFILES
 
 EXAMPLES = """\
@@ -72,8 +72,7 @@ def _matrix(args: argparse.Namespace) -> int:
     from diymodel.verify.samples import Sample, read_samples
     from diymodel.zoo.page import page, picture, text
 
-    for path in filter(None, (args.measure, args.html, args.svg)):
-        require_place(path)
+    require_places(args.measure, args.html, args.svg)
     measuring = {name: value for name in ("profile", "seed", "jobs") if (value := getattr(args, name)) is not None}
     if args.measure is None:
         if measuring:
@@ -99,6 +98,7 @@ def _luck(args: argparse.Namespace) -> int:
 
     if args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: at least 1")
+    require_place(args.json)
     escaped = luck(args.json, args.profile, args.seeds, args.jobs)
     for bug, seeds in sorted(escaped.items(), key=lambda item: -len(item[1])):
         if seeds:
