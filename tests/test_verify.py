@@ -358,6 +358,14 @@ def test_pytest_lm_gives_the_same_verdicts(tmp_path: Path, broken: str) -> None:
     assert "Most likely cause: position-restarts" in printed
 
 
+def test_pytest_lm_refuses_a_device_that_cannot_be_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "diymodel", "--lm-device", "banana"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert run.stderr.startswith("ERROR: --lm-device: device='banana': ")
+    assert run.stderr.strip().count("\n") == 0
+
+
 def test_parametrize_with_checks(tmp_path: Path, broken: str) -> None:
     content = f"""
 from diymodel.verify import parametrize_with_checks
