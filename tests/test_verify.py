@@ -15,6 +15,7 @@ import torch
 
 from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
+from diymodel.verify.explain import title
 from diymodel.verify.registry import select_checks
 from diymodel.verify.report import Result, Status
 from diymodel.verify.runner import replay, run_checks
@@ -326,6 +327,11 @@ def test_reports_go_where_the_command_was_given_whatever_the_subject_does(
 def test_list_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list_checks())
+    assert main(["list", "--lang", "zh"]) == 0
+    for line, check in zip(capsys.readouterr().out.splitlines(), list_checks(), strict=True):
+        assert line.startswith(f"{check.step}  {check.id} ")
+        assert title(check, "zh") in line
+        assert ("需要" in line, "可选" in line) == (bool(check.needs), check.optional)
     assert main(["explain", CACHED, "--lang", "zh"]) == 0
     assert "含义" in capsys.readouterr().out
     assert main(["explain", "decode.cached"]) == 2

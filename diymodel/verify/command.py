@@ -87,6 +87,7 @@ def add_commands(commands: Any) -> None:
 
     listing = commands.add_parser("list", help="list the checks")
     listing.set_defaults(command=_list)
+    listing.add_argument("--lang", choices=("en", "zh"), default="en", help="(default: en)")
 
     explain = commands.add_parser("explain", help="what a check means, why it matters, and how to fix a failure")
     explain.set_defaults(command=_explain)
@@ -162,12 +163,15 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from diymodel.verify.explain import title
     from diymodel.verify.registry import list_checks
 
+    zh = args.lang == "zh"
     for check in list_checks():
-        needs = f"  (needs {', '.join(check.needs)})" if check.needs else ""
-        optional = "  (optional: name it with --only)" if check.optional else ""
-        print(f"{check.step}  {check.id:<36} {check.title}{needs}{optional}")
+        names = ", ".join(check.needs)
+        needs = "" if not names else f"（需要 {names}）" if zh else f"  (needs {names})"
+        optional = "（可选：用 --only 点名）" if zh else "  (optional: name it with --only)"
+        print(f"{check.step}  {check.id:<36} {title(check, args.lang)}{needs}{optional if check.optional else ''}")
     return 0
 
 
