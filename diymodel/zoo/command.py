@@ -80,6 +80,8 @@ def _matrix(args: argparse.Namespace) -> int:
             raise ValueError(f"{named} without --measure FILE: the matrix as it was measured is shown as it is")
         samples = read_samples()
     else:
+        if args.jobs is not None and args.jobs < 1:
+            raise ValueError(f"--jobs {args.jobs}: at least 1")
         from diymodel.zoo.matrix import extend
 
         def progress(sample: Sample) -> None:
@@ -96,8 +98,9 @@ def _matrix(args: argparse.Namespace) -> int:
 def _luck(args: argparse.Namespace) -> int:
     from diymodel.zoo.matrix import luck
 
-    if args.seeds < 1:
-        raise ValueError(f"--seeds {args.seeds}: at least 1")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
     require_place(args.json)
     escaped = luck(args.json, args.profile, args.seeds, args.jobs)
     for bug, seeds in sorted(escaped.items(), key=lambda item: -len(item[1])):
@@ -131,6 +134,8 @@ def _quiz(args: argparse.Namespace) -> int:
     from diymodel.zoo.quiz import bug_of, quiz_file
 
     if args.answer is None:
+        if args.out.suffix != ".py":
+            raise ValueError(f"--out {args.out}: a name that ends in .py, or `diymodel verify` could not import it")
         if args.out.exists():
             raise ValueError(f"{args.out} exists: name another file")
         replace_text(args.out, quiz_file(args.number, args.out.name))
