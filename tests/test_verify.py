@@ -169,7 +169,12 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, Any], m
         (
             "def build(config, data): pass",
             "build",
-            r"failed: TypeError: .*; config has vocab_size, .*it needs data, which names no size",
+            r"failed: TypeError: .*; config has vocab_size, .*its argument data is not the name of a size",
+        ),
+        (
+            "def build(data, kiwi, banana): pass",
+            "build",
+            r"its arguments data, kiwi and banana are not names of sizes that are known here: give them defaults",
         ),
         (
             "def build(config): config.n_quux",
