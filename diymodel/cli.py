@@ -315,7 +315,10 @@ def _load(path: Path) -> tuple[DIYForCausalLM, Tokenizer]:
     from diymodel.train import CHECKPOINT_NAME
 
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(
+            f"there is no {path}: expected a directory that `diymodel train` wrote, its {CHECKPOINT_NAME}, or a "
+            "Hugging Face directory"
+        )
     if path.is_dir() and not (path / CHECKPOINT_NAME).exists():
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"{path} has neither {CHECKPOINT_NAME} nor config.json")
