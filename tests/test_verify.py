@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diymodel.cli import main
-from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
+from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks, parametrize_with_checks
 from diymodel.verify.explain import title
 from diymodel.verify.registry import select_checks
 from diymodel.verify.report import Result, Status
@@ -388,6 +388,8 @@ def test_model(lm, check):
     (tmp_path / "test_it.py").write_text(content, encoding="utf-8")
     outcomes, _ = run_pytest(tmp_path, "-k", "decode.cached_equals or row_alone")
     assert outcomes == {"passed": 1, "xfailed": 1}
+    with pytest.raises(ValueError, match=rf"no check is called '{CACHED}s'.*{CACHED}"):
+        parametrize_with_checks([broken], expected_failures={f"{CACHED}s": "positions restart"})
 
 
 def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
