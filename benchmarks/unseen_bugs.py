@@ -5,6 +5,8 @@ somebody who had read the catalogue and none of the experiments, symptoms and pl
 needs a part which the module lacks is not named.
 
     python -m benchmarks.unseen_bugs benchmarks/results/unseen-bugs.json
+
+``--list second`` measures another list, in six other models, which was written later and in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from benchmarks.held_out import ranks
 from benchmarks.measuring import PROFILE, measured
 from benchmarks.unseen import subject_of
 from benchmarks.unseen.bugs import BUGS
+from benchmarks.unseen.second_bugs import SECOND_BUGS
 from diymodel._files import replace_text
 from diymodel.verify import SubjectError
 from diymodel.verify.experiments.parts import absent_parts, impossible_classes
@@ -30,16 +33,18 @@ from diymodel.verify.samples import Sample, read_samples, sample_of
 from diymodel.verify.settings import PROFILES, Settings
 from diymodel.verify.symptoms import observe
 
+LISTS = {"first": BUGS, "second": SECOND_BUGS}
 
-def names() -> list[str]:
+
+def names(which: str = "first") -> list[str]:
     """The bugs, in the order of the list."""
-    return [bug.id for bug in BUGS]
+    return [bug.id for bug in LISTS[which]]
 
 
 def measure(name: str) -> Sample:
     """What the checks and symptoms say of a bug; nothing, where the model cannot be called with it at all."""
     torch.set_num_threads(1)
-    bug = next(bug for bug in BUGS if bug.id == name)
+    bug = next(bug for bug in (*BUGS, *SECOND_BUGS) if bug.id == name)
     settings = Settings(PROFILES[PROFILE], shrink=False, optional=False)
     with torch.random.fork_rng():
         subject = subject_of(bug.file, bug.source)
@@ -100,7 +105,7 @@ def figures(samples: Iterable[Sample]) -> Named:
 
 
 def main() -> int:
-    samples = measured(__doc__, measure, names())
+    samples = measured(__doc__, measure, {which: names(which) for which in LISTS})
     file = Path(sys.argv[1])
     replace_text(file, with_impossible(samples, file.read_text("utf-8")))
     found = figures(samples)

@@ -13,7 +13,7 @@ Shapes: B batch, T new positions, S filled positions, K key/value heads, D head 
 A cache is a value: whatever is computed from it, passing it again gives the same answer. It is cheap all the same,
 because slots at and beyond ``cached_pos`` are never read through it: the first to continue a cache writes its new
 keys right there, in O(T). Only who continues it a second time, from a version that is no longer the newest, pays for
-a copy.
+a copy. That holds for calls one after the other: threads that continue one cache at once each need a copy of it.
 """
 
 from __future__ import annotations

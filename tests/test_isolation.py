@@ -62,7 +62,7 @@ def meet_again(_: Trial) -> None:
         (lambda: ctypes.string_at(0), "the process died of SIGSEGV: the subject crashed in native code"),
         (lambda: os._exit(3), "the process ended with exit code 3: the subject left Python"),
         (lambda: os._exit(0), "the process ended with exit code 0: the subject left Python"),
-        (lambda: sys.exit(0), "the subject left Python with exit code 0"),
+        (lambda: sys.exit(0), "the subject ended the process: exit code 0"),
     ],
     ids=["crash", "exit", "exit-0", "sys-exit"],
 )

@@ -15,7 +15,7 @@ from diymodel.verify.trial import Trial
 from diymodel.zoo.base import BASES
 
 OPTIONAL = [check for check in list_checks() if check.optional]
-ASKED_FOR = "optional: name it with --only"
+ASKED_FOR = "optional: it runs where it is named (--only, in pytest -k)"
 
 
 def test_optional_checks_are_skipped_with_the_way_to_run_them() -> None:
@@ -34,7 +34,9 @@ def test_optional_checks_run_by_name() -> None:
 def test_the_list_says_which_checks_are_optional(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines if line.endswith(f"({ASKED_FOR})")] == [check.id for check in OPTIONAL]
+    assert [line.split()[1] for line in lines if line.endswith("(optional: name it with --only)")] == [
+        check.id for check in OPTIONAL
+    ]
 
 
 def test_an_optional_check_draws_a_tenth_of_the_trials() -> None:

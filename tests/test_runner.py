@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.verify import Subject, SubjectError, check_causal_lm, timing
 from diymodel.verify.failure import CheckFailure, NotApplicable
 from diymodel.verify.registry import Check
+from diymodel.verify.report import Report
 from diymodel.verify.runner import replay, run_check
 from diymodel.verify.settings import Settings
 from diymodel.verify.timing import OutOfTime, time_limit
@@ -70,6 +72,34 @@ def test_a_replay_that_does_not_apply_is_no_pass() -> None:
     assert (result.status, result.reason) == ("skipped", "not this one")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "float46"}, r"this replay has dtype='float46': it must be one of float64, "),
+        ({"dtype": ["x"]}, r"this replay has dtype=\['x'\]: "),
+        ({"config": {"colour": 1}}, "colour"),
+    ],
+)
+def test_a_replay_of_what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replay(own(), check(lambda trial: (trial.model(), None)[1]), values)
+
+
+def test_a_factory_builds_a_new_module_each_time() -> None:
+    module = DIYForCausalLM(DIYConfig(vocab_size=16, max_seq_len=16))
+    with pytest.raises(SubjectError, match=r"^kept returned the same module twice: build a new one in each call$"):
+        check_causal_lm(Subject(lambda config: module, "kept"), only=["shape.logits"])
+
+
+def test_a_difference_from_a_nan_is_no_number_in_json() -> None:
+    def nowhere(trial: Trial) -> None:
+        raise CheckFailure("must be equal, saw a NaN", max_abs_diff=math.inf, tolerance=1e-11)
+
+    report = Report("nan", results=[run_check(own(), check(nowhere), Settings(1))])
+    failure = json.loads(report.to_json(), parse_constant=pytest.fail)["checks"][0]["failure"]
+    assert (failure["max_abs_diff"], failure["tolerance"]) == (None, 1e-11)
+
+
 def test_a_trial_that_does_not_apply_hides_no_failure_in_another() -> None:
     def sometimes(trial: Trial) -> None:
         if not trial.draw("applies", st.booleans()):
@@ -101,7 +131,7 @@ def test_an_exception_of_the_subject_is_a_failure_and_one_of_the_harness_an_erro
 
     wrong = run_check(own(), check(functools.partial(Trial.tokens, lm=None)), Settings())  # type: ignore[arg-type]
     assert wrong.status == "error"
-    assert "the check itself failed: AttributeError" in str(wrong.reason)
+    assert "internal error of the check, please report it: AttributeError" in str(wrong.reason)
 
 
 def test_shrinking_ends_after_a_while_with_the_smallest_failure_so_far() -> None:
@@ -204,11 +234,11 @@ def test_a_hanging_trial_is_an_error_of_that_check_alone() -> None:
 
 
 def test_a_time_budget_leaves_out_the_rest_and_says_so() -> None:
-    report = check_causal_lm(profile="quick", only=["shape.*", "causality.*"], time_budget=0.0)
+    report = check_causal_lm(profile="quick", only=["shape.*", "causality.*"], time_budget=1e-9)
     assert not report.results
     assert report.verdict == "inconclusive", "nothing was seen"
     assert report.to_text().splitlines()[-1].startswith("inconclusive; 0.0 s; the time budget")
-    assert report.interrupted == "the time budget of 0 s ran out before a verdict on causality.each_backend"
+    assert report.interrupted == "the time budget of 1e-09 s ran out before a verdict on causality.each_backend"
 
 
 def test_a_subject_that_refuses_every_drawn_configuration_is_told_so_with_its_own_words() -> None:

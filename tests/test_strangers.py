@@ -221,7 +221,7 @@ def test_an_error_of_the_factory_is_told_once() -> None:
     assert [first.check.id, *others] == [result.check.id for result in report.failed]
     text = to_text(report)
     assert text.count("AttributeError: no such thing") == 1
-    assert "mend that first" in text
+    assert "fix that first" in text
     assert report.diagnosis == ()
 
 
@@ -303,7 +303,7 @@ def test_what_is_skipped_for_the_same_reason_shares_a_line() -> None:
     assert " ".join(text.split()).count("(forward has no attention_mask and no seq_lengths)") == 1
     assert "  – padding.all_padding_finite, padding.content_irrelevant, " in text
     assert all(result.check.id in text for result in report.results)
-    assert max(map(len, text.partition("Equal means")[0].splitlines())) <= 120
+    assert max(map(len, text.partition("Two results count as equal")[0].splitlines())) <= 120
 
 
 def test_a_factory_may_import_its_neighbours_once_it_is_called(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from diymodel import DIYConfig
 from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks, parametrize_with_checks
 from diymodel.verify.explain import title
+from diymodel.verify.importing import import_named
 from diymodel.verify.registry import select_checks
 from diymodel.verify.report import Result, Status
 from diymodel.verify.runner import replay, run_checks
@@ -89,11 +91,15 @@ def test_the_same_seed_gives_the_same_report(broken: str) -> None:
     assert run() == run()
 
 
-def test_an_expected_failure_does_not_count(broken: str) -> None:
-    expected = {CACHED: "known", "decode.chunks": "known"}
+def test_an_expected_failure_does_not_count_and_one_that_passes_is_told(broken: str) -> None:
+    expected = {CACHED: "known", "decode.chunks": "known", "shape.logits": "once"}
     report = check_causal_lm(broken, profile="quick", only=list(expected), expected_failures=expected)
     assert report.verdict == "passed"
-    assert {result.check.id for result in report.results if result.status == "expected_failure"} == set(expected)
+    assert {result.check.id: (result.status, result.reason) for result in report.results} == {
+        CACHED: ("expected_failure", "known"),
+        "decode.chunks": ("expected_failure", "known"),
+        "shape.logits": ("passed", "it was expected to fail: once"),
+    }
 
 
 def test_an_exception_in_the_subject_fails_the_check_with_its_own_traceback(tmp_path: Path) -> None:
@@ -135,7 +141,7 @@ def test_a_configuration_the_factory_refuses_is_skipped_and_counted() -> None:
         ({"profile": "slow"}, "profile='slow': must be one of quick, standard, thorough"),
         (
             {"expected_failures": {"decode.branches": "x"}},
-            "names no check that runs: 'decode.branches'; the nearest is",
+            "'decode.branches' is expected to fail, and no check that runs is called so; the nearest is",
         ),
     ],
 )
@@ -246,9 +252,27 @@ def test_a_module_in_the_working_directory_is_found_and_a_subject_in_it_replays_
     write_model(tmp_path / "lm_beside.py", "torch.arange(T)")
     with (tmp_path / "lm_beside.py").open("a", encoding="utf-8") as file:
         file.write("\n\nfrom diymodel.verify import Subject\nsubject = Subject(LM, 'mine')\n")
-    (result,) = check_causal_lm("lm_beside:subject", profile="quick", only=[CACHED]).failed
+    report = check_causal_lm("lm_beside:subject", profile="quick", only=[CACHED])
+    assert report.subject == "mine", "as its author calls it"
+    (result,) = report.failed
     assert result.failure is not None
     assert result.failure.reproduce.startswith("diymodel verify lm_beside:subject --only ")
+
+
+def test_a_class_that_is_handed_over_replays_by_its_file(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, name = broken.rpartition(":")
+    found = import_named(broken)
+    monkeypatch.chdir(Path(path).parent)
+    (result,) = check_causal_lm(found, profile="quick", only=[CACHED]).failed
+    assert result.failure is not None
+    assert result.failure.reproduce.startswith(f"diymodel verify {Path(path).name}:{name} --only ")
+
+    def local(config: DIYConfig) -> Any:
+        return found(config)
+
+    (result,) = check_causal_lm(local, profile="quick", only=[CACHED]).failed
+    assert result.failure is not None
+    assert result.failure.reproduce.startswith("diymodel verify path/to/file.py:local --only ")
 
 
 def test_a_module_that_rejects_every_configuration_is_told_so_with_its_own_message(tmp_path: Path) -> None:
@@ -402,6 +426,8 @@ def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
     [
         (("--device", "nonsense"), "device='nonsense': "),
         (("--check-seconds", "0"), "check_seconds=0 must be above 0"),
+        (("--check-seconds", "inf"), "check_seconds=inf must be above 0 and at most 1e+06 seconds"),
+        (("--time-budget", "nan"), "time_budget=nan must be above 0"),
         (("--only", CACHED, "--replay", "[]"), "--replay takes the JSON object that the report printed, got []"),
         (("--only", CACHED, "--replay", "{}", "--json", "x.json"), "leave out --json and --html"),
         (("--only", CACHED, "--step", "1"), "nothing is left to run"),

@@ -136,7 +136,7 @@ def test_a_quiz_from_file_to_answer(
     assert main(["zoo", "quiz", "7", "--answer", right]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("quiz.py: diymodel verify quiz.py:subject")
-    assert said[1].startswith(f"no: {wrong}")
+    assert said[1].startswith(f"no, it is not {wrong}")
     assert said[2].startswith(f"yes: {right}")
     assert main(["zoo", "quiz", "7", "--out", "quiz.py"]) == 2
     assert "quiz.py exists" in capsys.readouterr().err

@@ -31,7 +31,7 @@ class UnseenBug(NamedTuple):
         return text.replace(self.old, self.new)
 
 
-def _in(file: str, *changes: tuple[str, str, str]) -> list[UnseenBug]:
+def bugs_in(file: str, *changes: tuple[str, str, str]) -> list[UnseenBug]:
     """Of one file; a class that comes twice there is numbered."""
     found: list[UnseenBug] = []
     for slug, old, new in changes:
@@ -40,7 +40,7 @@ def _in(file: str, *changes: tuple[str, str, str]) -> list[UnseenBug]:
     return found
 
 
-_GPT2 = _in(
+_GPT2 = bugs_in(
     "gpt2_like",
     (
         "mask-sees-next-token",
@@ -202,7 +202,7 @@ _GPT2 = _in(
     ),
 )
 
-_LLAMA = _in(
+_LLAMA = bugs_in(
     "llama_like",
     (
         "mask-hides-self",
@@ -390,7 +390,7 @@ _LLAMA = _in(
     ),
 )
 
-_NANO = _in(
+_NANO = bugs_in(
     "nano_like",
     (
         "mask-dropped-on-fast-path",
@@ -501,7 +501,7 @@ _NANO = _in(
     ),
 )
 
-_LOCAL = _in(
+_LOCAL = bugs_in(
     "local_moe",
     (
         "bidirectional-mask",  # a window to both sides
@@ -723,7 +723,7 @@ _LOCAL = _in(
     ),
 )
 
-_RECURRENT = _in(
+_RECURRENT = bugs_in(
     "recurrent",
     (
         "convolution-not-causal",

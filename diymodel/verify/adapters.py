@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,29 +30,9 @@ from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, s
 if TYPE_CHECKING:
     from diymodel.verify.calling.generating import Generating
 
-Save = Callable[[nn.Module, Path], object]  # writes a file, or a directory of them
-Load = Callable[[Path], nn.Module]
-# module, ids (B, T), offset -> logits with every position + offset
-Shifted = Callable[[nn.Module, Tensor, int], Tensor]
 Around = Callable[[int, int], AbstractContextManager[Any]]  # start, T: what each call of the module happens in
-Reference = Callable[[DIYConfig, Mapping[str, Tensor], Tensor], Tensor]  # config, state_dict, ids -> logits, float64
 
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
-
-
-class Checkpoint(NamedTuple):
-    """How a subject is saved, and built again from what was saved."""
-
-    save: Save
-    load: Load
-
-
-class Opened(NamedTuple):
-    """A model with the weights that were saved in a directory."""
-
-    module: nn.Module  # in eval mode, in the dtype of the weights
-    config: Any  # its sizes, by our names
-    problems: Sequence[str]  # weights that are missing, left over or of another shape, a line each
 
 
 class Past(NamedTuple):
@@ -76,6 +56,12 @@ class LM:
     @functools.cached_property
     def module(self) -> nn.Module:
         return self._module if isinstance(self._module, nn.Module) else self._module()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers(), [torch.empty(0)])
+        return next(tensors).device
 
     def logits(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences without a cache; ``real`` (B, T) is False at padding."""
@@ -105,7 +91,7 @@ class LM:
         inputs = self._inputs(input_ids, real, start=0)
         if convention.logits_need_labels:
             inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
-        return self._shaped(self._uncached(inputs).logits)
+        return self._shaped(self._uncached(inputs))
 
     def placed(self, input_ids: Tensor, positions: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole sequences whose tokens stand at ``positions`` (B, T)."""
@@ -124,7 +110,7 @@ class LM:
             inputs = self._inputs(ids, seen, start=0) | {_some(name): values[:, :end]}
             if self.convention.logits_need_labels:
                 inputs[_some(self.convention.labels)] = ids
-            return self._shaped(self._uncached(inputs).logits)
+            return self._shaped(self._uncached(inputs))
 
         return self._each(input_ids, call)
 
@@ -262,7 +248,7 @@ class LM:
         tables = tables_of(self.module)
         if any(len(table.weight) >= self.config.vocab_size for table in tables):
             return tables
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=next(self.module.parameters()).device)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with self.aside(), torch.no_grad():
             return [*tables, *looked_up(self.module, lambda: self.logits(ids))]
 
@@ -300,7 +286,7 @@ class LM:
                 raise NotApplicable("forward returned no cache")
             if convention.cache_is_new_part is not None and past is not None:
                 cache = joined(past.cache, cache, convention.cache_is_new_part)
-        logits = self._shaped(output.logits)
+        logits = self._shaped(output)
         return logits[:, -new:] if convention.cached_gets_all else logits, Past(cache, start + new, tokens)
 
     def _handed(self, cache: Any) -> dict[str, Any]:
@@ -343,12 +329,14 @@ class LM:
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         return positions if self.convention.positions_are_shared else positions.expand_as(input_ids)
 
-    def _shaped(self, logits: Tensor | None) -> Tensor:
-        if logits is None:
+    def _shaped(self, output: Output) -> Tensor:
+        if output.logits is None:
+            V = self.config.vocab_size
             raise SubjectError(
-                "forward returned no logits: expected a tensor (batch, seq, vocab), or a tuple, dict or object with one"
+                f"forward returned no logits but {output.instead}: expected a tensor (batch, seq, {V}) for "
+                f"config.vocab_size={V}, or a tuple, dict or object with one"
             )
-        return logits[..., : self.config.vocab_size]  # litgpt and others pad the vocabulary
+        return output.logits[..., : self.config.vocab_size]  # litgpt and others pad the vocabulary
 
     def _without_cache(self) -> AbstractContextManager[None]:
         installed = self.convention.installed
@@ -381,7 +369,7 @@ def _with_new_tokens(found: Tensor, prompt: Tensor) -> Tensor:
     """What generate returned, (B, L); where that is no more than the prompt, no property of new tokens holds."""
     L, T = found.shape[1], prompt.shape[1]
     if L <= T:
-        raise CheckFailure(f"generate returned {L} tokens a row for a prompt of {T}: see generation.keeps_prompt")
+        raise CheckFailure(f"generate must add to a prompt of {T}, saw {L} tokens a row: see generation.keeps_prompt")
     return found
 
 

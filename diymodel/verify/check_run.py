@@ -155,7 +155,7 @@ class CheckRun:
         except OutOfTime:
             status, reason = "error", f"no answer within {self.limit}, in trial {self.count}: it hangs, or is too slow"
         except SystemExit as left:
-            status, reason = "error", f"the subject left Python with exit code {left.code}"
+            status, reason = "error", f"the subject ended the process: exit code {left.code}"
         except NotApplicable as stop:
             status, reason = "skipped", str(stop)
         except Inconclusive as stop:
@@ -168,7 +168,8 @@ class CheckRun:
             elif self.never_applies:
                 status, reason = "skipped", self.not_applicable[0]
             elif self.failed is None:
-                status, reason = "error", f"the check itself failed: {type(raised).__name__}: {raised}"
+                what = f"{type(raised).__name__}: {raised}"
+                status, reason = "error", f"internal error of the check, please report it: {what}"
         if self.may_be_rounding:
             status, reason = "inconclusive", f"it may be rounding: {self.doubtful[1]}"  # type: ignore[index]
         elif (failed := self.failed or self.doubtful) is not None:
@@ -207,7 +208,7 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
         values = {**values, "dtype": dtype_name(trial.dtype)}
     recorded = json.dumps(values, separators=(",", ":"))
     device = "" if trial.device == "cpu" else f" --device {trial.device}"
-    command = f"diymodel verify {shlex.quote(subject.name)} --only {check.id}{device} --replay {shlex.quote(recorded)}"
+    command = f"diymodel verify {shlex.quote(subject.spec)} --only {check.id}{device} --replay {shlex.quote(recorded)}"
     if isinstance(error, CheckFailure):
         causes = () if error.speaks_for_itself else check.causes
         return Failure(
@@ -216,7 +217,7 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not is_a_tools(frame)]
     message = f"the subject raised {type(error).__name__}: {error}"
-    if any(frame.name == Subject.made.__name__ and HARNESS in frame.filename for frame in frames):
+    if any(frame.name == Subject.made.__name__ and frame.filename.startswith(HARNESS) for frame in frames):
         message += "; it was being built: what it cannot be built of, its factory refuses by NotImplementedError"
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
@@ -226,4 +227,7 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
 def _is_the_subjects(error: Exception) -> bool:
     """Whether an error came out of the subject, and not of the harness around it."""
     frames = traceback.extract_tb(error.__traceback__)
-    return any(not is_a_tools(frame) or (frame.name in _INTO_SUBJECT and HARNESS in frame.filename) for frame in frames)
+    return any(
+        not is_a_tools(frame) or (frame.name in _INTO_SUBJECT and frame.filename.startswith(HARNESS))
+        for frame in frames
+    )

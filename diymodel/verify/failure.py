@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HARNESS = "diymodel/verify"
+HARNESS = f"{Path(__file__).parent}{os.sep}"  # what its files begin with
+_STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _LIBRARIES = "site-packages/"
 _SHOWN = 4  # names of parts or parameters
-_TOOLS = (HARNESS, "site-packages/torch/", "site-packages/hypothesis/")
+_TOOLS = ("site-packages/torch/", "site-packages/hypothesis/")
 
 
 @dataclass
@@ -93,8 +96,9 @@ def crashed(error: Exception) -> bool:
 
 def is_a_tools(frame: traceback.FrameSummary) -> bool:
     """Whether a line of a traceback lies in the harness, in torch, in Hypothesis or in Python itself."""
-    standard_library = "/lib/python" in frame.filename and _LIBRARIES not in frame.filename
-    return standard_library or any(part in frame.filename for part in _TOOLS)
+    file = frame.filename
+    standard_library = file.startswith(_STANDARD_LIBRARY) and _LIBRARIES not in file
+    return standard_library or file.startswith(HARNESS) or any(part in file for part in _TOOLS)
 
 
 def _not_tools(error: Exception) -> list[traceback.FrameSummary]:

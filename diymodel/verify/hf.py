@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import Opened
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, refusal, said
+from diymodel.verify.given import Opened
 from diymodel.verify.hf_sizes import settings, sizes
 from diymodel.verify.subject import Subject
 

@@ -195,7 +195,7 @@ def _failure(result: Result, lang: Lang, others: Sequence[str]) -> str:
 
 def _message(failure: Failure, lang: Lang) -> list[str]:
     expected, seen = failure.expected_and_seen
-    parts = {"expected": expected, "seen": seen} if seen else {"raised": expected}
+    parts = {"raised" if failure.traceback else "expected": expected} | ({"seen": seen} if seen else {})
     return [f'<h4>{WORDS[lang][name]}</h4><p lang="en">{escape(text)}</p>' for name, text in parts.items()]
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import itertools
+import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from diymodel.verify.failure import SubjectError, said
+
+_folders: set[Path] = set()  # of the files that were imported
 
 
 def import_named(spec: str) -> Any:
@@ -40,6 +45,18 @@ def import_named(spec: str) -> Any:
     if not hasattr(module, name):
         raise SubjectError(f"{place} has no {name!r}{_instead(module, name)}")
     return getattr(module, name)
+
+
+def defined_at(found: Any) -> str:
+    """What :func:`import_named` finds a class or function by; '' where that is nothing, as inside a function."""
+    try:
+        file = inspect.getsourcefile(found)
+    except TypeError:  # it is neither, or built in
+        return ""
+    name = getattr(found, "__qualname__", "")
+    if file is None or not name.isidentifier():
+        return ""
+    return f"{os.path.relpath(file)}:{name}"
 
 
 def _without_name(place: str) -> str:
@@ -71,14 +88,43 @@ def _import_module(name: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise SubjectError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = _free_name(path)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up
+    sys.modules[name] = module  # dataclasses and pickles look their module up
+    _forget_namesakes(path.parent)
     _put_first(path.parent)  # as python does for a script: a file may import its neighbours
     spec.loader.exec_module(module)
     return module
+
+
+def _free_name(path: Path) -> str:
+    """That of the file, unless it is that of another module, such as ``random``, which others go on to import."""
+    loaded = sys.modules.get(path.stem)
+    if loaded is None or _lies_in(loaded, path.parent):
+        return path.stem
+    return f"{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]}"
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Let a file import its own neighbours, where an earlier subject's of the same name are loaded."""
+    for neighbour in folder.iterdir():
+        loaded = sys.modules.get(neighbour.stem)
+        if loaded is not None and not _lies_in(loaded, folder) and any(_lies_in(loaded, each) for each in _folders):
+            for name in [n for n in sys.modules if n == neighbour.stem or n.startswith(f"{neighbour.stem}.")]:
+                del sys.modules[name]
+    _folders.add(folder.resolve())
+
+
+def _lies_in(module: ModuleType, folder: Path) -> bool:
+    """Whether it is a file or a package of this folder."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return False
+    place = Path(file).resolve()
+    return folder.resolve() in (place.parent, place.parent.parent if place.stem == "__init__" else None)
 
 
 def _put_first(directory: Path) -> None:

@@ -18,6 +18,7 @@ from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject
 
 _PROBING_SECONDS = 150.0  # more than the child itself allows for it
+_LONGEST_WAIT = 3600.0  # at a time: poll counts milliseconds in 32 bits
 _GRACE = 5.0  # seconds beyond the time for all checks
 _PATIENCE = 4  # times the limit of a check: the child itself gives up a hanging trial, and shrinking, before that
 
@@ -95,7 +96,7 @@ def run_isolated(
             if not begun:
                 return  # all is done, or the time for it is over
             first = min(each.until for each in begun.values())
-            ready = wait(list(begun), max(first - time.monotonic(), 0.0))
+            ready = wait(list(begun), min(max(first - time.monotonic(), 0.0), _LONGEST_WAIT))
             now = time.monotonic()
             for connection in [each for each in begun if each in ready or begun[each].until <= now]:
                 each = begun.pop(connection)

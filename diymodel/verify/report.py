@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -181,7 +182,7 @@ class Report:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_text(self, color: bool = False, lang: Lang = "en") -> str:
         """The report for a person: one line a check, then each failure."""
@@ -202,6 +203,11 @@ def _diagnosis_dict(found: Diagnosis) -> dict[str, Any]:
     }
 
 
+def _finite(number: float | None) -> float | None:
+    """JSON knows no infinity, as which a difference from a NaN counts."""
+    return number if number is not None and math.isfinite(number) else None
+
+
 def _result_dict(result: Result) -> dict[str, Any]:
     failure = result.failure
     return {
@@ -218,8 +224,8 @@ def _result_dict(result: Result) -> dict[str, Any]:
             "likely_causes": list(failure.likely_causes),
             "config": failure.config,
             "values": failure.values,
-            "max_abs_diff": failure.max_abs_diff,
-            "tolerance": failure.tolerance,
+            "max_abs_diff": _finite(failure.max_abs_diff),
+            "tolerance": _finite(failure.tolerance),
             "reproduce": failure.reproduce,
             "traceback": failure.traceback,
         },

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diymodel.config import DIYConfig
 from diymodel.verify.check_run import CheckRun, run_here
 from diymodel.verify.child import can_fork
 from diymodel.verify.examination import diagnose
@@ -16,7 +17,7 @@ from diymodel.verify.failure import SubjectError
 from diymodel.verify.isolation import probe_isolated, run_alone, run_isolated
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Report, Result
-from diymodel.verify.settings import CHECK_SECONDS, Settings, check_device
+from diymodel.verify.settings import CHECK_SECONDS, Settings, check_device, check_time
 from diymodel.verify.subject import Factory, Subject, resolve
 from diymodel.verify.threads import one_thread
 from diymodel.verify.trial import Trial, dtype_name
@@ -50,7 +51,8 @@ def check_causal_lm(
         only: globs of check ids to run; none means all but the optional ones.
         skip: globs of check ids to leave out.
         step: a step of the roadmap, "3" or "3.2"; None means all.
-        expected_failures: ``{id: reason}``; such a check is run, and its failure does not count.
+        expected_failures: ``{id: reason}``; such a check is run, and its failure does not count. That it passes is
+            said in its place.
         device: where the modules are built.
         dtype: of the modules: "float64", "float32", "bfloat16" or "float16". None: float64, in which rounding and bugs
             are worlds apart, or float32 where the subject refuses it.
@@ -65,11 +67,13 @@ def check_causal_lm(
 
     Raises:
         SubjectError: the subject cannot be found, built or called.
-        ValueError: an id, step, profile, dtype or device is unknown, no check is left, or check_seconds or
-            jobs is not above 0.
+        ValueError: an id, step, profile, dtype or device is unknown, no check is left, check_seconds or
+            time_budget is no time, or jobs is not above 0.
     """
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be above 0: it is how many checks run side by side")
+    if time_budget is not None:
+        check_time("time_budget", time_budget)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     only = tuple(only)
     settings = Settings.of(profile, seed, device, dtype, check_seconds, deadline, optional=bool(only))
@@ -77,7 +81,7 @@ def check_causal_lm(
     chosen = select_checks(only, skip, step)
     for id in expected_failures:
         if not any(check.id == id for check in chosen):
-            raise ValueError(f"expected_failures names no check that runs: {id!r}{nearest(id, chosen)}")
+            raise ValueError(f"{id!r} is expected to fail, and no check that runs is called so{nearest(id, chosen)}")
     isolate = isolate and can_fork()
     resolved = resolve(subject)
     if isolate:
@@ -94,6 +98,8 @@ def check_causal_lm(
         for result in results:
             if result.status in ("failed", "error") and result.check.id in expected_failures:
                 result = replace(result, status="expected_failure", reason=expected_failures[result.check.id])
+            elif result.status == "passed" and result.check.id in expected_failures:
+                result = replace(result, reason=f"it was expected to fail: {expected_failures[result.check.id]}")
             report.results.append(result)
             if on_result is not None:
                 on_result(result)
@@ -134,6 +140,8 @@ def replay(
         ValueError: the values are not those of this check, or there is no such device.
     """
     check_device(device)
+    if "config" in values:
+        DIYConfig.from_dict(values["config"])  # whose error would else be taken for the subject's
     resolved = resolve(subject)
     trial = Trial.replaying(resolved, values, device)
     run = CheckRun(resolved, check, Settings(1, dtype=trial.dtype))
@@ -148,7 +156,7 @@ def verify_one(subject: Subject, check: Check, settings: Settings) -> Result:
     """The verdict of one check: skipped where the subject lacks what it needs, else run."""
     reason = next((why for need in check.needs if (why := subject.missing(need))), None)
     if check.optional and not settings.optional:
-        reason = "optional: name it with --only"
+        reason = "optional: it runs where it is named (--only, in pytest -k)"
     if reason is not None:
         return Result(check, "skipped", reason=reason)
     return run_check(subject, check, settings)

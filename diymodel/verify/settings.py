@@ -11,6 +11,8 @@ from diymodel.verify.options import CHECK_SECONDS as CHECK_SECONDS
 from diymodel.verify.options import PROFILES as PROFILES
 from diymodel.verify.trial import DTYPES
 
+_LONGEST = 1e6  # seconds; timers of the operating system overflow beyond
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,8 +43,7 @@ class Settings:
         Raises:
             ValueError: there is no such profile, dtype or device, or check_seconds is no time.
         """
-        if not check_seconds > 0:
-            raise ValueError(f"check_seconds={check_seconds:g} must be above 0")
+        check_time("check_seconds", check_seconds)
         check_device(device)
         if profile not in PROFILES:
             raise ValueError(f"profile={profile!r}: must be one of {', '.join(PROFILES)}")
@@ -57,6 +58,12 @@ class Settings:
             return self
         left = self.deadline - time.monotonic()
         return replace(self, check_seconds=min(self.check_seconds, left)) if left > 0 else None
+
+
+def check_time(name: str, seconds: float) -> None:
+    """Refuse what is no length of time."""
+    if not 0 < seconds <= _LONGEST:
+        raise ValueError(f"{name}={seconds:g} must be above 0 and at most {_LONGEST:g} seconds")
 
 
 def check_device(name: str) -> None:

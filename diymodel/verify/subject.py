@@ -16,7 +16,7 @@ from torch import nn
 
 from diymodel._compat import nan_where_undefined
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import Checkpoint, Load, Reference, Save, Shifted, own_model
+from diymodel.verify.adapters import own_model
 from diymodel.verify.calling.building import ByNames
 from diymodel.verify.calling.generate_probing import with_generating
 from diymodel.verify.calling.generating import CAPABILITIES as GENERATING
@@ -24,7 +24,8 @@ from diymodel.verify.calling.own_sizes import find_own_sizes
 from diymodel.verify.calling.probing import find_convention
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import SubjectError, said_where
-from diymodel.verify.importing import import_named
+from diymodel.verify.given import Checkpoint, Load, Reference, Save, Shifted
+from diymodel.verify.importing import defined_at, import_named
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import configs
 from diymodel.verify.threads import one_thread
@@ -152,6 +153,8 @@ class Subject:
         self.widths: Mapping[str, int] = {}  # in whose place smaller ones are refused
         self.num_parameters = 0  # of the module that its convention was found with
         self.name = name or getattr(factory, "__name__", type(self).__name__)
+        self.is_named = bool(name)  # by its author
+        self.spec = f"path/to/file.py:{self.name}"  # what names it on a command line
         self.claims = frozenset(claims)
         self.lacks = dict(lacks or {})
         self.reference = reference
@@ -203,7 +206,10 @@ class Subject:
                     if self.own_sizes:
                         config = replace(config, **self.own_sizes)
                         convention = self._found(config)
-                    self.num_parameters = sum(parameter.numel() for parameter in self.made(config).parameters())
+                    built = self.made(config)
+                    self.num_parameters = sum(parameter.numel() for parameter in built.parameters())
+                    if self.made(config) is built:
+                        raise SubjectError(f"{self.name} returned the same module twice: build a new one in each call")
             except OutOfTime:
                 raise SubjectError(f"{self.name} did not build and answer a few tiny calls in {_PATIENCE} s") from None
             return with_generating(lambda: self.made(config), config, convention, self._factory)
@@ -327,21 +333,30 @@ def resolve(spec: str | Subject | Factory | None) -> Subject:
     Raises:
         SubjectError: it does not exist, does not import, or is no factory; one line that says what to write instead.
     """
-    if spec is None or spec == OWN:
-        return Subject(name=OWN, claims=_OWN_CLAIMS, **own_model())
-    if isinstance(spec, str) and spec.startswith("hf:"):
+    if isinstance(spec, (str, type(None))):
+        subject = _subject_named(OWN if spec is None else spec)
+        subject.spec = OWN if spec is None else spec
+        if not subject.is_named:
+            subject.name = subject.spec
+        return subject
+    subject = _subject_of(spec, getattr(spec, "__name__", type(spec).__name__))
+    if place := defined_at(spec):
+        subject.spec = place
+    return subject
+
+
+def _subject_named(spec: str) -> Subject:
+    if spec == OWN:
+        return Subject(claims=_OWN_CLAIMS, **own_model())
+    if spec.startswith("hf:"):
         from diymodel.verify.hf import subject_of_type
 
         return subject_of_type(spec.removeprefix("hf:"))
-    if isinstance(spec, str) and spec and Path(spec).is_dir():
+    if spec and Path(spec).is_dir():
         from diymodel.verify.hf import subject_of_directory
 
         return subject_of_directory(spec)
-    if isinstance(spec, str):
-        subject = _subject_of(import_named(spec), spec)
-        subject.name = spec  # by which a failure replays
-        return subject
-    return _subject_of(spec, getattr(spec, "__name__", type(spec).__name__))
+    return _subject_of(import_named(spec), spec)
 
 
 def _subject_of(found: Any, name: str) -> Subject:

@@ -50,7 +50,9 @@ def failure_lines(result: Result, color: bool = False, lang: Lang = "en", others
     if failure is None:
         return [heading, f"  {result.reason}"]
     expected, seen = failure.expected_and_seen
-    said = {words["expected"]: expected, words["seen"]: seen} if seen else {words["raised"]: expected}
+    said = {words["raised" if failure.traceback else "expected"]: expected}
+    if seen:
+        said[words["seen"]] = seen
     if others:
         said[words["same"]] = ", ".join(others)
     if failure.traceback:

@@ -90,8 +90,15 @@ class Trial:
 
     @classmethod
     def replaying(cls, subject: Subject, values: Mapping[str, Any], device: str = "cpu") -> Trial:
-        """A trial on recorded values, in the dtype that they name, if they name one."""
-        return cls(subject, None, values, DTYPES.get(values.get("dtype", "")), device)
+        """A trial on recorded values, in the dtype that they name, if they name one.
+
+        Raises:
+            ValueError: there is no such dtype.
+        """
+        dtype = values.get("dtype")
+        if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
+            raise ValueError(f"this replay has dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
+        return cls(subject, None, values, DTYPES[dtype] if dtype else None, device)
 
     def run(self, check: Callable[[Trial], object]) -> None:
         """The check, on what every trial finds as torch's random state; afterwards that is as it was before."""

@@ -77,17 +77,18 @@ WORDS: dict[Lang, dict[str, str]] = {
         "select": "a click selects the whole command",
         "more": "Read more",
         "diagnosis": "Diagnosis: the bugs that this pattern of failures looks like",
-        "beside": "Beside it, for what it does not explain",
+        "beside": "A second bug, for the failures that the first does not explain",
         "instead": "Or instead of one of these",
         "unknown": "none that we know: the pattern fits no class of bugs (diymodel zoo list)",
         "doubtful": "none that we know fits well. The nearest, which may all be wrong:",
-        "raises": "none: the model raises an error; mend that first, and verify it again",
+        "raises": "none: the model raises an error; fix that first, and verify it again",
         "unexplained": "Not explained by these",
         "look": "Look for",
         "explain": "What this check means and how to fix it",
-        "equal": "Equal means within 1e-11 of the largest value in float64, or within 16 times the subject's own "
-        "measured rounding (4 times in half types), or one step of float32 where it computes in that: {alarms} false "
-        "alarms in {trials:,} trials on correct models.",
+        "equal": "Two results count as equal if they differ by at most 1e-11 of the largest value (in float64), by "
+        "16 times the subject's own measured rounding (4 times in half types), or by one step of float32 where it "
+        "computes in that. With this rule there were {alarms} false alarms in more than {trials:,} trials of correct "
+        "models.",
         "refused": "configurations were refused by the subject",
     },
     "zh": {
@@ -127,7 +128,7 @@ WORDS: dict[Lang, dict[str, str]] = {
         "explain": "这项检查的含义与修法",
         "equal": "“相等”指与最大值相差不超过 1e-11（float64），或不超过模型自身实测舍入误差的 16 倍（半精度为 4 倍），"
         "内部用 float32 计算的则不超过 float32 的一个最小间隔："
-        "在正确的模型上试验 {trials:,} 次，误报 {alarms} 次。",
+        "按这条规则，在正确的模型上试验超过 {trials:,} 次，误报 {alarms} 次。",
         "refused": "个配置被模型拒绝构建",
     },
 }

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import LM, Reference
+from diymodel.verify.adapters import LM
+from diymodel.verify.given import Reference
 from diymodel.verify.subject import Subject
 from diymodel.zoo.base import BASES
 

@@ -15,7 +15,7 @@ examples:
   diymodel zoo                                    which checks kill which bugs, as it was measured
   diymodel zoo matrix --html zoo.html             the same as a page
   diymodel zoo matrix --measure FILE --jobs 2     measure it anew: every check on every bug; goes on where FILE ends
-  diymodel zoo luck --json FILE --seeds 20        how often few trials miss a bug
+  diymodel zoo luck --json FILE --seeds 20        how often a short run misses a bug
   diymodel zoo show position-restarts-in-decode   a bug as a diff, and what one sees when training with it
   diymodel zoo quiz 7 --out quiz.py               a model with an unknown bug
   diymodel zoo quiz 7 --answer tie-lost
@@ -143,7 +143,7 @@ def _quiz(args: argparse.Namespace) -> int:
         return 0
     bug, given = bug_of(args.number), bug_class(args.answer)
     if given.slug != bug.slug:
-        print(f"no: {given.slug} it is not. {given.what}")
+        print(f"no, it is not {given.slug}. {given.what}")
         return 1
     print(f"yes: {given.slug}. {given.what}\ndiymodel zoo show {given.slug} --base {bug.base}")
     return 0

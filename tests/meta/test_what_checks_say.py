@@ -21,8 +21,8 @@ import diymodel.loss
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.counting import Flops
 from diymodel.model import DIYModel, ModelBlock, RotaryEmbedding
-from diymodel.verify.adapters import Checkpoint, Opened
 from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.given import Checkpoint, Opened
 from diymodel.verify.randomness import seeded
 from diymodel.verify.subject import OWN, Subject, resolve
 from diymodel.verify.trial import Trial

@@ -25,6 +25,7 @@ class Output(NamedTuple):
     logits: Tensor | None
     loss: Tensor | None
     past: Any
+    instead: str = ""  # what came where there are no logits
 
 
 def read_output(output: Any, vocab_size: int, loss_place: int = 0, paired: bool = False) -> Output:
@@ -64,9 +65,16 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0, paired: bool 
     containers = [item for item in others if not isinstance(item, Tensor)]
     if paired:
         pasts = containers if len(containers) > 1 else others
-        return Output(logits, loss, tuple(pasts[-2:]) if len(pasts) > 1 else None)
-    past = next(iter(containers or others), None)  # beside containers, a tensor is one of hidden states
-    return Output(logits, loss, past)
+        past = tuple(pasts[-2:]) if len(pasts) > 1 else None
+    else:
+        past = next(iter(containers or others), None)  # beside containers, a tensor is one of hidden states
+    return Output(logits, loss, past, ", ".join(map(_told, items)) if logits is None else "")
+
+
+def _told(item: Any) -> str:
+    if not isinstance(item, Tensor):
+        return f"a {type(item).__name__}"
+    return f"a tensor {tuple(item.shape)} of {str(item.dtype).removeprefix('torch.')}"
 
 
 def _holds_logits(item: Any) -> bool:

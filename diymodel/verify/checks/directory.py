@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from diymodel.verify.adapters import LM, Opened
+from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure
+from diymodel.verify.given import Opened
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 

@@ -217,7 +217,7 @@ def distinct_tokens(lm: LM, rows: int = 1, length: int = LENGTH) -> Tensor:
     """Distinct tokens in each row (B, T)."""
     generator = torch.Generator().manual_seed(3)
     rows_of = [torch.randperm(lm.config.vocab_size, generator=generator)[:length] for _ in range(rows)]
-    return torch.stack(rows_of).to(next(lm.module.parameters()).device)
+    return torch.stack(rows_of).to(lm.device)
 
 
 def changed(ids: Tensor, position: int) -> Tensor:

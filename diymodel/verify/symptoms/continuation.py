@@ -28,7 +28,7 @@ class Prompts(NamedTuple):
 
 def drawn_prompts(patient: Patient, lm: LM, padded: bool) -> Prompts:
     """Random prompts, so many that a wrong logit shows in a token; padded on the side on which they should be."""
-    device = next(lm.module.parameters()).device
+    device = lm.device
     T = min(_PROMPT, lm.config.max_seq_len - 2)
     rows = 1 if lm.generating.one_row else _ROWS
     ids = torch.randint(lm.config.vocab_size, (rows, T), generator=torch.Generator().manual_seed(5)).to(device)

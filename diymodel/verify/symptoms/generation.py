@@ -34,7 +34,7 @@ def _prompt(lm: LM, length: int) -> Tensor:
     """Rows that hold every token between them, as few as generate takes (B, T)."""
     vocab_size = lm.config.vocab_size
     rows = torch.arange(1 if lm.generating.one_row else vocab_size)[:, None]
-    return ((rows + torch.arange(length)) % vocab_size).to(next(lm.module.parameters()).device)
+    return ((rows + torch.arange(length)) % vocab_size).to(lm.device)
 
 
 @symptom(

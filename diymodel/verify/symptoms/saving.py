@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diymodel.verify.adapters import LM, Opened
+from diymodel.verify.adapters import LM
+from diymodel.verify.given import Opened
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 from diymodel.verify.trial import draw_weights
 
