@@ -42,13 +42,41 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 
 
 def require_place(path: str | os.PathLike[str]) -> None:
-    """Refuse, before work is done for it, a file that could not be written because its directory is not there.
+    """Refuse, before work is done for it, a file that could not be written; a file is made beside it, and removed.
 
     Raises:
-        FileNotFoundError: the message names the directory.
+        FileNotFoundError: its directory is not there; the message names it.
+        FileExistsError: a directory, or something else that is no file, has its name.
+        OSError: nothing can be created in its directory (no permission, a full disk, …); of the type that the errno
+            stands for.
     """
+    name = f"{os.fspath(path)} cannot be written"
     if not (directory := Path(path).parent).is_dir():
-        raise FileNotFoundError(f"{os.fspath(path)} cannot be written: there is no directory {directory}")
+        raise FileNotFoundError(f"{name}: there is no directory {directory}")
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{name}: it is {'a directory' if target.is_dir() else 'no regular file'}")
+    temporary = _temporary_beside(target)
+    try:
+        temporary.open("xb").close()
+        temporary.unlink()
+    except OSError as error:
+        raise type(error)(f"{name}: no file can be created in {target.parent} ({error.strerror})") from error
+
+
+def require_places(*paths: Path | None) -> None:
+    """As :func:`require_place` for each that is not None, which must be different files.
+
+    Raises:
+        ValueError: two are one file.
+        OSError: as :func:`require_place`.
+    """
+    found: set[Path] = set()
+    for path in filter(None, paths):
+        require_place(path)
+        if path.resolve() in found:
+            raise ValueError(f"{path} is named for two files, and the second would replace the first: name another")
+        found.add(path.resolve())
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:

@@ -41,6 +41,7 @@ from diymodel import hf_form
 from diymodel._compat import unsafe_globals
 from diymodel._files import create_directory, replace_file
 from diymodel.config import DIYConfig
+from diymodel.devices import usable_device
 from diymodel.model import DIYForCausalLM
 from diymodel.weights import check_expected, check_state_dict, with_tied_head, without_prefix
 
@@ -63,8 +64,12 @@ class Checkpoint(NamedTuple):
     training: dict[str, Any] | None  # as it was given to save_checkpoint
 
     def model(self, device: str | torch.device = "cpu") -> DIYForCausalLM:
-        """The model, in eval mode, on ``device`` and in the dtype it was saved in."""
-        return _build(self.config, self.state_dict, device)
+        """The model, in eval mode, on ``device`` and in the dtype it was saved in.
+
+        Raises:
+            ValueError: ``device`` cannot be used.
+        """
+        return _build(self.config, self.state_dict, usable_device(device))
 
 
 def save_checkpoint(path: _StrPath, model: nn.Module, training: dict[str, Any] | None = None) -> None:
@@ -104,7 +109,9 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: as :func:`read_checkpoint`, or its configuration is not ``expected``; names each field that differs.
+            Or ``device`` cannot be used, which is found before anything is read.
     """
+    device = usable_device(device)
     return read_checkpoint(path, expected).model(device)
 
 
@@ -179,8 +186,10 @@ def load_pretrained(
     Raises:
         FileNotFoundError: there is nothing at ``directory``.
         ValueError: it is damaged, is no such directory, describes a model that ours cannot be, has other weights than
-            its configuration asks for, or its configuration is not ``expected``.
+            its configuration asks for, or its configuration is not ``expected``. Or ``device`` cannot be used, which
+            is found before anything is read.
     """
+    device = usable_device(device)
     directory = Path(directory)
     with _naming(directory):
         config_json, shards = hf_form.find_files(directory)
@@ -323,7 +332,7 @@ def _skeleton(config: DIYConfig) -> DIYForCausalLM:
         return DIYForCausalLM(config)
 
 
-def _build(config: DIYConfig, state_dict: Mapping[str, Tensor], device: str | torch.device) -> DIYForCausalLM:
+def _build(config: DIYConfig, state_dict: Mapping[str, Tensor], device: torch.device) -> DIYForCausalLM:
     """The model with these weights, which are known to fit, in their dtype; in eval mode."""
     # By way of the skeleton, nothing is drawn that is overwritten at once, and the random state stays as it was. It
     # gets memory as by to_empty(), but for an empty_like() that, of what has no memory yet, imports sympy: a second.

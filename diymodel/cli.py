@@ -257,8 +257,6 @@ def _generate(args: argparse.Namespace) -> int:
         )
     if args.compile and args.no_cache:
         raise ValueError("--compile compiles the step on the cache, and --no-cache has none: drop one of them")
-    if not 0 <= args.seed < 2**64:
-        raise ValueError(f"--seed {args.seed} must be in [0, 2**64)")
     import torch
 
     from diymodel.devices import choose_device
@@ -317,14 +315,18 @@ def _load(path: Path) -> tuple[DIYForCausalLM, Tokenizer]:
     from diymodel.train import CHECKPOINT_NAME
 
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(
+            f"there is no {path}: expected a directory that `diymodel train` wrote, its {CHECKPOINT_NAME}, or a "
+            "Hugging Face directory"
+        )
     if path.is_dir() and not (path / CHECKPOINT_NAME).exists():
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"{path} has neither {CHECKPOINT_NAME} nor config.json")
         if not (path / "tokenizer.json").exists():
             raise FileNotFoundError(f"{path} has no tokenizer.json, which turns the prompt into tokens")
         text = (path / "tokenizer.json").read_text(encoding="utf-8")
-        return load_pretrained(path), JsonTokenizer(text, _eos_token(path), add_special_tokens=True)
+        tokenizer = JsonTokenizer(text, _eos_token(path), add_special_tokens=True)
+        return load_pretrained(path), tokenizer
     if path.is_dir():
         path = path / CHECKPOINT_NAME
     checkpoint = read_checkpoint(path)
@@ -334,10 +336,19 @@ def _load(path: Path) -> tuple[DIYForCausalLM, Tokenizer]:
 
 
 def _eos_token(directory: Path) -> str | None:
-    """The end token's name in a Hugging Face directory's ``tokenizer_config.json``, if it says one."""
+    """The end token's name in a Hugging Face directory's ``tokenizer_config.json``, if it says one.
+
+    Raises:
+        ValueError: the file is not as Hugging Face's libraries write it.
+    """
+    from diymodel.hf_form import parse_json
+
+    path = directory / "tokenizer_config.json"
     try:
-        token = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+        token = parse_json(path.read_bytes(), str(path)).get("eos_token")
     except FileNotFoundError:
         return None
-    name: str | None = token["content"] if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    if not (isinstance(name, str) or token is None):
+        raise ValueError(f'{path}: eos_token is {json.dumps(token)}, and must be a text or {{"content": a text}}')
     return name

@@ -69,7 +69,7 @@ def read_documents(paths: Sequence[str | Path]) -> list[str]:
         if path.is_dir():
             documents += [text for file in _files_in(path) if (text := _text_or_none(file)) is not None]
         else:
-            documents.append(_read_text(path))
+            documents.append(_read_text(path, "a text file, or a folder of them"))
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise ValueError(f"no text found in {', '.join(map(str, paths)) or 'an empty list of paths'}")
@@ -81,9 +81,11 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, expected: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}: expected {expected}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte offset {error.start}") from None
 
@@ -91,7 +93,7 @@ def _read_text(path: Path) -> str:
 def _text_or_none(path: Path) -> str | None:
     """The text of a file met in a folder; None where it is none. A NUL is valid UTF-8, but no text has one."""
     try:
-        text = _read_text(path)
+        text = _read_text(path, "text")
     except ValueError:
         return None
     return None if "\0" in text else text
@@ -103,7 +105,7 @@ def read_tokenizer(path: str | Path) -> JsonTokenizer:
     Raises:
         FileNotFoundError, ImportError, ValueError: as for :func:`read_documents` and :class:`JsonTokenizer`.
     """
-    return JsonTokenizer(_read_text(Path(path)))
+    return JsonTokenizer(_read_text(Path(path), "a Hugging Face tokenizer.json"))
 
 
 def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -176,7 +178,7 @@ class Rows:
         num_bytes: how many bytes of text these tokens stand for; an end-of-document token stands for none.
 
     Raises:
-        ValueError: there is no document, or max_seq_len is below 2.
+        ValueError: there is no document, max_seq_len is below 2, or batching is neither of the two.
     """
 
     def __init__(
@@ -188,6 +190,8 @@ class Rows:
             raise ValueError(
                 f"max_seq_len={max_seq_len}: a row needs a token to read and one to predict, so at least 2"
             )
+        if batching not in ("packed", "padded"):
+            raise ValueError(f"batching={batching!r} must be 'packed' or 'padded'")
         tokens = [tokenizer.eos_id]
         borders = [0]  # where the end-of-document tokens stand
         for text in documents:

@@ -21,12 +21,22 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return usable_device(name)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """This device, once it is known to hold values.
+
+    Raises:
+        ValueError: there is no such device, or it is "meta", which holds shapes alone.
+    """
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        found = torch.empty(1, device=torch.device(device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
+        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if found.is_meta:
+        raise ValueError(f"device={str(device)!r} cannot be used: it holds shapes and no values")
+    return torch.device(device)
 
 
 def choose_autocast(dtype: str, hidden_size: int, device: torch.device) -> torch.dtype | None:

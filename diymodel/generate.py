@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def generate(
             negative (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing.
         eos_token_id: token, or tokens, after which a row is finished.
         pad_token_id: fills finished and short rows. Default: the config's, else the first ``eos_token_id``, else 0.
-        seed: seed of the draws; the same seed gives the same tokens with and without cache. The global random state
-            is neither used nor changed. None: drawn from the operating system.
+        seed: seed of the draws, in [0, 2**64); the same seed gives the same tokens with and without cache. The global
+            random state is neither used nor changed. None: drawn from the operating system.
         generator: draws from this instead, on the model's device.
         on_token: called after each step with the new tokens (B,), for streaming; a finished row shows padding.
         compile: run the steps on the cache compiled, with CUDA graphs on CUDA. The first call takes the seconds that
@@ -65,6 +66,7 @@ def generate(
         early when all rows are finished.
 
     Raises:
+        TypeError: an argument that must be a whole number is none; before any work.
         ValueError: an argument does not fit, or prompt and new tokens would exceed ``max_seq_len``, or the step cannot
             be compiled here; before any work.
     """
@@ -209,6 +211,7 @@ def _check(
     seed: int | None,
     generator: torch.Generator | None,
 ) -> None:
+    _check_whole("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
     if longest + max_new_tokens > config.max_seq_len:
@@ -219,12 +222,18 @@ def _check(
         )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature} must be a finite number, 0 or above")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_k is not None:
+        _check_whole("top_k", top_k)
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
     if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
         raise ValueError(f"repetition_penalty={repetition_penalty} must be a finite number above 0")
+    if seed is not None:
+        _check_whole("seed", seed)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed} must be in [0, 2**64)")
     if seed is not None and generator is not None:
         raise ValueError("seed and generator both say where the draws come from: give one of them")
 
@@ -232,7 +241,10 @@ def _check(
 def _eos_tokens(eos_token_id: int | Sequence[int] | None, config: DIYConfig, device: torch.device) -> Tensor | None:
     if eos_token_id is None:
         return None
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if isinstance(eos_token_id, str) or not isinstance(eos_token_id, Iterable):
+        ids = [eos_token_id]  # a text is not taken apart: it is refused as it is
+    else:
+        ids = list(eos_token_id)
     for token in ids:
         _check_token("eos_token_id", token, config)
     return torch.tensor(ids, dtype=torch.int64, device=device)
@@ -248,5 +260,13 @@ def _pad_token(pad_token_id: int | None, config: DIYConfig, eos: Tensor | None) 
 
 
 def _check_token(name: str, token: int, config: DIYConfig) -> None:
+    _check_whole(name, token)
     if not 0 <= token < config.vocab_size:
         raise ValueError(f"{name}={token} is outside the vocabulary [0, {config.vocab_size})")
+
+
+def _check_whole(name: str, value: object) -> None:
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # numbers of NumPy and torch are as good as Python's
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be a whole number, not a {type(value).__name__}") from None

@@ -71,6 +71,9 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is no JSON"):
         read_results(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"results\.json: expected a file that `diymodel bench decode` wrote"):
+        read_results(path, "decode")
 
 
 def test_a_device_that_is_not_here_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

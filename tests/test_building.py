@@ -249,7 +249,7 @@ def test_what_its_assertions_rule_out_is_refused(strangers: Callable[[str], Any]
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Unknown", "by the names of its arguments: it needs n_experts, which names no size that is known"),
+        ("Unknown", "its argument n_experts is not the name of a size that is known here: give it a default"),
         ("Misses", "by the names of its arguments: AttributeError: 'GPTConfig' object has no attribute 'n_quux'"),
     ],
 )

@@ -226,6 +226,26 @@ def test_a_compiled_model_is_unwrapped(tmp_path: Path, save: Save, load: Load) -
 
 
 @both_forms
+def test_the_model_is_loaded_to_a_device(tmp_path: Path, save: Save, load: Load) -> None:
+    """To another than the CPU in test_gpu.py."""
+    model = make_model()
+    save(tmp_path / "model", model)
+    assert_same_weights(load(tmp_path / "model", device=torch.device("cpu")), model)
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense"])
+@both_forms
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_read(
+    tmp_path: Path, save: Save, load: Load, device: str
+) -> None:
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used: "):
+        load(tmp_path / "nothing", device=device)
+    save_checkpoint(tmp_path / "m.pt", make_model())
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used: "):
+        read_checkpoint(tmp_path / "m.pt").model(device)
+
+
+@both_forms
 def test_only_our_model_can_be_saved(tmp_path: Path, save: Save, load: Load) -> None:
     with pytest.raises(TypeError, match="a DIYForCausalLM can be saved, not a Linear"):
         save(tmp_path / "model", nn.Linear(2, 2))

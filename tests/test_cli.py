@@ -209,15 +209,14 @@ def test_a_diverged_run_exits_1(text: str, tmp_path: Path, capsys: pytest.Captur
         (["train", "--out=x", "--preset=huge"], "invalid choice: 'huge'"),
         (["train", "--out=x", "--batching=random"], "invalid choice: 'random'"),
         (["train", "--out=x", "--device=gpu0"], "device='gpu0' cannot be used"),
-        (["train", "--out=x", "--tokenizer=missing.json"], "missing.json"),
-        (["train", "--out=x", "missing.txt"], "missing.txt"),
+        (["train", "--out=x", "--tokenizer=missing.json"], "there is no missing.json: expected a Hugging Face tok"),
+        (["train", "--out=x", "missing.txt"], "there is no missing.txt: expected a text file, or a folder of them"),
         (["train", "--out=x", "--resume"], "nothing to resume"),
         (["train", "--overfit", "--out=x", "a.txt"], "leave out a.txt, --out"),
         (["train", "--overfit", "--dropout=2"], "DIYConfig.dropout=2.0"),
         (["train", "--overfit", "--max-seq-len=4"], "max_seq_len=4"),
-        (["generate", "missing", "x"], "there is no missing"),
+        (["generate", "missing", "x"], "there is no missing: expected a directory that `diymodel train` wrote"),
         (["generate", ".", "x"], "neither checkpoint.pt nor config.json"),
-        (["generate", ".", "x", "--seed=-1"], "--seed -1 must be in"),
         (["generate", ".", "x", "--compile", "--no-cache"], "--compile compiles the step on the cache"),
         (["generate", ".", "x", "--temperature=0", "--top-k=4"], "no effect at --temperature 0"),
     ],
@@ -298,6 +297,7 @@ def test_too_many_tokens_are_refused_and_nothing_is_printed_before(
 ) -> None:
     assert "at most 29 new tokens fit" in error_of(["generate", run, "Doc", "--max-new-tokens=30"], capsys)
     assert "max_new_tokens=-1" in error_of(["generate", run, "Doc", "--max-new-tokens=-1"], capsys)
+    assert "seed=-1 must be in" in error_of(["generate", run, "Doc", "--seed=-1"], capsys)
     assert "the prompt has 32 tokens: no room" in error_of(["generate", run, "x" * 32], capsys)
     assert "temperature=-1.0" in error_of(["generate", run, "Doc", "--temperature=-1"], capsys)
     assert generated([run, "Doc", "--max-new-tokens=0"], capsys) == "Doc\n"
@@ -333,6 +333,16 @@ def test_a_hugging_face_directory_generates_with_its_own_tokenizer(
     expected = model.generate(torch.tensor([[2, 3, 4]]), 9, eos_token_id=1)[0].tolist()
     letters = "".join("..abcdefgh"[i] for i in expected if i > 1)
     assert generated([str(tmp_path), "abc", "--temperature=0", "--device=cpu"], capsys) == letters + "\n"
+    for content, message in (
+        ("[]", "is not a JSON object"),
+        ("{", "is damaged: it is not JSON"),
+        ('{"eos_token": {"x": 1}}', """: eos_token is {"x": 1}, and must be a text or {"content": a text}"""),
+        ('{"eos_token": 1}', ": eos_token is 1, and must be a text"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        said = error_of(["generate", str(tmp_path), "abc"], capsys)
+        assert str(tmp_path / "tokenizer_config.json") in said
+        assert message in said
 
 
 def test_a_closed_pipe_is_no_traceback(run: str) -> None:

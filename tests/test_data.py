@@ -229,3 +229,5 @@ def test_rows_refuse_what_they_cannot_hold() -> None:
         Rows([], TOKENIZER, 8)
     with pytest.raises(ValueError, match="max_seq_len=1"):
         Rows(["abc"], TOKENIZER, 1)
+    with pytest.raises(ValueError, match="batching='pakced' must be 'packed' or 'padded'"):
+        Rows(["abc"], TOKENIZER, 8, "pakced")

@@ -16,6 +16,8 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device='cuda' cannot be used: "):
             choose_device("cuda")
+    with pytest.raises(ValueError, match="device='meta' cannot be used: it holds shapes and no values"):
+        choose_device("meta")
 
 
 def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+from unittest import mock
 
 import pytest
 
-from diymodel._files import create_directory, replace_file
+from diymodel._files import create_directory, replace_file, require_place, require_places
 
 
 def names(directory: Path) -> list[str]:
@@ -93,6 +94,34 @@ def test_any_other_error_passes_through_and_leaves_nothing_behind(tmp_path: Path
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"could not write .*nowhere/f .*nothing was there"):
         replace_file(tmp_path / "nowhere" / "f", lambda file: file.write(b""))
+
+
+def test_a_place_where_no_file_can_be_is_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+    require_place(tmp_path / "f")
+    require_place(tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/f cannot be written: there is no directory .*nowhere"):
+        require_place(tmp_path / "nowhere" / "f")
+    with pytest.raises(FileExistsError, match="cannot be written: it is a directory"):
+        require_place(tmp_path)
+    with pytest.raises(FileExistsError, match="/dev/null cannot be written: it is no regular file"):
+        require_place("/dev/null")
+    denied = PermissionError(errno.EACCES, "denied")  # root, as whom tests may run, is denied nothing
+    with (
+        mock.patch.object(Path, "open", side_effect=denied),
+        pytest.raises(PermissionError, match=r"no file can be created in .*\(denied\)"),
+    ):
+        require_place(tmp_path / "new")
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert names(tmp_path) == ["f"]
+
+
+def test_two_places_must_be_two_files(tmp_path: Path) -> None:
+    require_places(None, tmp_path / "a", None, tmp_path / "b")
+    with pytest.raises(ValueError, match="is named for two files"):
+        require_places(tmp_path / "a", tmp_path / "b", tmp_path / ".." / tmp_path.name / "a")
+    with pytest.raises(FileExistsError):
+        require_places(None, tmp_path)
 
 
 def test_create_directory_makes_all_files(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def model() -> DIYForCausalLM:
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
         ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
+        ({"seed": 2**64}, r"seed=18446744073709551616 must be in \[0, 2\*\*64\)"),
+        ({"seed": -1}, "seed=-1 must be in"),
         ({"eos_token_id": 11}, r"eos_token_id=11 is outside the vocabulary \[0, 11\)"),
         ({"eos_token_id": [3, -1]}, "eos_token_id=-1 is outside"),
         ({"pad_token_id": 11}, "pad_token_id=11 is outside"),
@@ -73,6 +75,29 @@ def test_bad_arguments_are_refused_before_the_first_token(
     with pytest.raises(ValueError, match=message):
         model.generate(**{"input_ids": IDS, "max_new_tokens": 2, "on_token": seen.append} | arguments)
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be a whole number, not a float"),
+        ({"temperature": 1.0, "seed": 1.5}, "seed=1.5 must be a whole number, not a float"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5 must be a whole number, not a float"),
+        ({"eos_token_id": "ab"}, "eos_token_id='ab' must be a whole number, not a str"),
+        ({"eos_token_id": [3, None]}, "eos_token_id=None must be a whole number, not a NoneType"),
+        ({"pad_token_id": 0.0}, "pad_token_id=0.0 must be a whole number, not a float"),
+    ],
+)
+def test_what_must_be_a_whole_number_is_one(model: DIYForCausalLM, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        model.generate(**{"input_ids": IDS, "max_new_tokens": 2} | arguments)
+
+
+def test_the_largest_seed_and_whole_numbers_of_torch_are_taken(model: DIYForCausalLM) -> None:
+    model.generate(IDS, 2, temperature=1.0, seed=2**64 - 1)
+    assert torch.equal(
+        model.generate(IDS, 4, eos_token_id=torch.tensor([3, 4])), model.generate(IDS, 4, eos_token_id=[3, 4])
+    )
 
 
 def test_settings_that_greedy_ignores_are_said(model: DIYForCausalLM) -> None:

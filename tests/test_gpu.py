@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from diymodel import DIYConfig, DIYForCausalLM, next_token_loss
+from diymodel.checkpoint import load_checkpoint, load_pretrained, save_checkpoint, save_pretrained
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +107,16 @@ def test_a_cache_on_another_device_is_refused(ids: torch.Tensor) -> None:
     _, past = cpu(ids, use_cache=True)
     with pytest.raises(ValueError, match="the cache of layer 0 is on cpu and input_ids on cuda:0"):
         gpu(ids[:, :1].cuda(), past_key_values=past, use_cache=True)
+
+
+def test_a_model_is_loaded_to_the_gpu(tmp_path: Path) -> None:
+    cpu, _ = models(torch.float32)
+    save_checkpoint(tmp_path / "m.pt", cpu)
+    save_pretrained(cpu, tmp_path / "m")
+    for loaded in (load_checkpoint(tmp_path / "m.pt", device="cuda"), load_pretrained(tmp_path / "m", device="cuda")):
+        for name, weight in loaded.state_dict().items():
+            assert weight.is_cuda
+            assert torch.equal(weight.cpu(), cpu.state_dict()[name])
 
 
 def test_bfloat16_autocast_trains(ids: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import subprocess
 import sys
@@ -82,7 +83,9 @@ def test_public_names_are_lazy_and_resolve() -> None:
         _ = diymodel.nothing
 
 
-@pytest.mark.parametrize("module", ["config", "cost", "_files", "cli", "bench.command", "bench.compare", "bench.plot"])
+@pytest.mark.parametrize(
+    "module", ["config", "cost", "_files", "cli", "verify.options", "bench.command", "bench.compare", "bench.plot"]
+)
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, diymodel.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -97,6 +100,18 @@ def test_counting_flops_does_not_import_the_compiler() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert run.stdout.split() == ["passed", "False"]
+
+
+def test_the_table_of_the_tests_names_every_file() -> None:
+    """Those that are called as a module of the package need no row of their own."""
+    tests = Path(__file__).parent
+    named = set(re.findall(r"test_[\w*]+\.py", (tests / "README.md").read_text(encoding="utf-8")))
+    modules = {f"test_{path.stem}.py" for path in PACKAGE.rglob("*.py")}
+    for path in tests.glob("test_*.py"):
+        found = path.name in modules or any(fnmatch.fnmatch(path.name, name) for name in named)
+        assert found, f"tests/{path.name} is new: give it a place in the table of tests/README.md"
+    for name in named:
+        assert list(tests.rglob(name)), f"tests/README.md names {name}, which is not there"
 
 
 def test_model_reads_in_one_sitting() -> None:

@@ -15,7 +15,8 @@ import torch
 
 from diymodel import DIYConfig
 from diymodel.cli import main
-from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks
+from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks, parametrize_with_checks
+from diymodel.verify.explain import title
 from diymodel.verify.importing import import_named
 from diymodel.verify.registry import select_checks
 from diymodel.verify.report import Result, Status
@@ -174,7 +175,12 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, Any], m
         (
             "def build(config, data): pass",
             "build",
-            r"failed: TypeError: .*; config has vocab_size, .*it needs data, which names no size",
+            r"failed: TypeError: .*; config has vocab_size, .*its argument data is not the name of a size",
+        ),
+        (
+            "def build(data, kiwi, banana): pass",
+            "build",
+            r"its arguments data, kiwi and banana are not names of sizes that are known here: give them defaults",
         ),
         (
             "def build(config): config.n_quux",
@@ -350,6 +356,11 @@ def test_reports_go_where_the_command_was_given_whatever_the_subject_does(
 def test_list_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(list_checks())
+    assert main(["list", "--lang", "zh"]) == 0
+    for line, check in zip(capsys.readouterr().out.splitlines(), list_checks(), strict=True):
+        assert line.startswith(f"{check.step}  {check.id} ")
+        assert title(check, "zh") in line
+        assert ("需要" in line, "可选" in line) == (bool(check.needs), check.optional)
     assert main(["explain", CACHED, "--lang", "zh"]) == 0
     assert "含义" in capsys.readouterr().out
     assert main(["explain", "decode.cached"]) == 2
@@ -382,6 +393,14 @@ def test_pytest_lm_gives_the_same_verdicts(tmp_path: Path, broken: str) -> None:
     assert "Most likely cause: position-restarts" in printed
 
 
+def test_pytest_lm_refuses_a_device_that_cannot_be_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "diymodel", "--lm-device", "banana"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert run.stderr.startswith("ERROR: --lm-device: device='banana': ")
+    assert run.stderr.strip().count("\n") == 0
+
+
 def test_parametrize_with_checks(tmp_path: Path, broken: str) -> None:
     content = f"""
 from diymodel.verify import parametrize_with_checks
@@ -393,6 +412,8 @@ def test_model(lm, check):
     (tmp_path / "test_it.py").write_text(content, encoding="utf-8")
     outcomes, _ = run_pytest(tmp_path, "-k", "decode.cached_equals or row_alone")
     assert outcomes == {"passed": 1, "xfailed": 1}
+    with pytest.raises(ValueError, match=rf"no check is called '{CACHED}s'.*{CACHED}"):
+        parametrize_with_checks([broken], expected_failures={f"{CACHED}s": "positions restart"})
 
 
 def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
@@ -410,6 +431,8 @@ def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
         (("--only", CACHED, "--replay", "[]"), "--replay takes the JSON object that the report printed, got []"),
         (("--only", CACHED, "--replay", "{}", "--json", "x.json"), "leave out --json and --html"),
         (("--only", CACHED, "--step", "1"), "nothing is left to run"),
+        (("--json", "."), ". cannot be written: it is a directory"),
+        (("--json", "report", "--html", "./report"), "report is named for two files"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(

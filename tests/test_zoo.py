@@ -77,12 +77,39 @@ def test_an_unknown_slug_is_told_the_nearest(capsys: pytest.CaptureFixture[str])
     [
         (["--seed", "1", "--jobs", "2"], "--seed, --jobs without --measure FILE"),
         (["--measure", "nowhere/samples.json"], "nowhere/samples.json cannot be written: there is no directory"),
+        (["--measure", "samples.json", "--jobs", "0"], "--jobs 0: at least 1"),
+        (["--measure", "samples.json", "--html", "samples.json"], "samples.json is named for two files"),
     ],
 )
 def test_a_matrix_that_cannot_be_is_refused_before_it_is_measured(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["zoo", "matrix", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json", "luck.json", "--seeds", "0"], "--seeds 0: at least 1"),
+        (["--json", "luck.json", "--jobs", "0"], "--jobs 0: at least 1"),
+        (["--json", "nowhere/luck.json"], "nowhere/luck.json cannot be written: there is no directory"),
+    ],
+)
+def test_luck_that_cannot_be_is_refused_before_it_is_measured(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["zoo", "luck", *options]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -113,6 +140,9 @@ def test_a_quiz_from_file_to_answer(
     assert said[2].startswith(f"yes: {right}")
     assert main(["zoo", "quiz", "7", "--out", "quiz.py"]) == 2
     assert "quiz.py exists" in capsys.readouterr().err
+    assert main(["zoo", "quiz", "7", "--out", "quiz.txt"]) == 2
+    assert "--out quiz.txt: a name that ends in .py" in capsys.readouterr().err
+    assert not Path("quiz.txt").exists()
 
 
 def test_a_quiz_has_a_number() -> None:

@@ -34,7 +34,6 @@ from diymodel.bench.scaling import (
 from diymodel.bench.timing import Effort, Work, interleave, timed
 from diymodel.config import DIYConfig
 
-LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 ROOM = 16  # positions that the steps of a round take beyond the longest length
 WAYS = {
     "no_cache": "without cache",
@@ -44,7 +43,6 @@ WAYS = {
     **ENGINES,
     "floor": "matrix-vector products alone",
 }
-OTHER_CACHES = ("concatenated", "masked")
 
 
 @dataclass(frozen=True)

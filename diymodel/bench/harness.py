@@ -56,12 +56,13 @@ def measure_run(subject: str, profile: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def loop_ns(turns: int = 10**7) -> float:
+def loop_ns() -> float:
     """Nanoseconds for a turn of an empty Python loop, by which seconds compare with those of another core."""
+    turns = 10**7
     return timeit.timeit(number=turns) * 1e9 / turns
 
 
-def measure_trials(rounds: int, examples: int = 400) -> Spread:
+def measure_trials(rounds: int) -> Spread:
     """Trials a second of "cached equals uncached" on our model: draw, build, prefill, decode, compare."""
     from diymodel.verify.registry import select_checks
     from diymodel.verify.runner import run_check
@@ -71,7 +72,7 @@ def measure_trials(rounds: int, examples: int = 400) -> Spread:
     (check,) = select_checks([CACHED])
     subject = resolve(None)
     run_check(subject, check, Settings(examples=20))  # warm
-    results = [run_check(subject, check, Settings(examples=examples, seed=seed)) for seed in range(rounds)]
+    results = [run_check(subject, check, Settings(examples=400, seed=seed)) for seed in range(rounds)]
     return Spread.of([result.examples / result.seconds for result in results])
 
 

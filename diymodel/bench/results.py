@@ -32,15 +32,18 @@ def read_results(path: Path, *benchmarks: str) -> dict[str, Any]:
         benchmarks: names of the benchmarks whose results will do; none: all.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: it is no JSON, or holds something else.
     """
+    wanted = " or ".join(f"`diymodel bench {name}`" for name in benchmarks) or "`diymodel bench`"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}: expected a file that {wanted} wrote with --json") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     found = document.get("benchmark") if isinstance(document, dict) else None
     if found is None or document.get("schema") != SCHEMA or (benchmarks and found not in benchmarks):
-        wanted = " or ".join(f"`diymodel bench {name}`" for name in benchmarks) or "`diymodel bench`"
         what = "something else" if found is None else f"{found!r} in schema {document.get('schema')!r}"
         raise ValueError(f"{path} is no result that {wanted} of schema {SCHEMA} wrote: it holds {what}")
     result: dict[str, Any] = document

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diymodel._files import replace_text, require_place
+from diymodel._files import replace_text, require_places
+from diymodel.verify.options import CHECK_SECONDS, DTYPES, PROFILE, PROFILES
 
 if TYPE_CHECKING:
     from diymodel.verify.report import Report, Result
@@ -47,7 +48,7 @@ def add_commands(commands: Any) -> None:
         help="path/to/file.py:name, package.module:name, hf:MODEL_TYPE, or a directory with a config.json "
         "(default: diymodel's own model)",
     )
-    verify.add_argument("--profile", choices=("quick", "standard", "thorough"), default="standard")
+    verify.add_argument("--profile", choices=PROFILES, default=PROFILE)
     verify.add_argument("--seed", type=int, default=0, help="the same seed gives the same report (default: 0)")
     verify.add_argument("--step", help="one step of the roadmap, 3 or 3.2 (default: all)")
     verify.add_argument("--only", metavar="GLOB", action="append", default=[], help="checks to run; repeatable")
@@ -62,7 +63,7 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("--device", default="cpu", help="where the modules are built (default: cpu)")
     verify.add_argument(
         "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the modules (default: float64, in which bugs and rounding are worlds apart, or what SUBJECT runs in)",
     )
     verify.add_argument("--time-budget", type=float, metavar="SECONDS", help="report what is known after this time")
@@ -70,8 +71,8 @@ def add_commands(commands: Any) -> None:
         "--check-seconds",
         type=float,
         metavar="SECONDS",
-        default=60.0,
-        help="begin no further trial of a check after this time; a trial that takes as long hangs (default: 60)",
+        default=CHECK_SECONDS,
+        help="begin no further trial of a check after this time; one that takes as long hangs (default: %(default)g)",
     )
     verify.add_argument(
         "--jobs",
@@ -86,6 +87,7 @@ def add_commands(commands: Any) -> None:
 
     listing = commands.add_parser("list", help="list the checks")
     listing.set_defaults(command=_list)
+    listing.add_argument("--lang", choices=("en", "zh"), default="en", help="(default: en)")
 
     explain = commands.add_parser("explain", help="what a check means, why it matters, and how to fix a failure")
     explain.set_defaults(command=_explain)
@@ -101,8 +103,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.replay is not None:
         return _replay(args)
-    for path in filter(None, (args.json, args.html)):
-        require_place(path)
+    require_places(args.json, args.html)
     _make_absolute(args)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the module prints
         report = check_causal_lm(
@@ -162,12 +163,15 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from diymodel.verify.explain import title
     from diymodel.verify.registry import list_checks
 
+    zh = args.lang == "zh"
     for check in list_checks():
-        needs = f"  (needs {', '.join(check.needs)})" if check.needs else ""
-        optional = "  (optional: name it with --only)" if check.optional else ""
-        print(f"{check.step}  {check.id:<36} {check.title}{needs}{optional}")
+        names = ", ".join(check.needs)
+        needs = "" if not names else f"（需要 {names}）" if zh else f"  (needs {names})"
+        optional = "（可选：用 --only 点名）" if zh else "  (optional: name it with --only)"
+        print(f"{check.step}  {check.id:<36} {title(check, args.lang)}{needs}{optional if check.optional else ''}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``pytest --lm SUBJECT``: every check a test, with a stable id. Part of every pytest run, so it imports no torch."""
+"""``pytest --lm SUBJECT``: every check a test, chosen by ``-k ID``. Part of every pytest run, it imports no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from diymodel.verify.options import DTYPES, PROFILE, PROFILES
+
 if TYPE_CHECKING:
     from diymodel.verify.registry import Check
     from diymodel.verify.report import Result, Status
+    from diymodel.verify.settings import Settings
     from diymodel.verify.subject import Factory, Subject
 
 _SUBJECT: pytest.StashKey[Subject] = pytest.StashKey()
@@ -17,15 +20,13 @@ _SUBJECT: pytest.StashKey[Subject] = pytest.StashKey()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("diymodel", "verify a causal language model")
-    group.addoption("--lm", metavar="SUBJECT", help="what diymodel verify takes; 'diymodel' is ours")
-    group.addoption("--lm-profile", choices=("quick", "standard", "thorough"), default="standard")
+    group.addoption(
+        "--lm", metavar="SUBJECT", help="what diymodel verify takes; 'diymodel' is ours; -k ID runs one check"
+    )
+    group.addoption("--lm-profile", choices=PROFILES, default=PROFILE)
     group.addoption("--lm-seed", type=int, default=0, help="the same seed gives the same verdicts (default: 0)")
     group.addoption("--lm-device", default="cpu", help="where the modules are built (default: cpu)")
-    group.addoption(
-        "--lm-dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
-        help="of the modules (default: float64, or what the subject runs in)",
-    )
+    group.addoption("--lm-dtype", choices=DTYPES, help="of the modules (default: float64, or what the subject runs in)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,17 +48,29 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def _subject(config: pytest.Config) -> Subject:
-    """What --lm names, found once a run."""
+    """What --lm names, found once a run, for settings that can be."""
     from diymodel.verify.failure import SubjectError
     from diymodel.verify.subject import resolve
 
     if _SUBJECT not in config.stash:
+        _settings(config)
         try:
             config.stash[_SUBJECT] = resolve(config.getoption("--lm"))
             _ = config.stash[_SUBJECT].convention
         except SubjectError as error:
             raise pytest.UsageError(f"--lm {config.getoption('--lm')}: {error}") from None
     return config.stash[_SUBJECT]
+
+
+def _settings(config: pytest.Config, optional: bool = False) -> Settings:
+    """What the other options say."""
+    from diymodel.verify.settings import Settings
+
+    options = {name: config.getoption(f"--lm-{name}") for name in ("profile", "seed", "device", "dtype")}
+    try:
+        return Settings.of(**options, optional=optional)
+    except ValueError as error:  # of the device: argparse has refused all else
+        raise pytest.UsageError(f"--lm-device: {error}") from None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
@@ -127,11 +140,9 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         from diymodel.verify.runner import verify_one
-        from diymodel.verify.settings import Settings
 
-        options = {name: self.config.getoption(f"--lm-{name}") for name in ("profile", "seed", "device", "dtype")}
         named = self.check.id.partition(".")[0] in self.config.getoption("keyword")
-        self.result = verify_one(self.subject, self.check, Settings.of(**options, optional=named))
+        self.result = verify_one(self.subject, self.check, _settings(self.config, optional=named))
         raise_for(self.result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

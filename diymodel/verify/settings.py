@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from diymodel.verify.options import CHECK_SECONDS as CHECK_SECONDS
+from diymodel.verify.options import PROFILES as PROFILES
 from diymodel.verify.trial import DTYPES
-
-PROFILES = {"quick": 10, "standard": 40, "thorough": 200}  # trials a check
-CHECK_SECONDS = 60.0  # after which a check begins no further trial, and a single trial is taken for hung
 
 _LONGEST = 1e6  # seconds; timers of the operating system overflow beyond
 

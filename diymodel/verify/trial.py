@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
+from diymodel.verify import options
 from diymodel.verify.adapters import LM, Around
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
 from diymodel.verify.held import tensors_on
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
 MAX_LENGTH = 8
 LONGEST = 320  # positions that any trial asks for, above the usual small blocks of 64, 128 and 256
 MAX_ROWS = 3

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diymodel._files import replace_text, require_place
+from diymodel._files import replace_text, require_place, require_places
+from diymodel.verify.options import PROFILE, PROFILES
 
 EXAMPLES = """\
 examples:
@@ -36,7 +37,7 @@ def add_zoo(commands: Any) -> None:
     matrix = actions.add_parser("matrix", help="which checks kill which bugs (default)")
     matrix.set_defaults(command=_matrix)
     matrix.add_argument("--measure", type=Path, metavar="FILE", help="measure it anew, into FILE; hours on one core")
-    matrix.add_argument("--profile", choices=("quick", "standard", "thorough"), help="(default: standard)")
+    matrix.add_argument("--profile", choices=PROFILES, help=f"(default: {PROFILE})")
     matrix.add_argument("--seed", type=int, help="(default: 0)")
     matrix.add_argument("--jobs", type=int, metavar="N", help="processes (default: 1)")
     matrix.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
@@ -45,7 +46,7 @@ def add_zoo(commands: Any) -> None:
     luck = actions.add_parser("luck", help="how often a bug escapes the checks that must kill it, over seeds")
     luck.set_defaults(command=_luck)
     luck.add_argument("--json", type=Path, metavar="FILE", required=True, help="goes on where FILE ends")
-    luck.add_argument("--profile", choices=("quick", "standard", "thorough"), default="quick")
+    luck.add_argument("--profile", choices=PROFILES, default="quick", help="(default: quick)")
     luck.add_argument("--seeds", type=int, default=20, metavar="N", help="(default: 20)")
     luck.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
 
@@ -71,8 +72,7 @@ def _matrix(args: argparse.Namespace) -> int:
     from diymodel.verify.samples import Sample, read_samples
     from diymodel.zoo.page import page, picture, text
 
-    for path in filter(None, (args.measure, args.html, args.svg)):
-        require_place(path)
+    require_places(args.measure, args.html, args.svg)
     measuring = {name: value for name in ("profile", "seed", "jobs") if (value := getattr(args, name)) is not None}
     if args.measure is None:
         if measuring:
@@ -80,6 +80,8 @@ def _matrix(args: argparse.Namespace) -> int:
             raise ValueError(f"{named} without --measure FILE: the matrix as it was measured is shown as it is")
         samples = read_samples()
     else:
+        if args.jobs is not None and args.jobs < 1:
+            raise ValueError(f"--jobs {args.jobs}: at least 1")
         from diymodel.zoo.matrix import extend
 
         def progress(sample: Sample) -> None:
@@ -96,8 +98,10 @@ def _matrix(args: argparse.Namespace) -> int:
 def _luck(args: argparse.Namespace) -> int:
     from diymodel.zoo.matrix import luck
 
-    if args.seeds < 1:
-        raise ValueError(f"--seeds {args.seeds}: at least 1")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
+    require_place(args.json)
     escaped = luck(args.json, args.profile, args.seeds, args.jobs)
     for bug, seeds in sorted(escaped.items(), key=lambda item: -len(item[1])):
         if seeds:
@@ -130,6 +134,8 @@ def _quiz(args: argparse.Namespace) -> int:
     from diymodel.zoo.quiz import bug_of, quiz_file
 
     if args.answer is None:
+        if args.out.suffix != ".py":
+            raise ValueError(f"--out {args.out}: a name that ends in .py, or `diymodel verify` could not import it")
         if args.out.exists():
             raise ValueError(f"{args.out} exists: name another file")
         replace_text(args.out, quiz_file(args.number, args.out.name))

@@ -14,15 +14,16 @@ import torch
 
 from diymodel._files import replace_text
 from diymodel._machine import describe_machine
+from diymodel.verify.options import PROFILE, PROFILES
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of, write_samples
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.symptoms import observe
 from diymodel.zoo.bug import Bug, list_bugs
 
 
-def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
+def measure(bug: Bug, profile: str = PROFILE, seed: int = 0) -> Sample:
     """Run the checks on a bug, of the optional ones those that must kill it, and look for symptoms."""
     subject, settings = bug.subject(), Settings(PROFILES[profile], seed, shrink=False)
     wanted = replace(settings, optional=False)
@@ -32,7 +33,7 @@ def measure(bug: Bug, profile: str = "standard", seed: int = 0) -> Sample:
 
 def extend(
     path: Path,
-    profile: str = "standard",
+    profile: str = PROFILE,
     seed: int = 0,
     jobs: int = 1,
     on_sample: Callable[[Sample], object] | None = None,

@@ -63,7 +63,7 @@ def require(package: str) -> Any:
 
 
 @torch.inference_mode()
-def logit_difference(model: DIYForCausalLM, rival: Rival, rows: int = 1, length: int = 48) -> float:
+def logit_difference(model: DIYForCausalLM, rival: Rival, rows: int = 1) -> float:
     """The largest difference between the logits of the two, after a prompt and after each of a few steps.
 
     Call it in float32: half types round differently in each model.
@@ -71,6 +71,7 @@ def logit_difference(model: DIYForCausalLM, rival: Rival, rows: int = 1, length:
     Raises:
         ValueError: they differ by more than :data:`LARGEST_LOGIT_DIFFERENCE`, so comparing times would mean nothing.
     """
+    length = 48
     ids = random_ids(model.config.vocab_size, rows, length, model.lm_head.weight.device)
     ours = model(ids)
     worst = 0.0

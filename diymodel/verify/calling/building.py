@@ -207,7 +207,11 @@ def _called(parameters: Mapping[str, inspect.Parameter], config: DIYConfig) -> t
         values["device"] = "cpu"
     lacking = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
     if unknown := [name for name in lacking if _otherwise(name) is None]:
-        raise SubjectError(f"it needs {', '.join(unknown)}, which names no size that is known: give it a default")
+        *others, last = unknown
+        if others:
+            names = f"{', '.join(others)} and {last}"
+            raise SubjectError(f"its arguments {names} are not names of sizes that are known here: give them defaults")
+        raise SubjectError(f"its argument {last} is not the name of a size that is known here: give it a default")
     values |= {name: _otherwise(name) for name in lacking}
     return values, ", ".join(filter(None, [*said, *(f"{name}={values[name]}" for name in lacking)]))
 
