@@ -33,6 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick profile in a third of the time, where the question is how a module is called, and not how surely."""
-    from diymodel.verify.settings import PROFILES
+    from diymodel.verify.options import PROFILES
 
     monkeypatch.setitem(PROFILES, "quick", 3)

@@ -22,7 +22,7 @@ import torch
 from diymodel._machine import describe_machine
 from diymodel.bench.results import write_results
 from diymodel.verify import check_causal_lm
-from diymodel.verify.settings import PROFILES
+from diymodel.verify.options import PROFILES
 from diymodel.zoo.base import BASES
 
 ZOO = "zoo:"

@@ -17,10 +17,11 @@ import torch
 from benchmarks.measuring import PROFILE, measured
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.diagnose import signatures
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import verify_one
 from diymodel.verify.samples import Sample, sample_of
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 from diymodel.verify.symptoms import observe
 from tests.meta.mutations import MUTATIONS

@@ -20,10 +20,11 @@ import torch
 from benchmarks.measuring import PROFILE, measured
 from diymodel.verify import SubjectError
 from diymodel.verify.diagnose import Signatures, known_causes
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject
 from diymodel.verify.symptoms import observe
 from diymodel.zoo.base import BASES

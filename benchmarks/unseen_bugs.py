@@ -27,10 +27,11 @@ from benchmarks.unseen.second_bugs import SECOND_BUGS
 from diymodel._files import replace_text
 from diymodel.verify import SubjectError
 from diymodel.verify.experiments.parts import absent_parts, impossible_classes
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import verify_one
 from diymodel.verify.samples import Sample, read_samples, sample_of
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.symptoms import observe
 
 LISTS = {"first": BUGS, "second": SECOND_BUGS}

@@ -16,9 +16,10 @@ from diymodel import DIYConfig, DIYForCausalLM
 from diymodel.checkpoint import save_pretrained
 from diymodel.cli import main
 from diymodel.verify import SubjectError, check_causal_lm
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import select_checks
 from diymodel.verify.runner import replay, verify_one
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 
 transformers = pytest.importorskip("transformers")

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from diymodel import DIYConfig, DIYForCausalLM
 from diymodel._compat import nan_where_undefined
 from diymodel.verify import Subject, SubjectError, check_causal_lm
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import select_checks
 from diymodel.verify.runner import replay, verify_one
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 from diymodel.verify.text import to_text
 from diymodel.verify.trial import draw_weights

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import verify_one
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.symptoms import Patient, list_symptoms
 from diymodel.zoo.bug import list_bugs
 

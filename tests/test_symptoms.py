@@ -23,12 +23,13 @@ from benchmarks.diagnosis import EXAMPLES
 from diymodel.verify import check_causal_lm
 from diymodel.verify.examination import examine_isolated
 from diymodel.verify.experiments.watchers import Overflows
+from diymodel.verify.options import PROFILES
 from diymodel.verify.randomness import seeded
 from diymodel.verify.registry import list_checks, select_checks
 from diymodel.verify.report import Failure, Result
 from diymodel.verify.runner import verify_one
 from diymodel.verify.samples import read_samples
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import Subject, resolve
 from diymodel.verify.symptoms import Patient, list_symptoms, observe
 from diymodel.zoo.base import BASES

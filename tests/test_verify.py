@@ -18,10 +18,11 @@ from diymodel.cli import main
 from diymodel.verify import Report, Subject, SubjectError, check_causal_lm, list_checks, parametrize_with_checks
 from diymodel.verify.explain import title
 from diymodel.verify.importing import import_named
+from diymodel.verify.options import PROFILES
 from diymodel.verify.registry import select_checks
 from diymodel.verify.report import Result, Status
 from diymodel.verify.runner import replay, run_checks
-from diymodel.verify.settings import PROFILES, Settings
+from diymodel.verify.settings import Settings
 from diymodel.verify.subject import resolve
 
 # A small rotary model with a tuple cache, as somebody would write it from memory, and the line where a bug goes.

@@ -15,9 +15,10 @@ from diymodel.verify.child import can_fork
 from diymodel.verify.examination import diagnose
 from diymodel.verify.failure import SubjectError
 from diymodel.verify.isolation import probe_isolated, run_alone, run_isolated
+from diymodel.verify.options import CHECK_SECONDS
 from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Report, Result
-from diymodel.verify.settings import CHECK_SECONDS, Settings, check_device, check_time
+from diymodel.verify.settings import Settings, check_device, check_time
 from diymodel.verify.subject import Factory, Subject, resolve
 from diymodel.verify.threads import one_thread
 from diymodel.verify.trial import Trial, dtype_name

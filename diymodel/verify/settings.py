@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diymodel.verify.options import CHECK_SECONDS as CHECK_SECONDS
-from diymodel.verify.options import PROFILES as PROFILES
+from diymodel.verify.options import CHECK_SECONDS, PROFILES
 from diymodel.verify.trial import DTYPES
 
 _LONGEST = 1e6  # seconds; timers of the operating system overflow beyond
