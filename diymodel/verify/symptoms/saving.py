@@ -84,6 +84,10 @@ def hidden_parameters(lm: LM) -> bool:
     "计算用到的参数，parameters() 里却没有",
     ("state.*", "gradients.*", "modes.*"),
     ("parameters-unregistered",),
+    settles=(
+        *("modes.dropout_off_in_eval", "modes.followed_at_every_depth", "forward.deterministic", "state.deepcopy"),
+        *("state.depth_adds_parameters", "state.round_trip", "state.moves"),
+    ),
 )
 def _hidden_parameters(patient: Patient) -> bool | None:
     return hidden_parameters(patient.lm())

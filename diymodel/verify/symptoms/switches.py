@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
+from diymodel.verify.symptoms.saving import hidden_parameters
 
 DROPS = ("batch.*", "causality.*", "forward.*", "loss.*", "decode.*", "modes.*", "generation.*")  # what dropout breaks
 _LOSS = ("loss.value", "loss.micro_batches_add_up")
@@ -109,7 +110,7 @@ def _generate_trains(patient: Patient) -> bool | None:
     ("mode-not-restored", "dropout-active-in-eval", "mode-flag-copied"),
 )
 def _right_with_dropout_0(patient: Patient) -> bool | None:
-    return patient.passes_without_dropout(_LOSS)
+    return _passes_without_dropout(patient, _LOSS)
 
 
 @symptom(
@@ -139,4 +140,9 @@ def _stops_rightly_with_dropout_0(patient: Patient) -> bool | None:
 def _generates_rightly(patient: Patient, checks: tuple[str, ...]) -> bool | None:
     if any(hasattr(part, "running_mean") for part in patient.lm().module.modules()):
         return None  # the mode decides about more than dropout
-    return patient.passes_without_dropout(checks)
+    return _passes_without_dropout(patient, checks)
+
+
+def _passes_without_dropout(patient: Patient, checks: tuple[str, ...]) -> bool | None:
+    """None where eval() does not reach some parts because the module does not know of them."""
+    return None if hidden_parameters(patient.lm()) else patient.passes_without_dropout(checks)
