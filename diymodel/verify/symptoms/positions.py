@@ -72,5 +72,9 @@ def _ignored(patient: Patient) -> bool | None:
                     return False
         return True
 
-    takes_mask = patient.subject.missing("padding") is None
-    return ignored(None) or (takes_mask and ignored(torch.ones_like(ids, dtype=torch.bool)))
+    if ignored(None):
+        return True
+    if patient.subject.missing("padding") is not None:
+        return False
+    real = torch.ones_like(ids, dtype=torch.bool)
+    return apart(lm.logits(ids, real), lm.logits(ids)) <= SAME and ignored(real)
