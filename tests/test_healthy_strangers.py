@@ -548,7 +548,7 @@ def test_of_many_parameters_the_first_few_are_named() -> None:
     found = check_causal_lm(Idle, profile="quick", only=only).failed
     messages = {result.check.id: result.failure.message for result in found if result.failure is not None}
     assert messages[only[0]].endswith("none at more.0.bias, more.0.weight, more.1.bias, more.1.weight and 2 more")
-    assert "must lower it by about that, saw a rise of" in messages[only[1]]
+    assert "by what the gradient predicts, saw -1 of it" in messages[only[1]]
 
 
 class KeyBias(Tiny):

@@ -177,12 +177,12 @@ class LM:
         scored = (targets != IGNORED).sum().clamp(min=1)  # a row of one token has no next one
         return self.own_loss(input_ids, self.own_labels(labels)).double() - total / scored
 
-    def own_loss(self, input_ids: Tensor, own_labels: Tensor) -> Tensor:
+    def own_loss(self, input_ids: Tensor, own_labels: Tensor, real: Tensor | None = None) -> Tensor:
         """The subject's own loss of labels as :meth:`own_labels` makes them; the very tensor is handed over."""
         convention = self.convention
         if convention.loss is not None:
-            return convention.loss(self.logits(input_ids), own_labels)
-        inputs = self._inputs(input_ids, None, start=0)
+            return convention.loss(self.logits(input_ids, real), own_labels)
+        inputs = self._inputs(input_ids, real, start=0)
         if convention.loss_switch:
             if not own_labels.equal(input_ids):
                 raise NotApplicable(f"forward({convention.loss_switch}=True) takes no labels but its ids")

@@ -74,7 +74,9 @@ class Convention:
     lengths: str | None = None  # (B,): real tokens of each row, padding on the right
     left: str | None = None  # x-transformers' seq_start_pos (B,): padding tokens on the left of each row
     pads_left: bool = False  # a row padded on the left was seen to give what it gives alone
+    pads_left_untold: bool = False  # and without its positions: the mask says where each begins
     positions: str | None = None  # (B, T), or (T,) if positions_are_shared
+    relative: bool = False  # which position a lone token has was seen to change nothing: only distances count
     start: str | None = None  # Meta's Llama: how many tokens came before, an int
     past: str | None = None
     past_values: str | None = None  # of the cached values, where past is of the keys alone: a cache is then such a pair

@@ -11,12 +11,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from diymodel._compat import nan_where_undefined
 from diymodel.config import DIYConfig
-from diymodel.verify.adapters import own_model
+from diymodel.verify.adapters import LM, own_model
 from diymodel.verify.calling.building import ByNames
 from diymodel.verify.calling.generate_probing import with_generating
 from diymodel.verify.calling.generating import CAPABILITIES as GENERATING
@@ -229,6 +230,12 @@ class Subject:
             notes.append(f"the smallest has {self.num_parameters:,} parameters, so every trial takes its time")
         return "; ".join(notes)
 
+    def moved(self, lm: LM, ids: Tensor, offset: int) -> Tensor:
+        """Logits (B, T, V) with every position moved by ``offset``, as its author says or by handing positions over."""
+        if self.shifted is not None:
+            return self.shifted(lm.module, ids, offset)
+        return lm.placed(ids, torch.arange(offset, offset + ids.shape[1], device=ids.device).expand_as(ids))
+
     def missing(self, capability: str) -> str | None:
         """Why the subject lacks a capability; None if it has it."""
         assert capability in _CAPABILITIES, capability
@@ -241,6 +248,8 @@ class Subject:
             return None if convention.left else self.missing("padding")
         if capability in _FOUND:
             return convention.missing.get(capability)
+        if capability == "shifted" and convention.relative:
+            return None
         if capability in _GIVEN:
             return f"the subject {_GIVEN[capability]}" if getattr(self, capability) is None else None
         if capability == "ragged_cache" and (convention.lengths or capability in convention.missing):

@@ -19,6 +19,42 @@ WAYS = [  # a check, a base, what is changed in its source, and what the failure
         },
         "in DataParallel must load",
     ),
+    (
+        "state.strict_load",
+        "headwise",
+        {
+            "    @torch.no_grad()\n    def generate": "    def load_state_dict(self, state_dict):\n"
+            "        first = {k: v for k, v in self.state_dict().items() if k.startswith('blocks.0.') and v.dim() > 1}\n"
+            "        return super().load_state_dict({**first, **state_dict})\n\n"
+            "    @torch.no_grad()\n    def generate",
+        },
+        "must refuse a state dict without ",
+    ),
+    (
+        "loss.labels_unchanged",
+        "learned",
+        {
+            "scored, targets = output": "labels[~real] = -100 if attention_mask is not None else 0\n"
+            "            scored, targets = output",
+        },
+        "labels must stay ",
+    ),
+    (
+        "padding.left_with_cache",
+        "learned",
+        {
+            "if position_ids is None:": "if position_ids is None and start:\n"
+            "            position_ids = torch.arange(start, start + T).expand(B, T)\n"
+            "        elif position_ids is None:",
+        },
+        "padded on the left",
+    ),
+    (
+        "sensitivity.shift_invariance",
+        "switch",
+        {"return torch.cat((-x2, x1), dim=-1)": "return torch.cat((x2, x1), dim=-1)"},
+        "moving every position by ",
+    ),
 ]
 
 

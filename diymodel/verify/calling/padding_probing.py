@@ -55,7 +55,9 @@ def find_padding(
         return convention, dict.fromkeys(("padding", "ragged_cache"), why)
     found, missing = accepted[0], {}
     if not found.lengths:
+        untold = LM(module, config, replace(found, positions=None))
         found = replace(found, pads_left=_pads_left(LM(module, config, found), ids))
+        found = replace(found, pads_left_untold=bool(found.positions) and _pads_left(untold, ids))
     if not (convention.lengths or convention.positions):
         missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
     return found, missing

@@ -112,6 +112,7 @@ def find_convention(
             exact,
             padded_dtype=torch.float32,
             pads_left=coarse.pads_left,
+            pads_left_untold=coarse.pads_left_untold,
             mask_covers_cache=coarse.mask_covers_cache,
         )
 
@@ -339,6 +340,7 @@ def _find_rest(
         raise refuses_between(LM(module, config, convention), step)
     convention = replace(convention, shortest=shortest)
     learns = _carries_gradient(module, config, convention, ids)
+    convention = replace(convention, relative=_only_distances_count(LM(module, config, convention), ids))
     convention, no_padding = find_padding(module, config, convention, ids, declared)
     convention, no_loss = find_loss(module, config, convention, ids, declared)
     convention, no_cache = find_cache_and_rows(module, config, convention, ids, factory)
@@ -353,6 +355,19 @@ def _find_rest(
     elif not learns:
         missing["graph"] = "its logits carry no gradient: see gradients.reach_every_parameter"
     return replace(convention, missing=missing)
+
+
+def _only_distances_count(lm: LM, ids: Tensor) -> bool:
+    """Whether positions matter between tokens, and a token alone is the same at any: rotary, or a bias of attention."""
+    convention, alone = lm.convention, ids[:, :1]
+    if not convention.positions or convention.positions_are_shared or convention.always_cached:
+        return False
+    if convention.shortest > 1 or refusal(lm.placed, alone, torch.full_like(alone, LENGTH - 1)) is not None:
+        return False
+    if not all(close(lm.placed(alone, torch.full_like(alone, at)), lm.logits(alone)) for at in range(1, LENGTH)):
+        return False
+    near = (torch.arange(LENGTH) // 2).expand_as(ids)
+    return refusal(lm.placed, ids, near) is None and not close(lm.placed(ids, near), lm.logits(ids))
 
 
 def _carries_gradient(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:

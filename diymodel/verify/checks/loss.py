@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.convention import IGNORED
-from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
 from diymodel.verify.learning import gradients_to
 from diymodel.verify.registry import check
 from diymodel.verify.strategies import chunk_sizes
@@ -155,6 +155,8 @@ def labels_unchanged(trial: Trial) -> None:
     labels = lm.own_labels(_labels(trial, lm, ids) if ids.shape[1] > 1 else ids)
     before = ids.clone(), labels.clone()
     lm.own_loss(ids, labels)
+    if trial.missing("padding") is None:  # where labels at the padding may be put out of the way
+        refusal(lm.own_loss, ids, labels, trial.right_padding(ids))
     for name, seen, expected in zip(("input_ids", "labels"), (ids, labels), before, strict=True):
         if not torch.equal(seen, expected):
             raise CheckFailure(f"{name} must stay {expected.tolist()}, saw {seen.tolist()} after the loss was computed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -59,12 +60,21 @@ def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int],
 )
 def left_with_cache(trial: Trial) -> None:
     lm = trial.model()
+    if lm.convention.pads_left_untold and not trial.draw("told", st.booleans()):
+        lm = _untold(lm)
     ids = trial.tokens(lm, min_length=3)
     B, T = ids.shape
     prefill = T - trial.draw("steps", st.integers(1, T - 1))
     lengths = trial.draw("lengths", real_lengths(B, prefill))
     real = torch.arange(T, device=trial.device) >= prefill - torch.tensor(lengths, device=trial.device)[:, None]
     _continue(trial, lm, ids, real, [prefill, *[1] * (T - prefill)], "left")
+
+
+def _untold(lm: LM) -> LM:
+    """A module that is handed no positions beside the mask, which says where each row begins."""
+    untold = LM(lm.module, lm.config, replace(lm.convention, positions=None))
+    untold.around = lm.around
+    return untold
 
 
 @check(

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
-from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -46,7 +47,7 @@ def round_trip(trial: Trial) -> None:
 
 @check(
     "state.strict_load",
-    title="a state dict of another configuration is refused",
+    title="a state dict of another configuration, or without one of the weights, is refused",
     step="4.2",
     causes=("lenient-load",),
 )
@@ -69,8 +70,28 @@ def strict_load(trial: Trial) -> None:
         what = "load_state_dict must refuse a state dict with"
         trial.refuses(partial(other.load_state_dict, here), f"{what} {field}={now}, not {value}")
         trial.refuses(partial(lm.module.load_state_dict, there), f"{what} {field}={value}, not {now}")
+    told += _without_a_weight(trial, lm)
     if not told:
         raise NotApplicable("no field of the configuration that was tried changes the shapes in the state dict")
+
+
+def _without_a_weight(trial: Trial, lm: LM) -> bool:
+    """Hold ``load_state_dict`` to refusing a matrix that is missing, unless it finds it elsewhere, as a tied head."""
+    state = dict(lm.module.state_dict())
+    names = [name for name, parameter in lm.module.named_parameters() if parameter.dim() > 1 and name in state]
+    if not names:
+        return False
+    del state[missing := names[trial.draw("missing", st.integers(0, 999)) % len(names)]]
+    ids, other = trial.tokens(lm), trial.fresh(lm.config)
+    try:
+        other.module.load_state_dict(state)
+    except SubjectError:
+        raise
+    except Exception:  # any error a stranger chooses is a refusal
+        return True
+    if not torch.equal(other.logits(ids), lm.logits(ids)):
+        raise CheckFailure(f"load_state_dict must refuse a state dict without {missing}, saw no error")
+    return True
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

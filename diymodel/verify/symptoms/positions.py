@@ -22,11 +22,11 @@ _ROUNDED = 0.02  # of the largest logit: as far as angles in a half type move th
     ("rope-low-precision",),
 )
 def _nearly_right_by_one(patient: Patient) -> bool | None:
-    if patient.subject.shifted is None:
+    if patient.subject.missing("shifted") is not None:
         return None
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    return apart(patient.subject.shifted(lm.module, ids, 1), lm.logits(ids)) < _ROUNDED
+    return apart(patient.subject.moved(lm, ids, 1), lm.logits(ids)) < _ROUNDED
 
 
 @symptom(
