@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.unseen import BASES, source_of, subject_of
-from benchmarks.unseen.bugs import BUGS
-from benchmarks.unseen_bugs import figures, names, read
+from benchmarks.unseen import BASES, SECOND_BASES, source_of, subject_of
+from benchmarks.unseen_bugs import LISTS, Named, figures, names, read
 from diymodel.config import DIYConfig
 from diymodel.verify.catalogue import bug_class
 
@@ -18,8 +17,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_every_bug_has_one_place_and_a_class_and_is_python() -> None:
-    assert len(set(names())) == len(BUGS) >= 80
-    for bug in BUGS:
+    every = [bug for bugs in LISTS.values() for bug in bugs]
+    assert len({bug.id for bug in every}) == len(every)
+    assert all(len(names(which)) >= 80 for which in LISTS)
+    for bug in every:
         assert bug_class(bug.slug).slug == bug.slug
         assert bug.source != source_of(bug.file), bug.id
         compile(bug.source, bug.id, "exec")
@@ -34,10 +35,40 @@ def test_the_correct_models_build(base: str) -> None:
     assert "grad_fn" in repr(module(ids, **labels))
 
 
-def test_the_figures_are_those_measured() -> None:
-    samples = read((BENCHMARKS / "results/unseen-bugs.json").read_text("utf-8"))
-    assert [(sample.bug, sample.slug, sample.base) for sample in samples] == [(b.id, b.slug, b.file) for b in BUGS]
-    found = figures(samples)
+@pytest.mark.parametrize("base", SECOND_BASES)
+def test_the_correct_models_of_the_second_list_say_nothing_of_themselves(base: str) -> None:
+    subject = subject_of(base)
+    assert not subject.claims
+    assert not subject.declared
+    assert subject.convention.ids
+
+
+def measured(which: str) -> tuple[Named, str]:
+    """The figures of a list, and what benchmarks/README.md says of them."""
+    name = {"first": "unseen-bugs"}.get(which, f"unseen-bugs-{which}")
+    samples = read((BENCHMARKS / f"results/{name}.json").read_text("utf-8"))
+    listed = [(bug.id, bug.slug, bug.file) for bug in LISTS[which]]
+    assert [(sample.bug, sample.slug, sample.base) for sample in samples] == listed
+    found, models = figures(samples), len({bug.file for bug in LISTS[which]})
+    return found, (
+        f"of {found.bugs} bugs of {found.classes} classes in {models} models {found.killed} are noticed; "
+        f"{found.first} are named first and {found.three} among three ([{name}.json]"
+    )
+
+
+@pytest.mark.parametrize("which", LISTS)
+def test_the_figures_are_those_measured(which: str) -> None:
     readme = re.sub(r"\s+", " ", (BENCHMARKS / "README.md").read_text("utf-8"))
-    assert f"of {found.bugs} bugs of {found.classes} classes in {len(BASES)} models" in readme
-    assert f"{found.killed} are noticed; {found.first} are named first and {found.three} among three" in readme
+    assert measured(which)[1] in readme
+
+
+def test_the_readmes_give_the_figures_of_all_lists_together() -> None:
+    found = [measured(which)[0] for which in LISTS]
+    bugs, killed, first, three = (
+        sum(each) for each in zip(*((f.bugs, f.killed, f.first, f.three) for f in found), strict=True)
+    )
+    english, chinese = (
+        re.sub(r"\s+", " ", (BENCHMARKS.parent / name).read_text("utf-8")) for name in ("README.md", "README.zh-CN.md")
+    )
+    assert f"{bugs} others: the quick profile notices {killed}, of which {first} are named first and {three}" in english
+    assert f"共 {bugs} 个 bug：quick 强度能发现 {killed} 个，其中 {first} 个排第一，{three} 个在前三" in chinese

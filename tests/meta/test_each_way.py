@@ -24,7 +24,8 @@ WAYS = [  # a check, a base, what is changed in its source, and what the failure
         "headwise",
         {
             "    @torch.no_grad()\n    def generate": "    def load_state_dict(self, state_dict):\n"
-            "        first = {k: v for k, v in self.state_dict().items() if k.startswith('blocks.0.') and v.dim() > 1}\n"
+            "        own = self.state_dict()\n"
+            "        first = {k: v for k, v in own.items() if k.startswith('blocks.0.') and v.dim() > 1}\n"
             "        return super().load_state_dict({**first, **state_dict})\n\n"
             "    @torch.no_grad()\n    def generate",
         },
