@@ -115,12 +115,19 @@ class LM:
         return self._each(input_ids, call)
 
     @torch.no_grad()
-    def extend(self, input_ids: Tensor, past: Past | None = None, real: Tensor | None = None) -> tuple[Tensor, Past]:
+    def extend(
+        self,
+        input_ids: Tensor,
+        past: Past | None = None,
+        real: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Past]:
         """Logits (B, T, V) of new tokens on a cache (None: the first ones), and the cache that holds them too.
 
-        ``real`` (B, S) is False at padding, over cached and new tokens alike.
+        ``real`` (B, S) is False at padding, over cached and new tokens alike. The new ones stand at ``positions``
+        (B, T); None: behind the cached ones.
         """
-        return self._extend(input_ids, past, real)
+        return self._extend(input_ids, past, real, positions)
 
     def copied(self, past: Past) -> Past:
         """The cache to go on with when another branch goes on with ``past``: a copy, unless it is a value."""
@@ -252,7 +259,9 @@ class LM:
         with self.aside(), torch.no_grad():
             return [*tables, *looked_up(self.module, lambda: self.logits(ids))]
 
-    def _extend(self, input_ids: Tensor, past: Past | None, real: Tensor | None) -> tuple[Tensor, Past]:
+    def _extend(
+        self, input_ids: Tensor, past: Past | None, real: Tensor | None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Past]:
         convention, new = self.convention, input_ids.shape[1]
         if convention.one_at_a_time and new > 1:
             logits, past = self._extend(input_ids[:, :-1], past, None if real is None else real[:, :-1])
@@ -279,6 +288,8 @@ class LM:
             inputs[convention.start] = start
         if convention.positions and (convention.cache_on_module or convention.placed_on_cache):
             inputs.setdefault(convention.positions, self._positions(input_ids, start))
+        if positions is not None:
+            inputs[_some(convention.positions)] = positions
         output = self._call(inputs, start, convention.cached_entry)
         if not convention.cache_on_module:
             cache = output.past if output.past is not None else cache

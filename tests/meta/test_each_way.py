@@ -51,6 +51,12 @@ WAYS = [  # a check, a base, what is changed in its source, and what the failure
         "padded on the left",
     ),
     (
+        "padding.positions_are_used",
+        "learned",
+        {"if position_ids is None:": "if position_ids is None or past_key_values is not None:"},
+        "on a cache too, ",
+    ),
+    (
         "sensitivity.shift_invariance",
         "switch",
         {"return torch.cat((-x2, x1), dim=-1)": "return torch.cat((x2, x1), dim=-1)"},

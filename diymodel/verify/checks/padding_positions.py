@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
 from diymodel.verify.learning import distinct_tokens
 from diymodel.verify.registry import check
@@ -39,6 +40,8 @@ def positions_are_used(trial: Trial) -> None:
                 f"beside {convention.mask} too, {convention.positions}={near[0].tolist()} must change the logits of "
                 f"{ids.tolist()}, saw them as without: they are replaced by positions counted from the mask"
             )
+        if trial.missing("cache") is None and not (convention.cached_entry or convention.cached_gets_all):
+            _used_on_a_cache(lm, ids)
         return
     real[:, 0] = False
     if (why := refusal(lm.logits, ids, real)) is not None:
@@ -49,6 +52,26 @@ def positions_are_used(trial: Trial) -> None:
         "must need no positions, and give what it gives alone"
     )
     trial.same(lm.logits(ids, real)[:, 1:], alone, what, lm, lambda: lm.logits(ids[:, 1:]), moved=True)
+
+
+def _used_on_a_cache(lm: LM, ids: Tensor) -> None:
+    """Fail where the last token's position, which matters in the whole row, changes nothing on a cache."""
+    usual = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    before = usual.clone()
+    before[:, -1] -= 1
+    if torch.equal(lm.placed(ids, before)[:, -1], lm.placed(ids, usual)[:, -1]):
+        return
+
+    def step(positions: Tensor) -> Tensor:
+        _, past = lm.extend(ids[:, :-1])
+        return lm.extend(ids[:, -1:], past, positions=positions[:, -1:])[0]
+
+    if refusal(step, before) is None and torch.equal(step(before), step(usual)):
+        name, given, counted = lm.convention.positions, before[:, -1:].tolist(), usual[:, -1:].tolist()
+        raise CheckFailure(
+            f"on a cache too, {name}={given} must change the logits of the last of {ids.tolist()}, saw them as at "
+            f"{counted}: they are replaced by positions counted from the cache"
+        )
 
 
 def _alike(seen: Tensor, expected: Tensor) -> bool:
