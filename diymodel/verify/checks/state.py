@@ -72,7 +72,9 @@ def strict_load(trial: Trial) -> None:
         trial.refuses(partial(lm.module.load_state_dict, there), f"{what} {field}={value}, not {now}")
     told += _without_a_weight(trial, lm)
     if not told:
-        raise NotApplicable("no field of the configuration that was tried changes the shapes in the state dict")
+        raise NotApplicable(
+            "no field of the configuration that was tried changes the shapes in the state dict, and it holds no matrix"
+        )
 
 
 def _without_a_weight(trial: Trial, lm: LM) -> bool:
