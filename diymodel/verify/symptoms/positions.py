@@ -11,6 +11,7 @@ from torch import Tensor
 from diymodel.verify.experiments.handing import handed
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
 
+_FLOAT32 = 1e-4  # of the largest logit: as far as angles in float32 move them
 _ROUNDED = 0.02  # of the largest logit: as far as angles in a half type move them
 
 
@@ -27,6 +28,24 @@ def _nearly_right_by_one(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
     return apart(patient.subject.moved(lm, ids, 1), lm.logits(ids)) < _ROUNDED
+
+
+@symptom(
+    "shift.right_for_heads_of_two",
+    "with heads of two features, a pair in any convention, moving all positions by one changes nothing",
+    "每个头只有两维（怎么配对都一样）时，整体平移一个位置不影响结果",
+    ("sensitivity.shift_invariance",),
+    ("rope-pairing-convention",),
+    rules_out=("sensitivity.shift_invariance",),
+)
+def _right_for_heads_of_two(patient: Patient) -> bool | None:
+    if patient.subject.missing("shifted") is not None:
+        return None
+    lm = patient.lm(hidden_size=8, num_heads=4, num_kv_heads=4)
+    if lm.config.head_size != 2:
+        return None
+    ids = distinct_tokens(lm)
+    return apart(patient.subject.moved(lm, ids, 1), lm.logits(ids)) <= _FLOAT32
 
 
 @symptom(
