@@ -23,10 +23,20 @@ def _real_lengths(draw: st.DrawFn, rows: int, sizes: list[int]) -> list[list[int
     return [draw(real_lengths(rows, size)) for size in sizes]
 
 
-def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int], side: str) -> None:
-    """Feed padded rows (B, T) in chunks; at its real positions each row must give what it gives alone."""
+def _continue(
+    trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int], side: str, untold: bool = False
+) -> None:
+    """Feed padded rows (B, T) in chunks; at its real positions each row must give what it gives alone.
+
+    Args:
+        untold: hold them to the padded rows without a cache, which were seen to give that and read the same entries of
+            a table of positions, where another entry is rounded otherwise.
+    """
     past, start = None, 0
-    alone = [lm.logits(row[kept][None])[0] for row, kept in zip(ids, real, strict=True)]
+    if untold:
+        alone = [logits[kept] for logits, kept in zip(lm.logits(ids, real), real, strict=True)]
+    else:
+        alone = [lm.logits(row[kept][None])[0] for row, kept in zip(ids, real, strict=True)]
     place = real.long().cumsum(1) - 1  # of each token among its row's real ones
     for size in sizes:
         end = start + size
@@ -60,14 +70,15 @@ def _continue(trial: Trial, lm: LM, ids: Tensor, real: Tensor, sizes: list[int],
 )
 def left_with_cache(trial: Trial) -> None:
     lm = trial.model()
-    if lm.convention.pads_left_untold and not trial.draw("told", st.booleans()):
+    untold = lm.convention.pads_left_untold and not trial.draw("told", st.booleans())
+    if untold:
         lm = _untold(lm)
     ids = trial.tokens(lm, min_length=3)
     B, T = ids.shape
     prefill = T - trial.draw("steps", st.integers(1, T - 1))
     lengths = trial.draw("lengths", real_lengths(B, prefill))
     real = torch.arange(T, device=trial.device) >= prefill - torch.tensor(lengths, device=trial.device)[:, None]
-    _continue(trial, lm, ids, real, [prefill, *[1] * (T - prefill)], "left")
+    _continue(trial, lm, ids, real, [prefill, *[1] * (T - prefill)], "left", untold)
 
 
 def _untold(lm: LM) -> LM:
