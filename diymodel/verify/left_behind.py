@@ -20,7 +20,12 @@ META = "meta"
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 # What torch says where the module takes a tensor along by itself, or as a number: of no harm between real devices.
 _ACROSS = ("to", "type_as", "copy_", "__getitem__", "__setitem__", "index_put_")  # what takes tensors of two devices
-_TAKEN_ALONG = ("Cannot copy out of meta tensor", "item() cannot be called on meta tensors")
+_TAKEN_ALONG = (
+    "Cannot copy out of meta tensor",
+    "item() cannot be called on meta tensors",
+    "_local_scalar_dense",  # the same, of torch 2.2
+    "can't convert meta device type tensor to numpy",
+)
 
 
 class _OneDevice(TorchFunctionMode):
