@@ -431,6 +431,7 @@ def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
         (("--time-budget", "nan"), "time_budget=nan must be above 0"),
         (("--only", CACHED, "--replay", "[]"), "--replay takes the JSON object that the report printed, got []"),
         (("--only", CACHED, "--replay", "{}", "--json", "x.json"), "leave out --json and --html"),
+        (("--only", CACHED, "--replay", "{}", "--dtype", "float32"), "leave out --dtype"),
         (("--only", CACHED, "--step", "1"), "nothing is left to run"),
         (("--json", "."), ". cannot be written: it is a directory"),
         (("--json", "report", "--html", "./report"), "report is named for two files"),

@@ -154,6 +154,8 @@ def _replay(args: argparse.Namespace) -> int:
         raise ValueError(f"--replay takes the JSON object that the report printed, got {args.replay}")
     if args.json is not None or args.html is not None:
         raise ValueError("--replay prints one verdict and writes no report: leave out --json and --html")
+    if ignored := [f"--{name}" for name in ("dtype", "step", "skip") if getattr(args, name)]:
+        raise ValueError(f"--replay takes everything from the recorded values: leave out {' and '.join(ignored)}")
     result = replay(args.subject, checks[0], values, args.device)
     if result.status not in ("failed", "error"):
         print(f"{result.status}: {checks[0].id} {result.reason or ''}".rstrip())
