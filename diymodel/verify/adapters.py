@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,6 +149,12 @@ class LM:
         except Exception as error:  # such as a loss that it keeps with its graph
             raise NotApplicable(f"the module cannot be copied: {said(error)}") from error
         return LM(module, self.config, self.convention)
+
+    def called(self, **changes: Any) -> LM:
+        """The very module, called another way: ``changes`` are fields of its :class:`Convention`."""
+        other = LM(self.module, self.config, replace(self.convention, **changes))
+        other.around = self.around
+        return other
 
     @contextmanager
     def aside(self) -> Iterator[None]:

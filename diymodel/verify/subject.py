@@ -118,7 +118,8 @@ class Subject:
         reference: an independent implementation, ``(config, state_dict, ids (B, T)) -> logits (B, T, V)`` in float64.
             A bug that is on the cached and on the uncached path alike shows against nothing else.
         shifted: ``(module, ids, offset) -> logits`` with every position moved by ``offset``, of a model with rotary
-            or other relative positions, whose logits do not change by that.
+            or other relative positions, whose logits do not change by that. Found where it takes positions and a
+            token alone is the same at any.
         window: a position sees itself and the ``window - 1`` before it, in each layer; None: all before it.
         no_gradient: globs of parameter names that rightly get no gradient.
         save: ``(module, path)``: writes a checkpoint, a file or a directory of them.

@@ -5,9 +5,6 @@ Shapes: B batch, T query length, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from diymodel.verify.adapters import LM
 from diymodel.verify.failure import NotApplicable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
@@ -23,16 +20,10 @@ from diymodel.verify.trial import Trial
 def labels_change_no_logit(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    without, labelled = _called(lm, labelled=False), _called(lm, labelled=True)
+    without, labelled = (lm.called(logits_need_labels=labelled) for labelled in (False, True))
     expected = without.logits(ids)  # of the last position alone, where the module gives no more
     if not bool(expected.isfinite().all()):
         raise NotApplicable("without labels, the logits are not finite")
     seen = labelled.logits(ids)[:, -expected.shape[1] :]
     what = f"with {lm.convention.labels}, the logits must be those without"
     trial.same(seen, expected, what, lm, lambda: without.logits(ids))
-
-
-def _called(lm: LM, labelled: bool) -> LM:
-    called = LM(lm.module, lm.config, replace(lm.convention, logits_need_labels=labelled))
-    called.around = lm.around
-    return called

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,7 +48,7 @@ def _continue(
             expected = alone[row][place[row, start:end][kept]]
             what = (
                 f"row {row}, padded on the {side} (real: {real[row].int().tolist()}), must give at slots {start} to "
-                f"{end - 1}, on a cache of {start}, what it gives alone"
+                f"{end - 1}, on a cache of {start}, what it gives {'without one' if untold else 'alone'}"
             )
             only = ids[row][real[row]][None]
             trial.same(logits[row][kept], expected, what, lm, partial(lm.logits, only), moved=True)
@@ -72,20 +71,13 @@ def left_with_cache(trial: Trial) -> None:
     lm = trial.model()
     untold = lm.convention.pads_left_untold and not trial.draw("told", st.booleans())
     if untold:
-        lm = _untold(lm)
+        lm = lm.called(positions=None)
     ids = trial.tokens(lm, min_length=3)
     B, T = ids.shape
     prefill = T - trial.draw("steps", st.integers(1, T - 1))
     lengths = trial.draw("lengths", real_lengths(B, prefill))
     real = torch.arange(T, device=trial.device) >= prefill - torch.tensor(lengths, device=trial.device)[:, None]
     _continue(trial, lm, ids, real, [prefill, *[1] * (T - prefill)], "left", untold)
-
-
-def _untold(lm: LM) -> LM:
-    """A module that is handed no positions beside the mask, which says where each row begins."""
-    untold = LM(lm.module, lm.config, replace(lm.convention, positions=None))
-    untold.around = lm.around
-    return untold
 
 
 @check(
