@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
-from diymodel.verify.calling.masks import causal_block_mask
+from diymodel.verify.calling.arguments import of_tokens, on_a_cache, some
 from diymodel.verify.calling.outputs import Output, joined, read_output, unflattened
 from diymodel.verify.casting import cast
 from diymodel.verify.convention import IGNORED, CachedEntry, Convention
@@ -89,9 +89,9 @@ class LM:
         if convention.always_cached:
             call = self.extend if convention.cache_on_module else self._extend  # a caller's cache may carry gradients
             return call(input_ids, None, real)[0]
-        inputs = self._inputs(input_ids, real, start=0)
+        inputs = of_tokens(convention, self.module, input_ids, real, start=0)
         if convention.logits_need_labels:
-            inputs[_some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
+            inputs[some(convention.labels)] = input_ids.contiguous()  # any will do, and nanoGPT flattens them by view
         return self._shaped(self._uncached(inputs))
 
     def placed(self, input_ids: Tensor, positions: Tensor, real: Tensor | None = None) -> Tensor:
@@ -108,9 +108,9 @@ class LM:
         def call(end: int) -> Tensor:
             ids = input_ids[:, :end]
             seen = None if real is None else real[:, :end]
-            inputs = self._inputs(ids, seen, start=0) | {_some(name): values[:, :end]}
+            inputs = of_tokens(convention, self.module, ids, seen, start=0) | {some(name): values[:, :end]}
             if self.convention.logits_need_labels:
-                inputs[_some(self.convention.labels)] = ids
+                inputs[some(self.convention.labels)] = ids
             return self._shaped(self._uncached(inputs))
 
         return self._each(input_ids, call)
@@ -196,13 +196,13 @@ class LM:
         convention = self.convention
         if convention.loss is not None:
             return convention.loss(self.logits(input_ids, real), own_labels)
-        inputs = self._inputs(input_ids, real, start=0)
+        inputs = of_tokens(convention, self.module, input_ids, real, start=0)
         if convention.loss_switch:
             if not own_labels.equal(input_ids):
                 raise NotApplicable(f"forward({convention.loss_switch}=True) takes no labels but its ids")
             inputs[convention.loss_switch] = True
         else:
-            inputs[_some(convention.labels)] = own_labels
+            inputs[some(convention.labels)] = own_labels
         loss = self._uncached(inputs).loss
         if convention.loss_attribute is not None:
             loss = attrgetter(convention.loss_attribute)(self.module)
@@ -279,24 +279,9 @@ class LM:
             cache = convention.new_cache(self.module, self.config, input_ids.shape[0])
         if convention.cached_gets_all:
             tokens = input_ids if tokens is None else torch.cat((tokens, input_ids), 1)
-            inputs = self._inputs(tokens, real, 0)
-        elif convention.cached_entry:
-            inputs = convention.cached_entry.arguments(input_ids, start)
-        else:
-            inputs = self._inputs(input_ids, real, start)
-        inputs |= convention.cached_extra
-        if cache is not None or (convention.always_cached and convention.past and not convention.cache_on_module):
-            inputs |= self._handed(cache)
-        if convention.use_cache:
-            inputs[convention.use_cache] = True
-        if convention.new_tokens:
-            inputs[convention.new_tokens] = new
-        if convention.start and convention.placed_on_cache:
-            inputs[convention.start] = start
-        if convention.positions and (convention.cache_on_module or convention.placed_on_cache):
-            inputs.setdefault(convention.positions, self._positions(input_ids, start))
+        inputs = on_a_cache(convention, self.module, input_ids, cache, start, tokens, real)
         if positions is not None:
-            inputs[_some(convention.positions)] = positions
+            inputs[some(convention.positions)] = positions
         output = self._call(inputs, start, convention.cached_entry)
         if not convention.cache_on_module:
             cache = output.past if output.past is not None else cache
@@ -306,46 +291,6 @@ class LM:
                 cache = joined(past.cache, cache, convention.cache_is_new_part)
         logits = self._shaped(output)
         return logits[:, -new:] if convention.cached_gets_all else logits, Past(cache, start + new, tokens)
-
-    def _handed(self, cache: Any) -> dict[str, Any]:
-        """The arguments that hold a cache: one, or keys and values."""
-        convention = self.convention
-        if convention.past_values is None:
-            return {_some(convention.past): cache}
-        keys, values = cache or (None, None)
-        return {_some(convention.past): keys, convention.past_values: values}
-
-    def _inputs(self, input_ids: Tensor, real: Tensor | None, start: int) -> dict[str, Any]:
-        """The arguments of a call without those for the cache; ``start`` tokens came before."""
-        convention, (B, T) = self.convention, input_ids.shape
-        inputs: dict[str, Any] = {convention.ids: input_ids, **convention.extra}
-        if convention.start and not convention.placed_on_cache:
-            inputs[convention.start] = start
-        if convention.causal:
-            inputs[convention.causal] = convention.causal_mask.make(T, start, next(self.module.parameters()))
-        if convention.block_mask:
-            inputs[convention.block_mask] = causal_block_mask(self.module, T)
-        if convention.positions_always:
-            inputs[_some(convention.positions)] = self._positions(input_ids, start)
-        if real is None and convention.mask_always:
-            real = torch.ones(B, start + T, dtype=torch.bool, device=input_ids.device)
-        if real is None:
-            return inputs
-        if convention.lengths:
-            return inputs | {convention.lengths: real[:, -T:].sum(1)}
-        if convention.left and not convention.mask_always and (bool(real.all()) or not bool(real[:, 0].all())):
-            return inputs | {convention.left: (~real).long().cumprod(1).sum(1)}
-        covered = real if convention.mask_covers_cache else real[:, -T:]
-        marked = ~covered if convention.mask_marks_padding else covered
-        inputs[_some(convention.mask)] = marked.to(convention.mask_dtype)
-        if convention.positions and not convention.positions_are_shared:
-            inputs[convention.positions] = (real.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
-        return inputs
-
-    def _positions(self, input_ids: Tensor, start: int) -> Tensor:
-        """Of tokens after ``start`` others, without padding."""
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        return positions if self.convention.positions_are_shared else positions.expand_as(input_ids)
 
     def _shaped(self, output: Output) -> Tensor:
         if output.logits is None:
@@ -415,8 +360,3 @@ def own_model() -> dict[str, Any]:
         "save": lambda module, path: save_checkpoint(path, module),
         "load": load_checkpoint,
     }
-
-
-def _some(name: str | None) -> str:
-    assert name is not None, "a check asked for what the module does not have: its `needs` are incomplete"
-    return name

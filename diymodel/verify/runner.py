@@ -95,24 +95,7 @@ def check_causal_lm(
         results = run_isolated(resolved, chosen, settings, jobs, verify_one)
     else:
         results = run_checks(resolved, chosen, settings)
-    try:
-        for result in results:
-            if result.status in ("failed", "error") and result.check.id in expected_failures:
-                result = replace(result, status="expected_failure", reason=expected_failures[result.check.id])
-            elif result.status == "passed" and result.check.id in expected_failures:
-                result = replace(result, reason=f"it was expected to fail: {expected_failures[result.check.id]}")
-            report.results.append(result)
-            if on_result is not None:
-                on_result(result)
-        if len(report.results) < len(chosen):
-            report.interrupted = f"the time budget of {time_budget:g} s ran out"
-    except KeyboardInterrupt:
-        report.interrupted, report.cancelled = "interrupted", True
-    found = {result.check.id: result for result in report.results}  # in any order, where they ran side by side
-    report.results = [found[check.id] for check in chosen if check.id in found]
-    if report.interrupted:
-        first = next(check.id for check in chosen if check.id not in found)
-        report.interrupted += f" before a verdict on {first}"
+    _gather(report, (_as_expected(result, expected_failures) for result in results), chosen, time_budget, on_result)
     if resolved.refusal and report.results and not any(result.examples for result in report.results):
         raise SubjectError(f"{resolved.name} refused every configuration that was drawn, the last: {resolved.refusal}")
     if report.failed:
@@ -120,6 +103,39 @@ def check_causal_lm(
     report.seconds = time.perf_counter() - started
     report.refused = tuple(sorted(resolved.refused))
     return report
+
+
+def _as_expected(result: Result, expected_failures: Mapping[str, str]) -> Result:
+    """The verdict as it counts for somebody who expected some checks to fail."""
+    if (why := expected_failures.get(result.check.id)) is None:
+        return result
+    if result.status in ("failed", "error"):
+        return replace(result, status="expected_failure", reason=why)
+    return replace(result, reason=f"it was expected to fail: {why}") if result.status == "passed" else result
+
+
+def _gather(
+    report: Report,
+    results: Iterable[Result],
+    chosen: Sequence[Check],
+    time_budget: float | None,
+    on_result: Callable[[Result], object] | None,
+) -> None:
+    """Put the verdicts into the report, in the order of the checks, and say where it ends before the last."""
+    found: dict[str, Result] = {}  # in any order, where they ran side by side
+    try:
+        for result in results:
+            found[result.check.id] = result
+            if on_result is not None:
+                on_result(result)
+        if len(found) < len(chosen):
+            report.interrupted = f"the time budget of {time_budget:g} s ran out"
+    except KeyboardInterrupt:
+        report.interrupted, report.cancelled = "interrupted", True
+    report.results = [found[check.id] for check in chosen if check.id in found]
+    if report.interrupted:
+        first = next(check.id for check in chosen if check.id not in found)
+        report.interrupted += f" before a verdict on {first}"
 
 
 def run_checks(subject: Subject, checks: Sequence[Check], settings: Settings) -> Iterator[Result]:

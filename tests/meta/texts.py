@@ -78,6 +78,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
     "causality.through_cache": lambda v: [f"on a cache of {v.prefill}, changing the token at position {v.cut} must"],
     "causality.truncation": _cut_off,
     "checkpoint.wrapped": lambda v: [f"a checkpoint of a module in {v.wrapper} must load"],
+    "context.order_beyond": lambda v: [f"of {v.config.max_seq_len + 3} tokens", "exchanging those at positions"],
     "context.overlong_refused": lambda v: [
         f"{v.config.max_seq_len + 1} tokens are more than max_seq_len={v.config.max_seq_len} and must",
         f"on a cache of {v.config.max_seq_len} is more than max_seq_len={v.config.max_seq_len} and must",

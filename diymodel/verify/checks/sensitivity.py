@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from hypothesis import strategies as st
@@ -67,14 +67,23 @@ def order_matters(trial: Trial) -> None:
         )
 
 
-def differs_for_some_weights(trial: Trial, lm: LM, ids: Tensor, other: Tensor, position: int) -> bool:
+def differs_for_some_weights(
+    trial: Trial,
+    lm: LM,
+    ids: Tensor,
+    other: Tensor,
+    position: int,
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> bool:
     """Whether two inputs give logits at a position that are apart by more than rounding.
 
-    One draw of the weights is not enough: attention can be so sure of one key that the others' weight is 0.
+    One draw of the weights is not enough: attention can be so sure of one key that the others' weight is 0. ``logits``
+    computes them; None: without a cache.
     """
+    logits = logits or lm.logits
     for i in range(_WEIGHTS):
         draw_weights(lm.module, trial.values["weights"] + i, sharpness=1)
-        before, after = lm.logits(ids)[:, position], lm.logits(other)[:, position]
+        before, after = logits(ids)[:, position], logits(other)[:, position]
         if float((after - before).detach().abs().max()) > rounding(trial.dtype) * float(before.detach().abs().max()):
             return True
     return False

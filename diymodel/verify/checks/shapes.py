@@ -167,23 +167,3 @@ def permutation(trial: Trial) -> None:
     order = trial.draw("order", st.permutations(range(ids.shape[0])))
     what = f"rows in the order {order} must give their logits in that order"
     trial.same(lm.logits(ids[order]), lm.logits(ids)[order], what, lm, lambda: lm.logits(ids))
-
-
-@check(
-    "context.overlong_refused",
-    title="more than max_seq_len tokens are refused, on a cache as well",
-    step="4.1",
-    needs=("strict_context",),
-    causes=("position-table-clamped", "generation-overflow"),
-)
-def overlong_refused(trial: Trial) -> None:
-    lm = trial.model()
-    longest = lm.config.max_seq_len
-    ids = torch.arange(longest + 1, device=trial.device)[None] % lm.config.vocab_size
-    trial.refuses(
-        lambda: lm.logits(ids), f"{longest + 1} tokens are more than max_seq_len={longest} and must be refused"
-    )
-    if trial.subject.missing("cache") is None:
-        _, past = lm.extend(ids[:, :-1])
-        what = f"one token more on a cache of {longest} is more than max_seq_len={longest} and must be refused"
-        trial.refuses(lambda: lm.extend(ids[:, -1:], past), what)

@@ -49,25 +49,6 @@ def _right_for_heads_of_two(patient: Patient) -> bool | None:
 
 
 @symptom(
-    "context.blind_to_order_beyond",
-    "beyond max_seq_len it no longer tells two tokens' order: they share a position",
-    "超过 max_seq_len 之后分不清两个 token 的先后：它们共用一个位置",
-    ("context.*", "shape.longest"),
-    ("position-table-clamped",),
-)
-def _blind_to_order_beyond(patient: Patient) -> bool | None:
-    lm = patient.lm(max_seq_len=5)
-    longest = lm.config.max_seq_len
-    ids = distinct_tokens(lm, length=longest + 2)
-    exchanged = ids.clone()
-    exchanged[:, longest - 1 : longest + 1] = ids[:, longest - 1 : longest + 1].flip(1)
-    try:
-        return apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) <= SAME
-    except Exception:  # it is refused after all, where there is no cache: no table that is clamped
-        return False
-
-
-@symptom(
     "positions.ignored",
     "it takes positions, and which ones it is handed changes nothing, at least beside a mask",
     "它接受位置参数，但传入什么位置都不影响结果，至少在同时传入 mask 时如此",

@@ -198,4 +198,55 @@ BUGS = [
         kills=("batch.row_alone",),
         where="MoE",
     ),
+    Bug(
+        "position-table-clamped",
+        "resettable",
+        "self.pos_emb(torch.arange(start, start + T))",
+        "self.pos_emb(torch.arange(start, start + T) % self.pos_emb.num_embeddings)",
+        kills=("context.order_beyond",),
+        where="Resettable",
+    ),
+    Bug(
+        "position-table-clamped",
+        "postnorm",
+        """\
+        if length > self.n_ctx:
+            raise ValueError(f"input of {length} tokens is longer than n_ctx={self.n_ctx}")
+        x = self.embed_scale * self.embed_tokens(input_ids)
+        x = self.embed_dropout(self.embed_norm(x + self.positions[:length].to(x.dtype)))
+""",
+        """\
+        x = self.embed_scale * self.embed_tokens(input_ids)
+        positions = self.positions[[min(i, self.n_ctx - 1) for i in range(length)]]
+        x = self.embed_dropout(self.embed_norm(x + positions.to(x.dtype)))
+""",
+        kills=("context.order_beyond",),
+        where="PostNorm",
+    ),
+    Bug(
+        "position-table-clamped",
+        "learned",
+        """\
+        if start + T > self.n_positions:
+            raise ValueError(f"{start + T} positions are more than {self.n_positions}")
+        real = torch.ones(B, start + T) if attention_mask is None else attention_mask
+        real = real.bool()
+        if real.shape != (B, start + T):
+            raise ValueError(f"attention_mask must be {(B, start + T)}, cached and new tokens, not {tuple(real.shape)}")
+        if position_ids is None:
+            position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+""",
+        """\
+        if T > self.n_positions:
+            raise ValueError(f"{T} positions are more than {self.n_positions}")
+        real = torch.ones(B, start + T) if attention_mask is None else attention_mask
+        real = real.bool()
+        if real.shape != (B, start + T):
+            raise ValueError(f"attention_mask must be {(B, start + T)}, cached and new tokens, not {tuple(real.shape)}")
+        if position_ids is None:
+            position_ids = (real.long().cumsum(1) - 1).clamp(0, self.n_positions - 1)[:, start:]
+""",
+        kills=("context.order_beyond",),
+        where="Learned",
+    ),
 ]

@@ -1,0 +1,92 @@
+"""More tokens than max_seq_len: refused where that is promised, and told apart everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.checks.sensitivity import WIDE, differs_for_some_weights
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
+from diymodel.verify.registry import check
+from diymodel.verify.trial import LONGEST, Trial
+
+_BEYOND = 3  # tokens: two that may share a position, and one that sees them
+_WITHIN = (-3, -2)  # two tokens before the last
+
+
+@check(
+    "context.overlong_refused",
+    title="more than max_seq_len tokens are refused, on a cache as well",
+    step="4.1",
+    needs=("strict_context",),
+    causes=("position-table-clamped", "generation-overflow"),
+)
+def overlong_refused(trial: Trial) -> None:
+    lm = trial.model()
+    longest = lm.config.max_seq_len
+    ids = torch.arange(longest + 1, device=trial.device)[None] % lm.config.vocab_size
+    trial.refuses(
+        lambda: lm.logits(ids), f"{longest + 1} tokens are more than max_seq_len={longest} and must be refused"
+    )
+    if trial.subject.missing("cache") is None:
+        _, past = lm.extend(ids[:, :-1])
+        what = f"one token more on a cache of {longest} is more than max_seq_len={longest} and must be refused"
+        trial.refuses(lambda: lm.extend(ids[:, -1:], past), what)
+
+
+@check(
+    "context.order_beyond",
+    title="tokens beyond max_seq_len are refused, or their order matters",
+    step="4.1",
+    causes=("position-table-clamped",),
+)
+def order_beyond(trial: Trial) -> None:
+    if trial.device != "cpu":
+        raise NotApplicable("off the CPU, an index beyond a table may take the whole process down")
+    lm = trial.model(num_layers=1, **WIDE)  # a second layer tells the order apart by what each position has seen
+    longest = lm.config.max_seq_len
+    if longest > LONGEST:
+        raise NotApplicable(f"the module holds {longest} positions, and no trial asks for more than {LONGEST}")
+    start = trial.draw("start", st.integers(0, lm.config.vocab_size - 1))
+    ids = (start + torch.arange(longest + _BEYOND, device=trial.device)[None]) % lm.config.vocab_size
+    if not _order_matters(trial, lm, lm.logits, ids[:, :longest], *_WITHIN):
+        raise NotApplicable("within max_seq_len the order of two tokens does not matter either")
+
+    def on_a_cache(ids: Tensor) -> Tensor:
+        logits, past = lm.extend(ids[:, :-_BEYOND])
+        for token in ids[:, -_BEYOND:].split(1, 1):
+            logits, past = lm.extend(token, past)
+        return logits
+
+    ways = {"": lm.logits}
+    if trial.subject.missing("cache") is None and _order_matters(trial, lm, on_a_cache, ids[:, :longest], *_WITHIN):
+        ways[" on a cache"] = on_a_cache
+    seen = trial.subject.window or ids.shape[1]
+    pairs = [(longest - 1, longest), (0, longest), (longest, longest + 1)]
+    for way, call in ways.items():
+        if refusal(lambda: call(ids)[:, -1]) is not None:  # noqa: B023
+            continue
+        for one, other in pairs:
+            if ids.shape[1] - other <= seen and not _order_matters(trial, lm, call, ids, one, other):
+                raise CheckFailure(
+                    f"of {ids.shape[1]} tokens{way}, more than max_seq_len={longest}, exchanging those at positions "
+                    f"{one} and {other} must change the last logits, or all be refused, saw no change with any draw "
+                    "of the weights"
+                )
+
+
+def _order_matters(trial: Trial, lm: LM, call: Callable[[Tensor], Tensor], ids: Tensor, one: int, other: int) -> bool:
+    """Whether two tokens matter to the last logits by where they stand, or one of them is not seen there at all."""
+    ids = ids.clone()
+    ids[:, other] = (ids[:, one] + 1) % lm.config.vocab_size
+    exchanged, *changed = ids.clone(), ids.clone(), ids.clone()
+    exchanged[:, [one, other]] = ids[:, [other, one]]
+    for row, position in zip(changed, (one, other), strict=True):
+        row[:, position] = (ids[:, one] + 2) % lm.config.vocab_size
+    return differs_for_some_weights(trial, lm, ids, exchanged, -1, call) or not all(
+        differs_for_some_weights(trial, lm, ids, row, -1, call) for row in changed
+    )
