@@ -6,11 +6,13 @@ needs a part which the module lacks is not named.
 
     python -m benchmarks.unseen_bugs benchmarks/results/unseen-bugs.json
 
-``--list second`` measures another list, in six other models, which was written later and in the same way.
+``--list second`` measures another list, in six other models, which was written later and in the same way,
+and ``--list third`` one more, in seven.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -24,6 +26,7 @@ from benchmarks.measuring import PROFILE, measured
 from benchmarks.unseen import subject_of
 from benchmarks.unseen.bugs import BUGS
 from benchmarks.unseen.second_bugs import SECOND_BUGS
+from benchmarks.unseen.third_bugs import THIRD_BUGS
 from diymodel._files import replace_text
 from diymodel.verify import SubjectError
 from diymodel.verify.experiments.parts import absent_parts, impossible_classes
@@ -34,7 +37,7 @@ from diymodel.verify.samples import Sample, read_samples, sample_of
 from diymodel.verify.settings import Settings
 from diymodel.verify.symptoms import observe
 
-LISTS = {"first": BUGS, "second": SECOND_BUGS}
+LISTS = {"first": BUGS, "second": SECOND_BUGS, "third": THIRD_BUGS}
 
 
 def names(which: str = "first") -> list[str]:
@@ -45,7 +48,7 @@ def names(which: str = "first") -> list[str]:
 def measure(name: str) -> Sample:
     """What the checks and symptoms say of a bug; nothing, where the model cannot be called with it at all."""
     torch.set_num_threads(1)
-    bug = next(bug for bug in (*BUGS, *SECOND_BUGS) if bug.id == name)
+    bug = next(bug for bug in itertools.chain(*LISTS.values()) if bug.id == name)
     settings = Settings(PROFILES[PROFILE], shrink=False, optional=False)
     with torch.random.fork_rng():
         subject = subject_of(bug.file, bug.source)
