@@ -108,7 +108,7 @@ class LM:
         def call(end: int) -> Tensor:
             ids = input_ids[:, :end]
             seen = None if real is None else real[:, :end]
-            inputs = of_tokens(convention, self.module, ids, seen, start=0) | {some(name): values[:, :end]}
+            inputs = of_tokens(self.convention, self.module, ids, seen, start=0) | {some(name): values[:, :end]}
             if self.convention.logits_need_labels:
                 inputs[some(self.convention.labels)] = ids
             return self._shaped(self._uncached(inputs))

@@ -15,8 +15,8 @@ from diymodel.verify.experiments.parts import absent_parts, impossible_classes
 from diymodel.verify.report import Report, Result
 from diymodel.verify.samples import sample_of
 from diymodel.verify.subject import Subject
+from diymodel.verify.surroundings import surroundings
 from diymodel.verify.symptoms import observe
-from diymodel.verify.threads import one_thread
 
 _SECONDS = 120.0  # for all experiments in a child
 _SHOWN = 5  # classes of bugs that a report names
@@ -52,7 +52,7 @@ def examine_isolated(subject: Subject, results: Sequence[Result], device: str = 
             yield child.connection.recv()
 
 
-@one_thread()
+@surroundings()
 def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     """Look for symptoms, write the likeliest bugs into the report, and order the causes of each failure by them.
 
@@ -77,17 +77,16 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
         for result in report.failed
         if result.check.id not in explained and likely.isdisjoint(result.check.causes)
     )
-    places = {found.bug: place for place, found in enumerate(ranked)}
+    places = {found.bug: place for place, found in enumerate(report.likely)}
 
     def ordered(result: Result) -> Result:
         if result.failure is None:
             return result
         named = (found for place, found in enumerate(ranked) if not place or found.beside)
         sure = {found.bug for found in named if found.score > 0.5 and result.check.id in found.evidence}
-        causes = sorted(
-            sure.union(result.failure.likely_causes) - impossible,
-            key=lambda slug: (places.get(slug, len(places)), slug),
-        )
+        listed = (*result.failure.likely_causes, *sorted(sure))  # where none is ranked, in the check's own order
+        possible = dict.fromkeys(slug for slug in listed if slug not in impossible)
+        causes = sorted(possible, key=lambda slug: places.get(slug, len(places)))
         return replace(result, failure=replace(result.failure, likely_causes=tuple(causes)))
 
     report.results = [ordered(result) for result in report.results]

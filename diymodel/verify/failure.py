@@ -22,13 +22,15 @@ class CheckFailure(AssertionError):
     """A property is refuted.
 
     ``message`` says what was expected, what was seen, and where first. ``max_abs_diff`` and ``tolerance`` are None
-    where the property is no comparison of numbers; ``speaks_for_itself`` where no cause that the check names makes it.
+    where the property is no comparison of numbers; ``speaks_for_itself`` where no cause that the check names makes it;
+    ``within_float32`` where rounding to float32 would explain the difference, in a module that does that.
     """
 
     message: str
     max_abs_diff: float | None = None
     tolerance: float | None = None
     speaks_for_itself: bool = False
+    within_float32: bool = False
 
     def __str__(self) -> str:
         return self.message

@@ -66,6 +66,8 @@ def left_behind(lm: LM, ids: Tensor) -> list[str]:
     if not suspects:
         return []
     lm.module.to(META)  # where a few breaches are allowed, as between a GPU and an index on the CPU
+    if _runs_there(lm, ids):  # what stayed is taken along by the call, if several things then all at once
+        return []
     everything = _held(lm.module)
     for held in everything:
         held.put(_moved(held.value))

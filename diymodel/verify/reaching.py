@@ -84,10 +84,14 @@ def in_training(lm: LM, ids: Tensor, seed: int) -> Tensor:
     return weighted_logits(lm, ids, seed)
 
 
-def own_loss(lm: LM, ids: Tensor, seed: int) -> Tensor:
-    """The module's own loss in training mode."""
+def own_losses(lm: LM, ids: Tensor, seed: int) -> Tensor:
+    """The module's own loss in training mode, and what else a call for it returns a number of, such as a total."""
     lm.module.train()
-    return lm.own_loss(ids, lm.own_labels(ids))
+    returned: list[Any] = []
+    with lm.module.register_forward_hook(lambda module, given, output: returned.append(output)):
+        loss = lm.own_loss(ids, lm.own_labels(ids))
+    others = [x for x in tensors_in(returned) if x.dim() == 0 and x.requires_grad and x is not loss]
+    return torch.stack([x.double() for x in (loss, *others)]).sum()
 
 
 def further_logits(lm: LM, ids: Tensor, seed: int) -> Tensor:
@@ -110,18 +114,20 @@ def without_effect(
     """Those of some parameters that change no logit when each is given the values that ``change`` makes of noise."""
     lm = trial.build(lm.config, trial.values["weights"], 1)
     many, generator = _many(lm, ids), torch.Generator().manual_seed(MANY.start)
-    before, found = _of_a_copy(lm, many), set()
-    for name, parameter in trainable(lm).items():
-        if name in names:
-            found.add(name)
-            for _ in ALL:  # a choice of two experts goes the same way in every second draw
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.copy_(change(parameter, noise))
-                after = _of_a_copy(lm, many)
-                if not after.equal(before):
-                    found.discard(name)
-                before = after
-    return found
+    parameters = trainable(lm)
+
+    def within(some: list[str]) -> set[str]:
+        before = _of_a_copy(lm, many)
+        for _ in ALL:  # a choice of two experts goes the same way in every second draw
+            for name in some:
+                noise = torch.randn(parameters[name].shape, generator=generator).to(parameters[name])
+                parameters[name].copy_(change(parameters[name], noise))
+            if not _of_a_copy(lm, many).equal(before):
+                half = len(some) // 2
+                return within(some[:half]) | within(some[half:]) if half else set()
+        return set(some)
+
+    return within([name for name in parameters if name in names]) if names else set()
 
 
 def _of_a_copy(lm: LM, ids: Tensor) -> Tensor:

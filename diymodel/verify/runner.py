@@ -20,11 +20,11 @@ from diymodel.verify.registry import Check, nearest, select_checks
 from diymodel.verify.report import Report, Result
 from diymodel.verify.settings import Settings, check_device, check_time
 from diymodel.verify.subject import Factory, Subject, resolve
-from diymodel.verify.threads import one_thread
+from diymodel.verify.surroundings import surroundings
 from diymodel.verify.trial import Trial, dtype_name
 
 
-@one_thread()
+@surroundings()
 def check_causal_lm(
     subject: str | Subject | Factory | None = None,
     *,
@@ -146,7 +146,7 @@ def run_checks(subject: Subject, checks: Sequence[Check], settings: Settings) ->
         yield verify_one(subject, check, own)
 
 
-@one_thread()
+@surroundings()
 def replay(
     subject: str | Subject | Factory | None, check: Check, values: Mapping[str, Any], device: str = "cpu"
 ) -> Result:
@@ -168,7 +168,7 @@ def replay(
     return result
 
 
-@one_thread()
+@surroundings()
 def verify_one(subject: Subject, check: Check, settings: Settings) -> Result:
     """The verdict of one check: skipped where the subject lacks what it needs, else run."""
     reason = next((why for need in check.needs if (why := subject.missing(need))), None)

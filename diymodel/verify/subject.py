@@ -29,7 +29,7 @@ from diymodel.verify.given import Checkpoint, Load, Reference, Save, Shifted
 from diymodel.verify.importing import defined_at, import_named
 from diymodel.verify.randomness import seeded
 from diymodel.verify.strategies import configs
-from diymodel.verify.threads import one_thread
+from diymodel.verify.surroundings import surroundings
 from diymodel.verify.timing import OutOfTime, time_limit
 
 OWN = "diymodel"  # how our own model is called
@@ -197,7 +197,7 @@ class Subject:
         Raises:
             SubjectError: it cannot be built, or called with token ids.
         """
-        with one_thread(), seeded():  # the first trial starts from the same state as a replay
+        with surroundings(), seeded():  # the first trial starts from the same state as a replay
             try:
                 with time_limit(_PATIENCE):
                     config = self._first_config()

@@ -10,14 +10,16 @@ that a constructor made: it is another at every position, so results at the same
 
 What rounds always to the same number measures as nothing: a saturated softmax in float32 gives exactly 1 and is off by
 what it left out. A module that computes in float32 inside may therefore be off by float32's own step, whatever was
-measured. So may kernels of attention that are given a half type inside, by what is allowed in that type; nothing else
-may, for that would hide bugs.
+measured. One that does so on one of two paths alone, which the other's rounding does not show, may be off by what is
+allowed in float32, or by what weights that are off by its rounding change. Kernels of attention that are given a half
+type inside may be off by what is allowed in that type; nothing else may, for that would hide bugs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,27 +46,27 @@ def noise_factor(dtype: torch.dtype) -> int:
     return 16 if dtype in (torch.float64, torch.float32) else 4
 
 
-class _Results(DispatchMode):
-    """Notes the types that operations give."""
+class Dtypes(DispatchMode):
+    """Notes the types that operations inside give."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dtypes: set[torch.dtype] = set()
+        self.seen: set[torch.dtype] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            self.dtypes.add(result.dtype)  # at the latest what casts
+            self.seen.add(result.dtype)  # at the latest what casts
         return result
 
 
 def _dtypes_in(run: Callable[[], Tensor]) -> set[torch.dtype]:
-    results = _Results()
-    with torch.no_grad(), seeded(), results:
+    dtypes = Dtypes()
+    with torch.no_grad(), seeded(), dtypes:
         run()
-    return results.dtypes
+    return dtypes.seen
 
 
 def float32_step(run: Callable[[], Tensor]) -> float:
@@ -91,26 +93,41 @@ def estimate_noise(module: nn.Module, run: Callable[[], Tensor], seed: int, enou
 
 def _fourth_difference(module: nn.Module, run: Callable[[], Tensor], seed: int) -> float:
     parameters = list(module.parameters())
-    originals = [parameter.detach().clone() for parameter in parameters]
     directions = [
         torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1000 * seed + i)).to(parameter)
         for i, parameter in enumerate(parameters)
     ]
     h = _STEPS.get(parameters[0].dtype, 2.0**-5)
     results = []
-    try:
+    with _restored(parameters) as originals:
         for t in range(7):
             for parameter, original, direction in zip(parameters, originals, directions, strict=True):
                 parameter.copy_(original * (1 + t * h * direction))
             reseed()  # dropout left on is no rounding
             results.append(run().double())
-    finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.copy_(original)
     differences = [
         sum(weight * results[start + i] for i, weight in enumerate(_BINOMIAL)) for start in range(len(results) - 4)
     ]
     return max(float(torch.as_tensor(difference).abs().max()) for difference in differences) / _GAIN
+
+
+@torch.no_grad()
+def off_weights(module: nn.Module, run: Callable[[], Tensor], size: float) -> float:
+    """How far ``run()`` moves when every weight is off by a share of about ``size``, as an absolute size.
+
+    That is what roundings of that size on the way can change, amplified as they would be. The weights are left as they
+    were.
+    """
+    parameters = list(module.parameters())
+    before = run().double()
+    moves = []
+    with _restored(parameters) as originals:
+        for seed in range(2):
+            for index, (parameter, original) in enumerate(zip(parameters, originals, strict=True)):
+                generator = torch.Generator().manual_seed(1000 * seed + index)
+                parameter.copy_(original * (1 + size * torch.randn(original.shape, generator=generator).to(original)))
+            moves.append(float((run().double() - before).abs().max()))
+    return max(moves)
 
 
 def table_noise(tensors: Iterable[Tensor], run: Callable[[], Tensor], seed: int) -> float:
@@ -123,20 +140,27 @@ def table_noise(tensors: Iterable[Tensor], run: Callable[[], Tensor], seed: int)
     tables = [x for x in tensors if x.dtype in (torch.float64, torch.complex128) and _is_of_float32(x.detach())]
     if not tables:
         return 0.0
-    originals = [table.detach().clone() for table in tables]
     generator = torch.Generator().manual_seed(seed)
     half = torch.finfo(torch.float32).eps / 2
     with torch.no_grad(), seeded():
         before = run().double()
-        try:
+        with _restored(tables) as originals:
             for table, original in zip(tables, originals, strict=True):
                 off = torch.randn(original.shape, generator=generator).to(original)
                 table.copy_(original * (1 + half * off))
             reseed()
             return float((run().double() - before).abs().max())
-        finally:
-            for table, original in zip(tables, originals, strict=True):
-                table.copy_(original)
+
+
+@contextlib.contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """What the tensors hold, which they hold again afterwards."""
+    originals = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield originals
+    finally:
+        for tensor, original in zip(tensors, originals, strict=True):
+            tensor.copy_(original)
 
 
 def _is_of_float32(tensor: Tensor) -> bool:

@@ -67,8 +67,14 @@ def read_output(output: Any, vocab_size: int, loss_place: int = 0, paired: bool 
         pasts = containers if len(containers) > 1 else others
         past = tuple(pasts[-2:]) if len(pasts) > 1 else None
     else:
-        past = next(iter(containers or others), None)  # beside containers, a tensor is one of hidden states
+        likely = filter(_is_of_layers, containers)  # beside containers, a tensor is one of hidden states
+        past = next(likely, next(iter(containers or others), None))
     return Output(logits, loss, past, ", ".join(map(_told, items)) if logits is None else "")
+
+
+def _is_of_layers(container: Any) -> bool:
+    """Whether it may be a cache rather than what each layer computed: attention weights, hidden states."""
+    return not isinstance(container, (list, tuple)) or not all(x is None or isinstance(x, Tensor) for x in container)
 
 
 def _told(item: Any) -> str:

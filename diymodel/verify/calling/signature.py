@@ -25,7 +25,7 @@ NAMES = {
     ),
     "past": (
         *("past_key_values", "past_kv", "past", "cache", "kv_cache", "layer_past", "caches", "kv_caches"),
-        *("cache_params", "state", "states", "hidden", "hidden_state", "h", "s"),
+        *("cache_params", "state", "states", "hidden", "hidden_state", "hidden_states", "h", "s"),
         *("prev_state", "prev_states", "prev_hidden", "prev_hiddens", "hiddens", "memories", "mems", "mem"),
     ),
     "use_cache": ("use_cache", "return_intermediates"),

@@ -58,11 +58,11 @@ def order_beyond(trial: Trial) -> None:
 
     def on_a_cache(ids: Tensor) -> Tensor:
         logits, past = lm.extend(ids[:, :-_BEYOND])
-        for token in ids[:, -_BEYOND:].split(1, 1):
+        for token in ids[:, -_BEYOND:].tensor_split(_BEYOND, 1):
             logits, past = lm.extend(token, past)
         return logits
 
-    ways = {"": lm.logits}
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"": lm.logits}
     if trial.subject.missing("cache") is None and _order_matters(trial, lm, on_a_cache, ids[:, :longest], *_WITHIN):
         ways[" on a cache"] = on_a_cache
     seen = trial.subject.window or ids.shape[1]

@@ -126,7 +126,13 @@ def greedy_is_argmax(trial: Trial) -> None:
     title="with a cache, greedy generation takes the likeliest token at every step as well",
     step="3.2",
     needs=("greedy", "generate_cache"),
-    causes=("position-restarts-in-decode", "cached-path-diverges", "position-advances-per-layer", "cache-rows-shared"),
+    causes=(
+        "position-restarts-in-decode",
+        "cached-path-diverges",
+        "position-advances-per-layer",
+        "cache-rows-shared",
+        "cache-argument-swallowed",
+    ),
 )
 def cached_greedy_is_argmax(trial: Trial) -> None:
     _greedy_is_argmax(trial, use_cache=True)

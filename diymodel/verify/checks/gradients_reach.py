@@ -20,7 +20,7 @@ from diymodel.verify.reaching import (
     in_training,
     leave_unreached,
     nudged,
-    own_loss,
+    own_losses,
     redrawn,
     weighted_logits,
     without_effect,
@@ -62,7 +62,7 @@ def _unreached(trial: Trial, lm: LM, ids: Tensor, draws: range = ALL) -> set[str
         leave_unreached(unreached, trial, lm, ids, in_training)
     if unreached and (lm.convention.labels or lm.convention.loss_switch):  # whatever else is in that loss
         with suppress(Exception):  # likewise
-            unreached -= _serving(own_loss, trial, lm, ids, unreached)
+            unreached -= _serving(own_losses, trial, lm, ids, unreached)
     if unreached:
         with suppress(Exception):  # likewise
             unreached -= _serving(further_logits, trial, lm, ids, unreached)

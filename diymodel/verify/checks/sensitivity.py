@@ -12,7 +12,7 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.checks.causality import edited
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, told_apart
 from diymodel.verify.registry import check
-from diymodel.verify.tolerance import rounding
+from diymodel.verify.tolerance import off_weights, rounding
 from diymodel.verify.trial import LONGEST, MAX_LENGTH, Trial, draw_weights
 
 _WEIGHTS = 16  # draws, before saying that something has no effect: sparse features let many pass without one
@@ -127,7 +127,8 @@ def _near(seen: Tensor, expected: Tensor, lm: LM, ids: Tensor, share: float, rou
     worst = float(difference.nan_to_num(torch.inf).max())
     tolerance = share * float(expected.abs().max())
     if worst > tolerance:
-        tolerance = max(tolerance, _PERTURBED_FACTOR * _effect_of_weights(lm, ids, rounded))
+        twin = lm.twin()
+        tolerance = max(tolerance, _PERTURBED_FACTOR * off_weights(twin.module, lambda: twin.logits(ids), rounded))
     if worst > tolerance:
         position = int((~(difference <= tolerance)).nonzero()[0][1])
         apart, explained = told_apart(worst, tolerance)
@@ -136,15 +137,3 @@ def _near(seen: Tensor, expected: Tensor, lm: LM, ids: Tensor, share: float, rou
             worst,
             tolerance,
         )
-
-
-def _effect_of_weights(lm: LM, ids: Tensor, size: float) -> float:
-    """How much the logits change, at most, where every weight is off by a share of about ``size``."""
-    logits, effect = lm.logits(ids), 0.0
-    for seed in range(2):
-        other = lm.twin()
-        for index, parameter in enumerate(other.module.parameters()):
-            generator = torch.Generator().manual_seed(1000 * seed + index)
-            parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator).to(parameter))
-        effect = max(effect, float((other.logits(ids) - logits).abs().max()))
-    return effect

@@ -182,7 +182,7 @@ def deepcopy(trial: Trial) -> None:
     try:
         twin = lm.twin()
     except NotApplicable as error:
-        what = f"after a call copy.deepcopy must copy the module, saw otherwise: {error}"
+        what = f"after a call copy.deepcopy must copy the module, saw that {error}"
         raise CheckFailure(what, speaks_for_itself=True) from error
     trial.identical(twin.logits(ids), lm.logits(ids), "a deep copy must give the same logits bit for bit")
     other = trial.build(lm.config, trial.values["weights"] + 1, 1)

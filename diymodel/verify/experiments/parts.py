@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.calling.outputs import read_output
+from diymodel.verify.calling.signature import called, told_parameters
 from diymodel.verify.catalogue import list_bug_classes
 from diymodel.verify.experiments.watchers import AttentionWeights, Choices, ExponentialsOfPairs
 from diymodel.verify.experiments.watchers_of_places import NOISE, Calls, Operand, PlaceOperands
@@ -175,6 +176,12 @@ def _carries(patient: Patient) -> bool:
 # --- what is taken ---------------------------------------------------------------------------------------------------
 
 
+def _takes_anything(patient: Patient) -> bool:
+    """Whether ``forward`` takes arguments of any name."""
+    parameters = told_parameters(called(patient.lm().module)).values()
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+
+
 def _lacks_no(*capabilities: str) -> Has:
     return lambda patient: any(patient.subject.missing(capability) is None for capability in capabilities)
 
@@ -227,6 +234,7 @@ PARTS: dict[str, Has] = {
     "window": _forgets,
     "kept_fewer": _keeps_fewer,
     "carried_state": _carries,
+    "further_arguments": _takes_anything,
     "padding": _lacks_no("padding", "left_padding", "generate_padded"),
     "padded_prompts": _lacks_no("generate_padded"),
     "positions": _takes_positions,

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.calling.signature import told_parameters
+from diymodel.verify.experiments.handing import Arguments, handed
+from diymodel.verify.held import tensors_in
 from diymodel.verify.symptoms import SAME, Patient, apart, symptom
 
 PADDED = ("generation.padded_prompt",)
+_CACHED = tuple(  # checks that generate fails as well where its calls lose their cache
+    f"generation.{name}"
+    for name in (
+        *("greedy_is_argmax", "cached_greedy_is_argmax", "eos_per_row", "past_context", "padded_prompt"),
+        *("follows_distribution", "temperature_zero", "top_k", "top_p", "ignores_training_mode"),
+    )
+)
 _ROWS = 24
 _PROMPT = 4
 _NEW = 4
@@ -188,3 +198,27 @@ def _right_by_hand(patient: Patient) -> bool | None:
         tokens = torch.cat((tokens, new), 1)
         logits, past = lm.extend(new, past)
     return True
+
+
+@symptom(
+    "generation.cache_is_swallowed",
+    "generate hands forward a cache under a name that forward does not have",
+    "generate 传给 forward 的 cache，用的是 forward 里没有的参数名",
+    ("generation.*",),
+    ("cache-argument-swallowed",),
+    settles=_CACHED,
+)
+def _cache_is_swallowed(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    swallowing = [name for name, p in told_parameters(lm.module.forward).items() if p.kind == p.VAR_KEYWORD]
+    if not swallowing or patient.subject.missing("greedy") is not None:
+        return None
+    found: list[bool] = []
+
+    def look(arguments: Arguments) -> None:
+        given = arguments.get(swallowing[0], {}).values()
+        found.extend(not isinstance(value, Tensor) and bool(tensors_in(value)) for value in given)
+
+    with handed(lm, look):
+        write(lm, drawn_prompts(patient, lm, padded=False), padded=False)
+    return any(found)

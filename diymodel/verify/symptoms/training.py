@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
@@ -42,6 +43,9 @@ def _reached(patient: Patient) -> _Reached:
             module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         lm.around = partial(Choices, picked)
         lm.logits(ids).square().sum().backward()  # type: ignore[no-untyped-call]
+        if lm.convention.labels:  # some parts are called for a loss alone
+            with suppress(Exception), torch.no_grad():  # what refuses it is told by other checks
+                lm.own_loss(ids, lm.own_labels(ids))
         found = {name: p.grad for name, p in lm.module.named_parameters() if p.requires_grad}
         sizes = {name: 0.0 if gradient is None else float(gradient.abs().max()) for name, gradient in found.items()}
         least = _ROUNDED * torch.finfo(lm.convention.dtype).eps * max(sizes.values())

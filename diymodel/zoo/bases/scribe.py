@@ -76,6 +76,7 @@ class Scribe(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: GrowingCache | None = None,
         use_cache: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, GrowingCache | None]:
         n, t = input_ids.shape
         if past_key_values is None and use_cache:
@@ -88,7 +89,7 @@ class Scribe(nn.Module):
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         x = self.embed_tokens(input_ids) + self.embed_positions(position_ids)
-        seen = torch.ones(t, past + t, dtype=torch.bool).tril(past)[None] & attention_mask.bool()[:, None]
+        seen = torch.ones(t, past + t, dtype=torch.bool).tril(past)[None] & attention_mask.bool()[:, None, : past + t]
         bias = x.new_zeros(n, 1, t, past + t).masked_fill(~seen[:, None], torch.finfo(x.dtype).min)
         for layer in self.layers:
             x = layer(x, bias, past_key_values)

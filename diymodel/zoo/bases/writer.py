@@ -48,6 +48,7 @@ class Writer(nn.Module):
         position_ids: Tensor | None = None,
         past: Any = None,
         use_cache: bool = False,
+        **kwargs: Any,
     ) -> Any:
         start, T = past[0][0].shape[2] if past is not None else 0, input_ids.shape[1]
         if start + T > self.longest:
@@ -55,7 +56,7 @@ class Writer(nn.Module):
         steps = torch.arange(start, start + T)
         allowed = (torch.arange(start + T) <= steps[:, None])[None, None]
         if attention_mask is not None:
-            allowed = allowed & attention_mask[:, None, None, :].bool()
+            allowed = allowed & attention_mask[:, None, None, : start + T].bool()
         x = self.embed(input_ids) + self.positions(steps if position_ids is None else position_ids)
         present = []
         for i, block in enumerate(self.blocks):

@@ -419,4 +419,20 @@ BUGS = [
         kills=("generation.past_context",),
         where="Scribe",
     ),
+    Bug(
+        "cache-argument-swallowed",
+        "writer",
+        "position[:, -1:], past, use_cache=True)",
+        "position[:, -1:], cache=past, use_cache=True)",
+        kills=("generation.cached_greedy_is_argmax",),
+        where="Writer",
+    ),
+    Bug(
+        "cache-argument-swallowed",
+        "scribe",
+        "self(fed, mask, None, cache, use_cache)",
+        "self(fed, mask, use_cache=use_cache, cache=cache)",
+        kills=("generation.cached_greedy_is_argmax",),
+        where="Scribe",
+    ),
 ]

@@ -266,8 +266,8 @@ BUGS = [
     Bug(
         "padding-mask-inverted",
         "writer",
-        "allowed & attention_mask[:, None, None, :].bool()",
-        "allowed & (attention_mask[:, None, None, :] == 0)",
+        "allowed & attention_mask[:, None, None, : start + T].bool()",
+        "allowed & (attention_mask[:, None, None, : start + T] == 0)",
         kills=("padding.right_changes_nothing",),
         where="Writer",
     ),
