@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,10 +98,17 @@ def test_a_report_that_could_not_be_written_is_refused_before_the_work(
     assert "nowhere/x cannot be written: there is no directory nowhere" in error_of([*command, "nowhere/x"], capsys)
 
 
-def test_ctrl_c_reports_what_was_found_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch("diymodel.verify.command._progress", side_effect=KeyboardInterrupt):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_reports_what_was_found_and_is_no_success(
+    stop: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+    with mock.patch("diymodel.verify.command._progress", side_effect=lambda result: signal.raise_signal(stop)):
         assert main(["verify", "--only", "shape.*", "--profile", "quick", "--jobs", "1"]) == 130
     assert "interrupted before a verdict on shape.longest" in capsys.readouterr().out
+    signal.signal(signal.SIGINT, before[0])
+    assert signal.getsignal(signal.SIGTERM) is before[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- train

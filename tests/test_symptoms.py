@@ -138,7 +138,10 @@ def test_nothing_is_said_of_padding_and_tokens_that_are_right(id: str, modules: 
     assert len(questions) >= 5
     answers = {found.id: found.ask(patient) for found in questions}
     assert not any(answers.values()), answers
-    assert {id for id, answer in answers.items() if answer is False} <= {"padding.first_token_sees_its_future"}
+    assert {id for id, answer in answers.items() if answer is False} <= {
+        "padding.first_token_sees_its_future",
+        "generation.cache_is_swallowed",
+    }
 
 
 (CHUNKS,) = select_checks(["decode.chunks"])

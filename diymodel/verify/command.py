@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +107,11 @@ def _verify(args: argparse.Namespace) -> int:
         return _replay(args)
     require_places(args.json, args.html)
     _make_absolute(args)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the module prints
+    with (
+        _stopped_as_by_ctrl_c(),
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),  # what the module prints
+    ):
         report = check_causal_lm(
             args.subject,
             profile=args.profile,
@@ -128,6 +134,16 @@ def _verify(args: argparse.Namespace) -> int:
     if report.cancelled:
         return 130
     return 0 if report.verdict == "passed" else 1
+
+
+@contextlib.contextmanager
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which the time limit of a job sends, leaves the report so far as well."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _default_jobs(device: str) -> int:

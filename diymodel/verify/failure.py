@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HARNESS = f"{Path(__file__).parent}{os.sep}"  # what its files begin with
+_SHARED = tuple(str(Path(__file__).parents[1] / name) for name in ("counting.py", "_compat.py"))  # with our own model
 _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _LIBRARIES = "site-packages/"
 _SHOWN = 4  # names of parts or parameters
@@ -100,7 +101,8 @@ def is_a_tools(frame: traceback.FrameSummary) -> bool:
     """Whether a line of a traceback lies in the harness, in torch, in Hypothesis or in Python itself."""
     file = frame.filename
     standard_library = file.startswith(_STANDARD_LIBRARY) and _LIBRARIES not in file
-    return standard_library or file.startswith(HARNESS) or any(part in file for part in _TOOLS)
+    ours = file.startswith(HARNESS) or file in _SHARED
+    return standard_library or ours or any(part in file for part in _TOOLS)
 
 
 def _not_tools(error: Exception) -> list[traceback.FrameSummary]:
