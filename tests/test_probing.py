@@ -533,3 +533,16 @@ def test_logits_are_asked_for_where_forward_has_an_argument_for_it() -> None:
     report = check_causal_lm(LogitsOnRequest, profile="quick", only=["causality.edit", "loss.value", "shape.logits"])
     assert [result.status for result in report.results] == ["passed"] * 3, report.to_text()
     assert "get_logits=True" in report.called
+
+
+class EmbeddingsUnlessToldOtherwise(Tiny):
+    """As in HazyResearch's zoology: a backbone first of all."""
+
+    def forward(self, input_ids: Tensor, return_embeddings: bool = True) -> Tensor:
+        return self.embed(input_ids) if return_embeddings else self.run(input_ids, causal)
+
+
+def test_what_comes_in_the_place_of_logits_is_declined() -> None:
+    report = check_causal_lm(EmbeddingsUnlessToldOtherwise, profile="quick", only=["causality.edit", "shape.logits"])
+    assert [result.status for result in report.results] == ["passed"] * 2, report.to_text()
+    assert "return_embeddings=False" in report.called

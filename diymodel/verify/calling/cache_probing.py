@@ -30,6 +30,8 @@ from diymodel.verify.convention import Convention
 from diymodel.verify.failure import NotApplicable, crashed, refusal, said
 from diymodel.verify.held import tensors_in
 
+_MADE_BY_CALLER = "if the caller makes it, say how in Subject(…, new_cache=lambda module, config, rows: …)"
+
 
 def close(seen: Tensor, expected: Tensor) -> bool:
     """Whether they are the same as far as finding a convention goes; bugs are for the checks."""
@@ -175,13 +177,10 @@ def _tried(module: nn.Module, config: DIYConfig, way: Convention, ids: Tensor) -
             return _Tried(way, f"forward({way.past}=…) of a few tokens hands back tensors without elements")
         _, past = lm.extend(ids[:, :1], begun)
     except NotApplicable:
-        why = (
-            f"forward({way.past}=…) handed no cache back: if the caller makes it, say how in "
-            "Subject(…, new_cache=lambda module, config, rows: …)"
-        )
+        why = f"forward({way.past}=…) handed no cache back: {_MADE_BY_CALLER}"
         return _Tried(way, why)
     except Exception as error:  # a stranger's forward may raise anything
-        why = f"a cached call failed: {said(error)}{_needs_more(way)}"
+        why = f"a cached call failed: {said(error)}{_needs_more(way, begun is not None)}"
         if begun is None or not crashed(error):
             return _Tried(way, why)
         return _Tried(replace(way, cache_is_value=not way.cache_on_module and _is_value(begun.cache)), why, True)
@@ -219,10 +218,10 @@ def _begun_anew(module: nn.Module, config: DIYConfig, way: Convention, ids: Tens
     return replace(way, new_cache=after(reset, way.new_cache), position_on_module=True)
 
 
-def _needs_more(way: Convention) -> str:
-    """What to write where a cache on the module asks for more than its caller is known to give, as torchtune's does."""
+def _needs_more(way: Convention, begun: bool) -> str:
+    """What to write where a cache asks for more than its caller is known to give, as torchtune's does on the module."""
     if not way.cache_on_module:
-        return ""
+        return "" if begun or way.past is None or way.new_cache is not None else f"; {_MADE_BY_CALLER}"
     given = ", ".join(name for name in (way.ids, way.positions, way.start, way.use_cache) if name)
     return f"; it was given {given}: name a module instead, whose forward(tokens, start_pos) adds what it needs"
 

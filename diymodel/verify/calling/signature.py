@@ -34,6 +34,7 @@ NAMES = {
 }
 LABELS_SHIFTED = ("targets", "target", "target_ids", "target_token_ids", "y")  # nanoGPT's, whose caller shifts them
 _ASKS_FOR_LOSS = re.compile(r"(return|compute|calculate|calc|get|with|output)_loss")
+_INSTEAD_OF_LOGITS = re.compile(r"(return|output)_(only_)?(embed(ding)?s?|hiddens?|hidden_states?|features)")
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _KEPT = "(kvs?|pasts?|presents?|caches?)"
 _PAST = re.compile(  # past_kvs, kv_cache_list, past_key_value_states
@@ -121,9 +122,10 @@ def required_parameters(module: nn.Module) -> set[str]:
 
 
 def logits_switches(module: nn.Module) -> dict[str, bool]:
-    """Optional arguments that ask for logits, such as get_logits or return_all_logits, turned on."""
+    """Optional arguments that ask for logits, such as get_logits, turned on, and for something in their place, off."""
     known = parameters(module).items()
-    return {name: True for name, p in known if "logits" in name and (p.default is False or p.default is None)}
+    asking = {name: True for name, p in known if "logits" in name and (p.default is False or p.default is None)}
+    return asking | {name: False for name, p in known if _INSTEAD_OF_LOGITS.fullmatch(name) and p.default is True}
 
 
 def has_no(module: nn.Module, what: str) -> str:
