@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Around = Callable[[int, int], AbstractContextManager[Any]]  # start, T: what each call of the module happens in
 
+_APART = 2**20  # seeds of two calls that draw some of the rows each
 _BY_TOKEN = ("ids", "labels", "documents", "positions")  # roles whose values are (B, T)
 
 
@@ -222,6 +223,12 @@ class LM:
         Args:
             settings: by role, such as ``temperature``, ``top_k``, ``eos``; what is not given is left to the module.
         """
+        B, most = len(input_ids), self.generating.most_rows
+        if most < B:
+            further = settings | ({"seed": settings["seed"] + _APART} if "seed" in settings else {})
+            rest = None if real is None else real[most:]
+            first = self.generate(input_ids[:most], new_tokens, None if real is None else real[:most], **settings)
+            return torch.cat((first, self.generate(input_ids[most:], new_tokens, rest, **further)))
         around: dict[str, Any] = {"context": self.config.max_seq_len, "device": input_ids.device}
         with self._without_cache():
             return self.generating.run(self.module, input_ids, new_tokens, real, {**around, **settings})

@@ -15,11 +15,12 @@ from diymodel.verify.convention import Convention
 NAMES = {
     "ids": (
         *("input_ids", "input_tensor", "idx", "tokens", "token_ids", "inputs", "prompt", "prompts", "prompt_ids"),
-        *("prime", "context", "x"),
+        *("prompt_tokens", "prime", "context", "x"),
     ),
     "new_tokens": (
         *("max_new_tokens", "num_new_tokens", "n_new_tokens", "new_tokens", "max_tokens", "num_tokens", "n_tokens"),
         *("max_new_token", "max_new_length", "max_length_new", "max_generate_tokens", "max_gen_tokens"),
+        *("n_new", "n_tokens_to_generate"),
         *("tokens_to_generate", "max_gen_len", "max_gen", "gen_len", "num_steps", "n_steps", "steps", "seq_len"),
         *("max_length", "max_len", "length", "max_returned_tokens", "total_tokens"),
     ),

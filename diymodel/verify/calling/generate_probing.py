@@ -18,7 +18,7 @@ from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
 from diymodel.verify.calling.entries import Entry, others
 from diymodel.verify.calling.generate_names import NAMES, by_names, lacking
-from diymodel.verify.calling.generating import CAPABILITIES, FORMS, MANY, Generating
+from diymodel.verify.calling.generating import CAPABILITIES, FEWER, FORMS, MANY, Generating
 from diymodel.verify.convention import Convention
 from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.timing import OutOfTime, time_limit
@@ -203,8 +203,11 @@ def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     generating = replace(lm.generating, sampling=sampling)
     if any(_crashes(lm, ids, role, sampling) for role in sampling):
         return generating, {}
-    if (why := _refused(lm, ids[:1].repeat(MANY, 1), sampling)) is not None:
-        return generating, {"sampling": f"generate does not draw in {MANY} rows at once: {why}"}
+    refusals = ((rows, _refused(lm, ids[:1].repeat(rows, 1), sampling)) for rows in (MANY, *FEWER))
+    rows, why = next((found for found in refusals if found[1] is None), (FEWER[-1], "it takes fewer"))
+    if why is not None:
+        return generating, {"sampling": f"generate does not draw in {rows} rows at once: {why}"}
+    generating = replace(generating, most_rows=rows)
     if "seed" not in generating.names and not _draws(lm, ids, sampling):
         return lm.generating, {"sampling": "generate has no seed, and draws nothing from torch's random generator"}
     return generating, {}

@@ -34,7 +34,8 @@ CAPABILITIES = (
 )
 Form = Literal["rows", "row", "list", "lists"]  # tensors (B, T) or (T,), ids in a list, or in a list a row
 FORMS: tuple[Form, ...] = get_args(Form)
-MANY = 256  # rows at once, for judging what is drawn
+MANY = 256  # rows, for judging what is drawn
+FEWER = (32, 8)  # at once, where a cache on the module has room for no more: Meta's Llama makes it for 32
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Generating:
     counts_prompt: bool = False  # the number of tokens asked for includes the prompt
     returns_prompt: bool = True
     one_row: bool = False
+    most_rows: int = MANY  # of one call that draws
     form: Form = "rows"  # of the prompts
     pads_left: bool = False  # short prompts are padded on the left
     follows_padding: bool = True  # new tokens of a row padded on the right stand after its padding, not before it

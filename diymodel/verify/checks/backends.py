@@ -18,6 +18,7 @@ from diymodel.verify.trial import Trial
 _REFUSALS = ("No viable backend", "No available kernel")  # torch's words where a backend cannot run
 _SETTER = "set_attn_implementation"  # transformers' method, and its names of what every family can have
 _IMPLEMENTATIONS = ("eager", "sdpa")
+_SETTINGS = ("_attn_implementation", "attn_implementation")  # of a config, where there is no such method
 
 
 @check(
@@ -52,11 +53,11 @@ Runs = dict[str, tuple[Callable[[], Tensor], Tensor]]  # by name: what computes 
 
 def _implementations(lm: LM, ids: Tensor) -> Runs:
     """What the module can be switched between; it is left with the last of them."""
-    if not hasattr(lm.module, _SETTER):
+    if (switch := _switch(lm)) is None:
         return {}
     runs: Runs = {}
     for implementation in _IMPLEMENTATIONS:
-        run = partial(_with_implementation, lm, ids, implementation)
+        run = partial(_with_implementation, switch, lm, ids, implementation)
         try:
             runs[f"attn_implementation={implementation!r}"] = run, run()
         except (ValueError, ImportError):  # a family may lack one
@@ -64,8 +65,18 @@ def _implementations(lm: LM, ids: Tensor) -> Runs:
     return runs
 
 
-def _with_implementation(lm: LM, ids: Tensor, implementation: str) -> Tensor:
-    getattr(lm.module, _SETTER)(implementation)
+def _switch(lm: LM) -> Callable[[str], object] | None:
+    """What switches the module between its implementations."""
+    if hasattr(lm.module, _SETTER):
+        method: Callable[[str], object] = getattr(lm.module, _SETTER)
+        return method
+    config = getattr(lm.module, "config", None)
+    known = (name for name in _SETTINGS if getattr(config, name, None) in _IMPLEMENTATIONS)
+    return next((partial(setattr, config, name) for name in known), None)
+
+
+def _with_implementation(switch: Callable[[str], object], lm: LM, ids: Tensor, implementation: str) -> Tensor:
+    switch(implementation)
     return lm.logits(ids)
 
 

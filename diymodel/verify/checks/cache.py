@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM, Past
 from diymodel.verify.convention import NewCache
-from diymodel.verify.failure import CheckFailure, NotApplicable, said
+from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -126,32 +127,53 @@ def dtype(trial: Trial) -> None:
 )
 def caller_object(trial: Trial) -> None:
     lm = trial.model()
-    make = _maker_of_objects(trial)
     ids = trial.tokens(lm, min_length=2)
+    make = _maker_of_objects(trial, lm, ids)
 
     def run(goes_on_with_own: bool) -> Tensor:
         own = Past(make(lm.module, lm.config, ids.shape[0]), 0)
         _, past = lm.extend(ids[:, :-1], own)
         return lm.extend(ids[:, -1:], past._replace(cache=own.cache) if goes_on_with_own else past)[0]
 
-    if trial.subject.missing("cache_filled") is not None and _is_left_alone(lm, ids, make):
+    promised = trial.subject.missing("cache_filled") is None or trial.subject.convention.new_cache is None
+    if not promised and _is_left_alone(lm, ids, make):
         raise NotApplicable("forward leaves the cache object it is given alone, and hands back another")
     what = "going on with the cache object that was passed in must give what the one that came back gives"
     trial.same(run(True), run(False), what, lm, lambda: run(False))
 
 
-def _maker_of_objects(trial: Trial) -> NewCache:
+def _maker_of_objects(trial: Trial, lm: LM, ids: Tensor) -> NewCache:
     """What makes an empty cache for forward to fill.
 
     Raises:
         NotApplicable: the caller passes none, or a value.
     """
     convention = trial.subject.convention
-    if convention.new_cache is None or convention.cache_on_module:
+    if convention.cache_on_module:
         raise NotApplicable("forward makes its cache itself")
     if trial.subject.missing("cache_value") is None:
         raise NotApplicable("its cache is a value, and the caller goes on with the one that comes back")
-    return convention.new_cache
+    return convention.new_cache or _maker_of_its_class(lm, ids)
+
+
+def _maker_of_its_class(lm: LM, ids: Tensor) -> NewCache:
+    """What makes an empty cache of the class that forward makes itself and adds to, as generate of transformers does.
+
+    Raises:
+        NotApplicable: there is none, or forward does not add to the object that it is handed.
+    """
+    _, begun = lm.extend(ids[:, :1])
+    kind = type(begun.cache)
+    own = "forward makes its cache itself"
+    if kind.__module__ == "builtins" or lm.extend(ids[:, 1:], begun)[1].cache is not begun.cache:
+        raise NotApplicable(own)
+
+    def make(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+        return kind()
+
+    if refusal(lambda: lm.extend(ids[:, :1], Past(kind(), 0))) is not None:
+        raise NotApplicable(own)
+    return make
 
 
 def _is_left_alone(lm: LM, ids: Tensor, make: NewCache) -> bool:

@@ -107,7 +107,7 @@ def rows_draw_independently(trial: Trial) -> None:
 )
 def temperature_zero(trial: Trial) -> None:
     lm, ids = _model_and_prompt(trial)
-    rows = ids if trial.subject.missing("sampling") else ids.repeat(MANY, 1)  # some take one row only
+    rows = ids if trial.subject.missing("sampling") else ids.repeat(lm.generating.most_rows, 1)  # some take one only
     seed = _seed(trial)
     # With a setting that excludes nothing as well: some take it for a wish to sample. One that is refused at any
     # temperature is another check's matter.
@@ -180,7 +180,7 @@ def top_p(trial: Trial) -> None:
         drawn = lm.sample(ids.repeat(MANY, 1), 1, _seed(trial), top_p=between)[:, ids.shape[1]]
         _must_be_among(drawn, probabilities, count, f"top_p={between:.3g}, which {count} tokens reach,")
     p = trial.draw("top_p", st.sampled_from((1e-3, 1e-6, 1e-12, 1e-20)))  # below any likeliest token's probability
-    rows, seed = ids.repeat(MANY, 1), _seed(trial)
+    rows, seed = ids.repeat(lm.generating.most_rows, 1), _seed(trial)
     what = f"top_p={p}"
     if trial.draw("bfloat16", st.booleans()):
         lm = lm.twin()

@@ -119,13 +119,13 @@ def random_state_untouched(trial: Trial) -> None:
 
 
 def _goes_on_from_before(lm: LM, ids: torch.Tensor) -> bool:
-    """Whether the random state after a greedy generation depends on the one before: it drew, and set no seed."""
+    """Whether the random state after a greedy generation follows from the one before: it drew, and set no seed."""
     after = []
-    for seed in (1, 2):
+    for seed in (1, 1, 2):
         torch.manual_seed(seed)
         lm.greedy(ids, 2)
         after.append(_random_state())
-    return not torch.equal(*after)
+    return torch.equal(after[0], after[1]) and not torch.equal(after[0], after[2])
 
 
 def _random_state() -> torch.Tensor:
