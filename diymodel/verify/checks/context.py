@@ -14,8 +14,10 @@ from diymodel.verify.failure import CheckFailure, NotApplicable, refusal
 from diymodel.verify.registry import check
 from diymodel.verify.trial import LONGEST, Trial
 
+Call = Callable[[Tensor], Tensor]  # of tokens (B, T): logits, of which the last count
+
 _BEYOND = 3  # tokens: two that may share a position, and one that sees them
-_WITHIN = (-3, -2)  # two tokens before the last
+_WITHIN = (-4, -3)  # as far before the last as two beyond are
 
 
 @check(
@@ -62,7 +64,7 @@ def order_beyond(trial: Trial) -> None:
             logits, past = lm.extend(token, past)
         return logits
 
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"": lm.logits}
+    ways: dict[str, Call] = {"": lm.logits}
     if trial.subject.missing("cache") is None and _order_matters(trial, lm, on_a_cache, ids[:, :longest], *_WITHIN):
         ways[" on a cache"] = on_a_cache
     seen = trial.subject.window or ids.shape[1]
@@ -71,7 +73,9 @@ def order_beyond(trial: Trial) -> None:
         if refusal(lambda: call(ids)[:, -1]) is not None:  # noqa: B023
             continue
         for one, other in pairs:
-            if ids.shape[1] - other <= seen and not _order_matters(trial, lm, call, ids, one, other):
+            if ids.shape[1] - other > seen or _order_matters(trial, lm, call, ids, one, other):
+                continue
+            if _are_seen(trial, lm, call, ids, one, other):
                 raise CheckFailure(
                     f"of {ids.shape[1]} tokens{way}, more than max_seq_len={longest}, exchanging those at positions "
                     f"{one} and {other} must change the last logits, or all be refused, saw no change with any draw "
@@ -79,14 +83,27 @@ def order_beyond(trial: Trial) -> None:
                 )
 
 
-def _order_matters(trial: Trial, lm: LM, call: Callable[[Tensor], Tensor], ids: Tensor, one: int, other: int) -> bool:
-    """Whether two tokens matter to the last logits by where they stand, or one of them is not seen there at all."""
+def _row(lm: LM, ids: Tensor, one: int, other: int) -> Tensor:
+    """The tokens, with another one at ``other`` than at ``one``."""
     ids = ids.clone()
     ids[:, other] = (ids[:, one] + 1) % lm.config.vocab_size
-    exchanged, *changed = ids.clone(), ids.clone(), ids.clone()
+    return ids
+
+
+def _order_matters(trial: Trial, lm: LM, call: Call, ids: Tensor, one: int, other: int) -> bool:
+    """Whether exchanging two tokens changes the last logits."""
+    ids = _row(lm, ids, one, other)
+    exchanged = ids.clone()
     exchanged[:, [one, other]] = ids[:, [other, one]]
-    for row, position in zip(changed, (one, other), strict=True):
-        row[:, position] = (ids[:, one] + 2) % lm.config.vocab_size
-    return differs_for_some_weights(trial, lm, ids, exchanged, -1, call) or not all(
-        differs_for_some_weights(trial, lm, ids, row, -1, call) for row in changed
-    )
+    return differs_for_some_weights(trial, lm, ids, exchanged, -1, call)
+
+
+def _are_seen(trial: Trial, lm: LM, call: Call, ids: Tensor, *positions: int) -> bool:
+    """Whether each of two tokens changes the last logits."""
+    ids = _row(lm, ids, *positions)
+    for position in positions:
+        changed = ids.clone()
+        changed[:, position] = (ids[:, positions[0]] + 2) % lm.config.vocab_size
+        if not differs_for_some_weights(trial, lm, ids, changed, -1, call):
+            return False
+    return True
