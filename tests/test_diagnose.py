@@ -93,7 +93,7 @@ def test_what_stands_beside_the_likeliest_is_said_so() -> None:
     report = Report("x", results=results, diagnosis=tuple(found))
     assert [lead for lead, _ in report.led] == ["", "beside", "instead"]
     text = report.to_text()
-    places = [text.index(part) for part in ("97%", "A second bug", "95%", "Or instead", " 5%")]
+    places = [text.index(part) for part in ("97%", "A further bug", "95%", "Or instead", " 5%")]
     assert places == sorted(places)
     html = to_html(report, "zh")
     assert html.index("chunk-unmasked") > html.index("此外")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diymodel import DIYConfig
-from diymodel.verify import check_causal_lm
+from diymodel.verify import Subject, check_causal_lm
 from diymodel.verify.registry import select_checks
 from diymodel.verify.runner import verify_one
 from diymodel.verify.settings import Settings
@@ -140,7 +141,7 @@ class MovedByHalf(MovedTogether):
 
 def test_tables_that_move_together_do_not_stay_behind() -> None:
     passes(MovedTogether, "state.moves")
-    assert "saw sin stay behind" in only_failure(MovedByHalf, "state.moves")
+    assert "saw the call break on sin, left behind" in only_failure(MovedByHalf, "state.moves")
 
 
 class Ahead(nn.Module):
@@ -174,3 +175,138 @@ class NeverLearns(Ahead):
 def test_a_head_that_only_another_of_the_losses_reaches_learns() -> None:
     passes(Ahead, "gradients.reach_every_parameter")
     assert "saw none at ahead.bias, ahead.weight" in only_failure(NeverLearns, "gradients.reach_every_parameter")
+
+
+class Reads(nn.Module):
+    """It has no use for some of the fields, and saves none of those."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.head(self.drop(self.embed(input_ids)).cumsum(1))
+
+
+def saving(*fields: str) -> Subject:
+    """A subject whose checkpoints hold these fields of its configuration."""
+
+    def save(module: nn.Module, path: Any) -> None:
+        config = {name: getattr(module.config, name) for name in fields}
+        torch.save({"config": config, "state_dict": module.state_dict()}, path)
+
+    def load(path: Any) -> nn.Module:
+        saved = torch.load(path, weights_only=True)
+        module = Reads(SimpleNamespace(**{"dropout": 0.0} | saved["config"]))
+        module.load_state_dict(saved["state_dict"])
+        return module
+
+    return Subject(Reads, save=save, load=load)
+
+
+def test_a_field_that_the_model_never_reads_need_not_be_saved() -> None:
+    passes(saving("vocab_size", "hidden_size", "dropout"), "checkpoint.round_trip")
+    assert "must have dropout=" in only_failure(saving("vocab_size", "hidden_size"), "checkpoint.round_trip")
+
+
+class Eager(NarrowMask):
+    """A config's name chooses between two implementations of attention."""
+
+    wrong = 1.0
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__(config)
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
+
+    def forward(self, input_ids: Tensor) -> Any:
+        if self.config._attn_implementation == "sdpa":
+            return super().forward(input_ids)
+        T = input_ids.shape[1]
+        x = self.embed(input_ids) + self.positions(torch.arange(T))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        scores = self.wrong * q @ k.mT / q.shape[-1] ** 0.5
+        weights = (scores + torch.full((T, T), -torch.inf).triu(1)).softmax(-1)
+        return self.head(x + (weights @ v).transpose(1, 2).flatten(2))
+
+
+class Scaled(Eager):
+    wrong = 0.5
+
+
+def test_implementations_that_a_name_in_the_config_chooses_are_compared() -> None:
+    passes(Eager, "causality.each_backend")
+    assert "attn_implementation='sdpa'" in only_failure(Scaled, "causality.each_backend")
+
+
+class Growing:
+    """A cache that forward makes, and adds to."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.ids is None else self.ids.shape[1]
+
+
+class OnAnObject(nn.Module):
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def lacks(self, cache: Growing | None) -> bool:
+        return cache is None
+
+    def forward(self, input_ids: Tensor, past_key_values: Growing | None = None, use_cache: bool = False) -> Any:
+        T = input_ids.shape[1]
+        if use_cache:
+            cache = Growing() if self.lacks(past_key_values) else past_key_values
+            assert cache is not None
+            cache.ids = input_ids if cache.ids is None else torch.cat((cache.ids, input_ids), 1)
+            return self.head(self.embed(cache.ids).cumsum(1)[:, -T:]), cache
+        return self.head(self.embed(input_ids).cumsum(1))
+
+
+class TakesEmptyForNone(OnAnObject):
+    def lacks(self, cache: Growing | None) -> bool:
+        return not cache
+
+
+def test_an_empty_cache_of_forwards_own_class_is_filled() -> None:
+    passes(OnAnObject, "decode.caller_object")
+    assert "the cache object that was passed in" in only_failure(TakesEmptyForNone, "decode.caller_object")
+
+
+class RoomFor32(nn.Module):
+    """As Meta's Llama, whose cache has a place for each of 32 rows, and which is asked for ``max_gen_len`` tokens."""
+
+    def __init__(self, config: DIYConfig) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.register_buffer("room", torch.zeros(32, 1), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.room[: len(tokens)] = tokens[:, :1]
+        return self.head(self.embed(tokens).cumsum(1))
+
+    def generate(self, prompt_tokens: Tensor, max_gen_len: int, temperature: float = 0.0) -> Tensor:
+        tokens = prompt_tokens
+        for _ in range(max_gen_len):
+            logits = self(tokens)[:, -1]
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((logits.double() / temperature).softmax(-1), 1)
+            tokens = torch.cat((tokens, new), 1)
+        return tokens
+
+
+SAMPLING = "generation.follows_distribution", "generation.rows_draw_independently", "generation.temperature_zero"
+
+
+def test_what_takes_few_rows_at_once_is_judged_in_several_calls() -> None:
+    passes(RoomFor32, *SAMPLING, seeds=1)

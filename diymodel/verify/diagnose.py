@@ -114,7 +114,9 @@ class Signatures:
     def _without(self, sample: Sample, found: Iterable[Diagnosis]) -> Sample:
         """The run without what may be the doing of some bugs."""
         seen, ruled_out = facts_of(sample), _ruled_out(sample)
+        settled = settled_checks(sample.symptoms)
         doing = {fact for one in found for fact in self._doing[one.bug] - ruled_out.get(one.bug, frozenset())}
+        doing |= {id for id, causes in settled.items() if any(one.bug in causes for one in found)}
         doing &= {fact for fact, holds in seen.items() if holds}
         verdicts = {**sample.verdicts, **dict.fromkeys(doing & sample.verdicts.keys(), "skipped")}
         return replace(sample, verdicts=verdicts, symptoms={k: v for k, v in sample.symptoms.items() if k not in doing})
@@ -285,6 +287,12 @@ def _silences(samples: Sequence[Sample], slugs: Iterable[str]) -> dict[str, floa
         return _MISSED * math.log(sure / of_any)
 
     return {slug: min(ratio(slug), 0.0) for slug in slugs}
+
+
+def settled_checks(symptoms: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
+    """The checks whose failure is no other's doing than that of some classes, as experiments showed."""
+    shown = (symptom for symptom in list_symptoms().values() if symptoms.get(symptom.id))
+    return {id: symptom.causes for symptom in shown for id in symptom.settles}
 
 
 def _ruled_out(sample: Sample) -> dict[str, frozenset[str]]:

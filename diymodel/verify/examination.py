@@ -59,7 +59,7 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     A run that was cut short is diagnosed by its verdicts alone: its reader wants no more experiments. Where most checks
     end in the same error, the error says it all.
     """
-    from diymodel.verify.diagnose import signatures
+    from diymodel.verify.diagnose import settled_checks, signatures
 
     if report.raises_everywhere:
         return
@@ -70,8 +70,10 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
     report.symptoms, impossible = found.symptoms, impossible_classes(found.absent)
     ranked = signatures().diagnose(replace(sample_of(report.results, report.symptoms), impossible=impossible))
     report.diagnosis = tuple(ranked[:_SHOWN])
-    explained = {fact for found in report.likely for fact in found.evidence}
     likely = {found.bug for found in report.likely}
+    settled = settled_checks(found.symptoms)
+    explained = {fact for found in report.likely for fact in found.evidence}
+    explained |= {id for id, causes in settled.items() if not likely.isdisjoint(causes)}
     report.unexplained = tuple(
         result.check.id
         for result in report.failed
@@ -84,9 +86,10 @@ def diagnose(report: Report, subject: Subject, isolate: bool = False) -> None:
             return result
         named = (found for place, found in enumerate(ranked) if not place or found.beside)
         sure = {found.bug for found in named if found.score > 0.5 and result.check.id in found.evidence}
-        listed = (*result.failure.likely_causes, *sorted(sure))  # where none is ranked, in the check's own order
+        shown = settled.get(result.check.id, ())
+        listed = (*shown, *result.failure.likely_causes, *sorted(sure))  # in the check's own order where none is ranked
         possible = dict.fromkeys(slug for slug in listed if slug not in impossible)
-        causes = sorted(possible, key=lambda slug: places.get(slug, len(places)))
+        causes = sorted(possible, key=lambda slug: (slug not in shown, places.get(slug, len(places))))
         return replace(result, failure=replace(result.failure, likely_causes=tuple(causes)))
 
     report.results = [ordered(result) for result in report.results]

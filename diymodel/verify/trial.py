@@ -120,6 +120,7 @@ class Trial:
             again.around = lambda start, length: dtypes
             again.rounds_inside = lambda: torch.float32 in dtypes.seen
             again.run(check)
+            self.seen_difference = again.seen_difference
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 

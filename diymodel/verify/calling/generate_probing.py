@@ -203,9 +203,10 @@ def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     generating = replace(lm.generating, sampling=sampling)
     if any(_crashes(lm, ids, role, sampling) for role in sampling):
         return generating, {}
-    refusals = ((rows, _refused(lm, ids[:1].repeat(rows, 1), sampling)) for rows in (MANY, *FEWER))
-    rows, why = next((found for found in refusals if found[1] is None), (FEWER[-1], "it takes fewer"))
-    if why is not None:
+    for rows in (MANY, *FEWER):
+        if (why := _refused(lm, ids[:1].repeat(rows, 1), sampling)) is None:
+            break
+    else:
         return generating, {"sampling": f"generate does not draw in {rows} rows at once: {why}"}
     generating = replace(generating, most_rows=rows)
     if "seed" not in generating.names and not _draws(lm, ids, sampling):

@@ -35,8 +35,8 @@ def moves(trial: Trial) -> None:
     lm.logits(ids)  # what a module sets up on its first call has to move as well
     if stayed := left_behind(lm.twin(), ids):
         raise CheckFailure(
-            f"moved to another device, a module must take all its tensors along, saw {first_of(stayed)} stay behind "
-            "and break the call: use register_buffer(…, persistent=False)"
+            f"moved to another device, a module must take all its tensors along, saw the call break on "
+            f"{first_of(stayed)}, left behind: use register_buffer(…, persistent=False)"
         )
     refusals = []
     places = [(trial.device, torch.float32), (trial.device, trial.dtype), (trial.device, torch.float16)]

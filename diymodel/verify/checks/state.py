@@ -189,7 +189,7 @@ def deepcopy(trial: Trial) -> None:
     weights = other.module.state_dict()
     nn.Module.load_state_dict(twin.module, weights, strict=False)  # a call may have set up buffers that are no weights
     if not torch.equal(lm.logits(ids), before):
-        raise CheckFailure("changing a deep copy's weights must leave the original's logits alone, saw them change")
+        raise CheckFailure("changing a deep copy's weights must leave the original's logits alone, saw other logits")
     trial.identical(
         twin.logits(ids),
         other.logits(ids),
