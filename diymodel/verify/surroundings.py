@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_attention = F.scaled_dot_product_attention
+_MASK = 3  # its place among the arguments of attention: query, key, value, attn_mask
 
 
 @contextlib.contextmanager
@@ -21,18 +21,21 @@ def surroundings() -> Iterator[None]:
     A mask of ``torch.full(…, -inf)`` is float32 whatever the module is. Beside it, torch 2.13 computes attention of 16
     positions and more wrongly on a CPU if the rest is float64, in which nobody but the checks runs such a module.
     """
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention  # which others may have put there
+
+    def with_mask_of_its_type(*given: Any, **named: Any) -> Tensor:
+        query = given[0] if given else named["query"]
+        mask = given[_MASK] if len(given) > _MASK else named.get("attn_mask")
+        if mask is None or (mask.dtype, query.dtype) != (torch.float32, torch.float64):
+            return attention(*given, **named)
+        if len(given) > _MASK:
+            return attention(*given[:_MASK], mask.double(), *given[_MASK + 1 :], **named)
+        return attention(*given, **{**named, "attn_mask": mask.double()})
+
     torch.set_num_threads(1)
     try:
-        with mock.patch.object(F, "scaled_dot_product_attention", _with_mask_of_its_type):
+        with mock.patch.object(F, "scaled_dot_product_attention", with_mask_of_its_type):
             yield
     finally:
-        torch.set_num_threads(before)
-
-
-def _with_mask_of_its_type(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more: Any, **named: Any
-) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.float32 and query.dtype == torch.float64:
-        attn_mask = attn_mask.double()
-    return _attention(query, key, value, attn_mask, *more, **named)
+        torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ GIVEN = {  # what most bases do without
     "small_init",
     "meta_init",
 }
+_OBJECTS = ("supplied", "windowed", "hub", "pretrained", "scribe")  # whose caches are filled
 NOT_APPLICABLE = {
     *(
         (name, "state.tied_weights_stay_tied")  # they never share a weight
@@ -45,7 +46,7 @@ NOT_APPLICABLE = {
             *("recurrent", "timeshift", "statespace"),  # without attention
         )
     ),
-    *((name, "decode.caller_object") for name in LACKS if name not in ("supplied", "windowed")),
+    *((name, "decode.caller_object") for name in LACKS if name not in _OBJECTS),
     *((name, "decode.rows_reordered") for name in ("onmodule", "fastlike", "startpos", "resettable")),  # on the module
     *(
         (name, "decode.rows_reordered") for name in ("supplied", "intermediates", "pretrained")

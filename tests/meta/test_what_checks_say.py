@@ -489,7 +489,7 @@ FAILURES: list[tuple[str, Patch, dict[str, Any], str]] = [  # a check, a bug, wh
         "state.deepcopy",
         with_method("__deepcopy__", raises(TypeError("never"))),
         WHOLE,
-        "must copy the module, saw otherwise: the module cannot be copied: TypeError: never$",
+        "must copy the module, saw that the module cannot be copied: TypeError: never$",
     ),
     (
         "state.round_trip",

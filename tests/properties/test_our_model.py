@@ -17,7 +17,7 @@ from diymodel.verify.subject import OWN, resolve
 
 SKIPPED = {  # checks of what our model does not have, and the reason that must be given
     **{check.id: "optional" for check in list_checks() if check.optional},  # these are run in a test of their own
-    "decode.caller_object": "forward makes its cache itself",
+    "decode.caller_object": "its cache is a value",
     "directory.cached_equals_full": "the subject is no directory with saved weights",
     "directory.complete": "the subject is no directory with saved weights",
     "gradients.checkpointing": "the module has no gradient_checkpointing_enable",

@@ -17,7 +17,7 @@ from diymodel.verify.trial import LONGEST, Trial
 Call = Callable[[Tensor], Tensor]  # of tokens (B, T): logits, of which the last count
 
 _BEYOND = 3  # tokens: two that may share a position, and one that sees them
-_WITHIN = (-4, -3)  # as far before the last as two beyond are
+_WITHIN = (-3, -2)  # two tokens before the last
 
 
 @check(
