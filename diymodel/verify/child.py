@@ -68,7 +68,7 @@ def _work(connection: Connection, work: Callable[[Connection], object], parent: 
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != parent:
             return
-    for stop in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C is the parent's, which ends this process
+    for stop in (signal.SIGINT, signal.SIGTERM):  # the parent's, which ends this process
         signal.signal(stop, signal.SIG_IGN)
     faulthandler.disable()  # a crash is the report's to tell
     stderr = os.dup(2)

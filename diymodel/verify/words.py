@@ -87,8 +87,8 @@ WORDS: dict[Lang, dict[str, str]] = {
         "explain": "What this check means and how to fix it",
         "equal": "Two results count as equal if they differ by at most 1e-11 of the largest value (in float64), by "
         "16 times the subject's own measured rounding (4 times in half types), or by one step of float32 where it "
-        "computes in that. With this rule there were {alarms} false alarms in more than {trials:,} trials of correct "
-        "models.",
+        "computes in that (16, in the result or in the weights, where only one of two ways does). With this rule there "
+        "were {alarms} false alarms in more than {trials:,} trials of correct models.",
         "refused": "configurations were refused by the subject",
     },
     "zh": {
@@ -127,7 +127,7 @@ WORDS: dict[Lang, dict[str, str]] = {
         "look": "该看哪里",
         "explain": "这项检查的含义与修法",
         "equal": "“相等”指与最大值相差不超过 1e-11（float64），或不超过模型自身实测舍入误差的 16 倍（半精度为 4 倍），"
-        "内部用 float32 计算的则不超过 float32 的一个最小间隔："
+        "内部用 float32 计算的则不超过 float32 的一个最小间隔（两条路径里只有一条如此的，结果或权重不超过 16 个）："
         "按这条规则，在正确的模型上试验超过 {trials:,} 次，误报 {alarms} 次。",
         "refused": "个配置被模型拒绝构建",
     },
