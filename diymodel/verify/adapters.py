@@ -88,7 +88,7 @@ class LM:
             rows = range(len(input_ids))
             return torch.cat([self._logits(input_ids[[r]], None if real is None else real[[r]]) for r in rows])
         if convention.always_cached:
-            call = self.extend if convention.cache_on_module else self._extend  # a caller's cache may carry gradients
+            call = self._extend if convention.trains_on_cache else self.extend
             return call(input_ids, None, real)[0]
         inputs = of_tokens(convention, self.module, input_ids, real, start=0)
         if convention.logits_need_labels:

@@ -110,6 +110,7 @@ class Convention:
     one_row: bool = False  # a cache is of one row, and refuses more
     position_on_module: bool = False  # LLMs-from-scratch: the caller holds the cache, the module where it stands in it
     always_cached: bool = False  # gpt-fast, Meta's Llama: there is no call without the cache
+    trains_on_cache: bool = False  # such a call carries gradients, and what it keeps hinders no later one
     extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of every call
     passed_over: tuple[str, ...] = ()  # optional parameters that nothing is known of
     cached_extra: Mapping[str, Any] = field(default_factory=dict)  # and of calls on a cache

@@ -21,7 +21,7 @@ from diymodel.verify.learning import gradients_of, trainable
 from diymodel.verify.trial import Trial
 
 ALL, MANY = range(6), range(3, 6)  # draws, and those of many tokens: what is 0 by bad luck in one is not in three
-_ROWS = 32  # of many tokens
+_ROWS = (32, 16, 8, 4, 2, 1)  # of many tokens: the cache that a module keeps may be of no more
 
 Objective = Callable[[LM, Tensor, int], Tensor]  # of a module, ids (B, T) and a seed: a number to take the gradient of
 
@@ -49,11 +49,12 @@ def leave_unreached(
 
 
 def _many(lm: LM, ids: Tensor) -> Tensor:
-    """Rows as long as can be: a few tokens may choose no expert, and never reach the next segment of a sequence."""
-    size = _ROWS, lm.config.max_seq_len
+    """Rows as many and as long as can be: a few tokens may choose no expert, and never reach the next segment."""
+    size = _ROWS[0], lm.config.max_seq_len
     many = torch.randint(lm.config.vocab_size, size, generator=torch.Generator().manual_seed(MANY.start)).to(ids)
     longest = next(T for T in range(size[1], 0, -1) if refusal(lm.logits, many[:1, :T]) is None)
-    return many[:, :longest]
+    rows = next(B for B in _ROWS if B == 1 or refusal(lm.logits, many[:B, :longest]) is None)
+    return many[:rows, :longest]
 
 
 def reached(found: dict[str, Tensor | None], biases: set[str]) -> set[str]:

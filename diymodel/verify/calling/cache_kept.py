@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from diymodel.verify.calling.cache_makers import by_method, emptied, installing,
 from diymodel.verify.calling.installed import installers_on
 from diymodel.verify.convention import Convention
 from diymodel.verify.held import tensors_in, tensors_on
+from diymodel.verify.learning import gradients_to, trainable
 
 
 def cache_on_module(module: nn.Module, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,3 +73,33 @@ def is_narrower(module: nn.Module, config: DIYConfig, convention: Convention, id
     same = {id(kept) for kept, copy in before if torch.equal(kept, copy)}
     kept = [*tensors_in(past.cache), *(kept for kept in tensors_on(module) if id(kept) not in same)]
     return any(t.is_floating_point() and t.dtype.itemsize < convention.dtype.itemsize for t in kept)
+
+
+def trains_on_cache(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
+    """Whether calls that are all on a cache carry gradients to be trained by.
+
+    A cache that the module keeps must not hold the graph of one call in the way of the next, and gradients must reach
+    in eval mode what they reach in training mode, where nothing may be cached. Who has to be asked for one first, as
+    gpt-fast, is for inference.
+    """
+    kept = convention.cache_on_module
+    if not convention.always_cached or (kept and convention.new_cache is not None):
+        return False
+    try:
+        lm = LM(copy.deepcopy(module), config, replace(convention, trains_on_cache=True))  # it may keep a graph
+        calls = [_reached(lm, ids)]
+        if kept:
+            calls.append(_reached(lm, ids))
+            lm.module.train()
+            calls.append(_reached(lm, ids))
+    except Exception:  # a stranger's forward may raise anything; checks that go without gradients say what
+        return False
+    return bool(calls[0]) and all(reached == calls[0] for reached in calls)
+
+
+@torch.enable_grad()
+def _reached(lm: LM, ids: Tensor) -> set[str]:
+    """The parameters that logits depend on."""
+    leaves = trainable(lm)
+    gradients = gradients_to(lm.logits(ids).sum(), list(leaves.values()))
+    return {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from diymodel.config import DIYConfig
 from diymodel.verify.adapters import LM
-from diymodel.verify.calling.cache_kept import always_cached_ways, cache_on_module, forgets_tokens, is_narrower
+from diymodel.verify.calling.cache_kept import (
+    always_cached_ways,
+    cache_on_module,
+    forgets_tokens,
+    is_narrower,
+    trains_on_cache,
+)
 from diymodel.verify.calling.cache_makers import one_none_a_layer, two_none_a_layer
 from diymodel.verify.calling.cache_probing import close
 from diymodel.verify.calling.cache_rows import find_cache_and_rows
@@ -41,7 +47,6 @@ from diymodel.verify.calling.uncallable import (
 from diymodel.verify.casting import cast
 from diymodel.verify.convention import ROLES, Convention
 from diymodel.verify.failure import SubjectError, refusal, said_where
-from diymodel.verify.learning import gradients_to
 from diymodel.verify.trial import draw_weights
 
 _PERHAPS_CAUSAL = ("mask", "masks", *NAMES["causal"])  # names of masks (T, S) as well
@@ -339,6 +344,7 @@ def _find_rest(
     if shortest > 1 and (step := only_multiples(LM(module, config, convention))) is not None:
         raise refuses_between(LM(module, config, convention), step)
     convention = replace(convention, shortest=shortest)
+    convention = replace(convention, trains_on_cache=trains_on_cache(module, config, convention, ids))
     learns = _carries_gradient(module, config, convention, ids)
     convention = replace(convention, relative=_only_distances_count(LM(module, config, convention), ids))
     convention, no_padding = find_padding(module, config, convention, ids, declared)
@@ -349,7 +355,7 @@ def _find_rest(
     missing = no_padding | no_loss | no_cache | missing_packing(module, config, convention, ids)
     if (why := no_labelled_logits(module, config, convention, ids)) is not None:
         missing["labelled_logits"] = why
-    if convention.always_cached and (convention.cache_on_module or not learns):
+    if convention.always_cached and not learns:
         whose = "that the module keeps" if convention.cache_on_module else "that its caller makes"
         missing["gradient"] = missing["graph"] = f"every call is on the cache {whose}: it is for inference only"
     elif not learns:
@@ -371,13 +377,10 @@ def _only_distances_count(lm: LM, ids: Tensor) -> bool:
 
 
 def _carries_gradient(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> bool:
-    """Whether the logits do; where every call is on a cache, which may be written to, they must go back through it."""
+    """Whether the logits do."""
     try:
         with torch.enable_grad():
-            total = LM(module, config, convention).logits(ids).sum()
-        if convention.always_cached and total.requires_grad:
-            return refusal(gradients_to, total, [p for p in module.parameters() if p.requires_grad]) is None
-        return total.requires_grad
+            return LM(module, config, convention).logits(ids).requires_grad
     except SubjectError:
         raise
     except Exception as error:  # a stranger's forward may raise anything

@@ -49,7 +49,8 @@ def follows_distribution(trial: Trial) -> None:
     trial.varies(logits.mean().expand(V), logits)
     tests = V + V * V
     _must_follow(first, logits / temperature, tests, f"{where} the first token must be")
-    after = lm.logits(torch.cat((ids.expand(V, -1), torch.arange(V, device=ids.device)[:, None]), 1))[:, -1]
+    longer = torch.cat((ids.expand(V, -1), torch.arange(V, device=ids.device)[:, None]), 1)
+    after = torch.cat([lm.logits(rows)[:, -1] for rows in torch.split(longer, lm.generating.most_rows)])
     for token in sorted(set(first.tolist())):
         given = f"{where} and a first token {token}, the second must be"
         _must_follow(second[first == token], after[token] / temperature, tests, given)
