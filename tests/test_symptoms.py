@@ -243,6 +243,32 @@ def test_an_expert_that_few_tokens_leave_out_is_no_module_that_is_never_called(
     assert [id for id in asked if seen[id]] == yes
 
 
+class TableLeftOver(nn.Module):
+    """A table of positions that nothing looks at; a decay tells the order, or nothing does."""
+
+    def __init__(self, config: Any, decay: float) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed, self.positions = nn.Embedding(config.vocab_size, d), nn.Embedding(config.max_seq_len, d)
+        self.head, self.decay = nn.Linear(d, config.vocab_size), decay
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, at = self.embed(input_ids), torch.arange(input_ids.shape[1])
+        ages = (at[:, None] - at).to(x)
+        logits: Tensor = self.head(self.decay ** ages.clamp(min=0) * (ages >= 0) @ x)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("decay", "named"), [(0.9, "gradients.module_not_called"), (1.0, "gradients.position_table_not_used")]
+)
+def test_a_table_of_positions_is_missed_where_nothing_else_tells_the_order(decay: float, named: str) -> None:
+    subject = Subject(lambda config: TableLeftOver(config, decay))
+    seen = dict(observe(subject, told("gradients.reach_every_parameter").values()))
+    asked = ("gradients.module_not_called", "gradients.position_table_not_used")
+    assert [id for id in asked if seen[id]] == [named]
+
+
 def test_a_model_without_grouped_queries_is_tried_wide() -> None:
     def without(config: Any) -> nn.Module:
         if config.num_kv_heads != config.num_heads:

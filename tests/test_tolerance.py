@@ -250,8 +250,10 @@ def test_a_failure_shows_that_the_difference_is_the_larger() -> None:
 def test_what_is_no_number_is_told_where_it_stands() -> None:
     trial = Trial(resolve(None), None, {"weights": 0})
     lm = trial.fresh(DIYConfig(vocab_size=8))
-    expected = torch.tensor([1.0, math.nan, 2.0], dtype=torch.float64)
+    seen = torch.tensor([1.0, math.nan, 2.0], dtype=torch.float64)
+    expected = seen.nan_to_num(1.5)
     with pytest.raises(
-        CheckFailure, match=r"saw nan instead of nan first at index 1; .* inf, rounding explains 2e-11$"
+        CheckFailure, match=r"saw nan instead of 1\.5 first at index 1; .* inf, rounding explains 2e-11$"
     ):
-        trial.same(expected, expected, "they must be equal", lm, lambda: expected)
+        trial.same(seen, expected, "they must be equal", lm, lambda: expected)
+    trial.same(seen, seen, "they must be equal", lm, lambda: seen)

@@ -24,7 +24,8 @@ class CheckFailure(AssertionError):
 
     ``message`` says what was expected, what was seen, and where first. ``max_abs_diff`` and ``tolerance`` are None
     where the property is no comparison of numbers; ``speaks_for_itself`` where no cause that the check names makes it;
-    ``within_float32`` where rounding to float32 would explain the difference, in a module that does that.
+    ``within_float32`` where rounding to float32 would explain the difference, in a module that does that;
+    ``not_finite`` where the property is that plain logits are numbers at all.
     """
 
     message: str
@@ -32,6 +33,7 @@ class CheckFailure(AssertionError):
     tolerance: float | None = None
     speaks_for_itself: bool = False
     within_float32: bool = False
+    not_finite: bool = False
 
     def __str__(self) -> str:
         return self.message

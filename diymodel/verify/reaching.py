@@ -61,12 +61,12 @@ def reached(found: dict[str, Tensor | None], biases: set[str]) -> set[str]:
     """The parameters with a gradient; a matrix needs one that is more than the rounding of the largest.
 
     A vector does not, and no bias of any shape: that of a key moves all scores of a query alike, and has nothing but
-    rounding.
+    rounding. A NaN is one too, and the matter of gradients.finite.
     """
     sizes = {name: float(g.abs().max()) for name, g in found.items() if g is not None and g.numel()}
-    least = torch.finfo(torch.float64).eps * max(sizes.values(), default=0.0)
+    least = torch.finfo(torch.float64).eps * max(filter(math.isfinite, sizes.values()), default=0.0)
     vectors = {name for name, gradient in found.items() if gradient is not None and gradient.dim() < 2}
-    return {name for name, size in sizes.items() if size > (0.0 if name in vectors | biases else least)}
+    return {name for name, size in sizes.items() if not size <= (0.0 if name in vectors | biases else least)}
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from diymodel._compat import DispatchMode
+from diymodel.verify.failure import NotApplicable
 from diymodel.verify.randomness import reseed, seeded
 
 HEALTHY_TRIALS, FALSE_ALARMS = 1_000_000, 0  # of correct models, as measured: benchmarks/results/false_alarms.json
@@ -167,3 +168,26 @@ def _is_of_float32(tensor: Tensor) -> bool:
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     numbers = numbers[numbers.isfinite()]
     return numbers.float().double().equal(numbers) and not numbers.bfloat16().double().equal(numbers)
+
+
+def differences(seen: Tensor, expected: Tensor) -> Tensor:
+    """How far two results lie apart; NaN where one alone is NaN. Where both are, or the same infinity, that is none.
+
+    Raises:
+        NotApplicable: no number is finite, so that nothing is compared.
+    """
+    difference = (seen - expected).abs()
+    if not bool(difference.isnan().any()):
+        return difference
+    alike = (seen == expected) | (seen.isnan() & expected.isnan())
+    if bool((alike & ~expected.isfinite()).all()):
+        raise NotApplicable("there is no finite number to compare: see shape.logits")
+    return difference.masked_fill(alike, 0)
+
+
+def first_wrong(wrong: Tensor, seen: Tensor, expected: Tensor) -> str:
+    """Two numbers that differ, and where the first of them stand."""
+    first = tuple(wrong.nonzero()[0].tolist()) if wrong.dim() else ()
+    names = {3: ("row", "position", "token"), 2: ("row", "token")}.get(wrong.dim(), ("index",) * wrong.dim())
+    where = ", ".join(f"{name} {index}" for name, index in zip(names, first, strict=True)) or "the value"
+    return f"{float(seen[first]):.9g} instead of {float(expected[first]):.9g} first at {where}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diymodel.config import DIYConfig
 from diymodel.verify import options
 from diymodel.verify.adapters import LM, Around
+from diymodel.verify.drawn_weights import draw_weights
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said_where, told_apart
 from diymodel.verify.held import tensors_on
 from diymodel.verify.jumps import across_near_jumps
@@ -30,7 +31,9 @@ from diymodel.verify.strategies import real_lengths
 from diymodel.verify.tolerance import (
     BEYOND_ROUNDING,
     Dtypes,
+    differences,
     estimate_noise,
+    first_wrong,
     float32_step,
     half_step,
     noise_factor,
@@ -108,11 +111,16 @@ class Trial:
 
         What rounding to float32 would explain is looked at again, with an eye on whether any call does that: a module
         may compute in float32 on one of two paths alone.
+
+        Raises:
+            NotApplicable: the logits of what was drawn are NaN, of which every other failure is the consequence.
         """
         try:
             with seeded(_SEED):
                 check(self)
         except CheckFailure as failure:
+            if not failure.not_finite and self._gives_nan():
+                raise NotApplicable("the logits are NaN: see shape.logits") from failure
             if not failure.within_float32 or self.rounds_inside is not None or self.around is not None:
                 raise
             again = Trial(self.subject, None, self.values, self.dtype, self.device, self.max_rows)
@@ -121,6 +129,20 @@ class Trial:
             again.rounds_inside = lambda: torch.float32 in dtypes.seen
             again.run(check)
             self.seen_difference = again.seen_difference
+
+    def _gives_nan(self) -> bool:
+        """Whether a plain call on the drawn tokens, with the drawn weights, does."""
+        values = self.values
+        if not {"config", "weights", "sharpness", "tokens"} <= values.keys():
+            return False
+        again = Trial(self.subject, None, values, self.dtype, self.device)
+        try:
+            with seeded(_SEED), torch.no_grad():
+                lm = again.build(DIYConfig.from_dict(values["config"]), values["weights"], values["sharpness"])
+                ids = torch.tensor(values["tokens"], device=self.device)
+                return bool(lm.logits(ids if ids.dim() > 1 else ids[None]).isnan().any())  # one row may be drawn flat
+        except Exception:  # what the check does with the module may go where a plain call does not
+            return False
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +286,7 @@ class Trial:
             seen, expected = torch.view_as_real(seen), torch.view_as_real(expected)
         if not expected.numel():
             return
-        difference = (seen.double() - expected.double()).abs()
+        difference = differences(seen.double(), expected.double())
         measure = (expected if scale is None else scale.detach()).abs()
         largest = float(measure.where(measure.isfinite(), 0).max())  # what is not finite is wrong, and hides nothing
         tolerance, of_float32 = rounding(self.dtype) * largest, rounding(torch.float32) * largest
@@ -286,7 +308,7 @@ class Trial:
             self._decided_by_rounding(lm, rerun, worst)
             apart, explained = told_apart(worst, tolerance)
             raise CheckFailure(
-                f"{what}, saw {_first_wrong(wrong, seen, expected)}; "
+                f"{what}, saw {first_wrong(wrong, seen, expected)}; "
                 f"the largest difference is {apart}, rounding explains {explained}",
                 worst,
                 tolerance,
@@ -297,7 +319,7 @@ class Trial:
         """Fail unless ``seen`` is ``expected`` bit for bit."""
         if seen.shape != expected.shape:
             raise CheckFailure(f"{what}, of shape {tuple(expected.shape)}, saw {tuple(seen.shape)}")
-        difference = float((seen - expected).detach().abs().nan_to_num(torch.inf).max())
+        difference = float(differences(seen.detach(), expected.detach()).nan_to_num(torch.inf).max())
         if difference != 0:
             raise CheckFailure(f"{what}, saw a difference of {difference:.3g}", difference, 0.0)
 
@@ -365,38 +387,3 @@ def _nearest(drawn: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[dict[st
     if fixed.get("tie_word_embeddings") is False:
         options["tie_word_embeddings"] = (False, True)
     return [{**asked, **dict(zip(options, choice, strict=True))} for choice in itertools.product(*options.values())]
-
-
-@torch.no_grad()
-def draw_weights(module: nn.Module, seed: int, sharpness: int) -> None:
-    """Weights sharp enough that a bug shows: matrices from N(0, (sharpness/√d)²), vectors a little off their start.
-
-    The usual 0.02 makes every distribution near-uniform; N(0, 1) saturates attention, which hides masks. A vector that
-    is frozen is a constant, such as rotary frequencies, and others may have been computed from it; one that its
-    constructor leaves undefined is none.
-    """
-    generator = torch.Generator()
-    for index, parameter in enumerate(module.parameters()):
-        generator.manual_seed(1000 * seed + index)
-        kind = torch.complex64 if parameter.is_complex() else torch.float32
-        own = _without_repeats(parameter)
-        noise = torch.randn(own.shape, generator=generator, dtype=kind).to(own)
-        if parameter.dim() >= 2:
-            own.copy_(noise * sharpness / own.shape[-1] ** 0.5)
-        elif parameter.requires_grad or bool(own.isnan().any()):
-            own.copy_(own.where(~own.isnan(), 0) + noise / 4)
-
-
-def _without_repeats(parameter: Tensor) -> Tensor:
-    """The numbers of a parameter once each: one that was made by ``expand`` shows some many times."""
-    for dim, (size, stride) in enumerate(zip(parameter.shape, parameter.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            parameter = parameter.narrow(dim, 0, 1)
-    return parameter
-
-
-def _first_wrong(wrong: Tensor, seen: Tensor, expected: Tensor) -> str:
-    first = tuple(wrong.nonzero()[0].tolist()) if wrong.dim() else ()
-    names = {3: ("row", "position", "token"), 2: ("row", "token")}.get(wrong.dim(), ("index",) * wrong.dim())
-    where = ", ".join(f"{name} {index}" for name, index in zip(names, first, strict=True)) or "the value"
-    return f"{float(seen[first]):.9g} instead of {float(expected[first]):.9g} first at {where}"

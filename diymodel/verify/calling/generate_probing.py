@@ -20,9 +20,9 @@ from diymodel.verify.calling.entries import Entry, others
 from diymodel.verify.calling.generate_names import NAMES, by_names, lacking
 from diymodel.verify.calling.generating import CAPABILITIES, FEWER, FORMS, MANY, Generating
 from diymodel.verify.convention import Convention
+from diymodel.verify.drawn_weights import draw_weights
 from diymodel.verify.failure import crashed, refusal, said
 from diymodel.verify.timing import OutOfTime, time_limit
-from diymodel.verify.trial import draw_weights
 
 _TOKENS = ("input_ids", "idx", "tokens", "token_ids", "prompt_ids")  # others may be text
 _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where trying leaves it open

@@ -18,8 +18,9 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.calling.uncallable import LENGTH
 from diymodel.verify.convention import Convention
+from diymodel.verify.drawn_weights import draw_weights
 from diymodel.verify.failure import refusal
-from diymodel.verify.trial import LONGEST, draw_weights
+from diymodel.verify.trial import LONGEST
 
 _MANY = 2**12  # tokens, more than a small vocabulary is ever rounded up to
 

@@ -46,8 +46,8 @@ from diymodel.verify.calling.uncallable import (
 )
 from diymodel.verify.casting import cast
 from diymodel.verify.convention import ROLES, Convention
+from diymodel.verify.drawn_weights import draw_weights
 from diymodel.verify.failure import SubjectError, refusal, said_where
-from diymodel.verify.trial import draw_weights
 
 _PERHAPS_CAUSAL = ("mask", "masks", *NAMES["causal"])  # names of masks (T, S) as well
 _AFTER = ("input_not_include_cache",)  # x-transformers: True where a call on a cache gets the new tokens only

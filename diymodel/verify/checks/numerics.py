@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diymodel._compat import scores_fit
 from diymodel.verify.adapters import LM
-from diymodel.verify.experiments.first_overflow import first_overflow
+from diymodel.verify.experiments.first_overflow import where_first
 from diymodel.verify.experiments.kept_choices import with_choices_of
 from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, told_apart
 from diymodel.verify.learning import gradients_of, trainable
@@ -46,9 +46,11 @@ def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -
         except Exception as error:  # kernels and modules refuse narrow types in ways of their own
             raise NotApplicable(f"the module does not run in {dtype}: {type(error).__name__}: {error}") from error
         seen, expected = seen.detach().double(), wide.logits(ids).detach()  # even if forward records
+    if not bool(expected.isfinite().all()):
+        raise NotApplicable("in float64 the logits are not finite either: see shape.logits")
     if not bool(seen.isfinite().all()):
         position = int((~seen.isfinite()).nonzero()[0][1])
-        where = _where_first(narrow, ids)
+        where = where_first(narrow, ids)
         raise CheckFailure(f"{what} must be finite, saw a NaN or infinity at position {position}{where}")
     difference = (seen - expected).abs()
     largest, tolerance = float(difference.max()), _GROSS * float(expected.abs().max())
@@ -65,17 +67,10 @@ def _compare(trial: Trial, lm: LM, ids: Tensor, dtype: torch.dtype, what: str) -
         apart, explained = told_apart(largest, tolerance)
         raise CheckFailure(
             f"{what} must be those of float64 with the same weights up to rounding, which explains {explained}, "
-            f"saw {apart}; first too far at position {position}{_where_first(narrow, ids)}",
+            f"saw {apart}; first too far at position {position}{where_first(narrow, ids)}",
             largest,
             tolerance,
         )
-
-
-def _where_first(lm: LM, ids: Tensor) -> str:
-    """What to look at, if numbers overflow on the way."""
-    with torch.no_grad():
-        place = first_overflow(lm.module, lambda: lm.logits(ids))
-    return "" if place is None else f"; the first NaN or infinity comes out of {place}"
 
 
 def _row(trial: Trial, vocab_size: int, max_length: int) -> Tensor:
@@ -141,7 +136,7 @@ def zeros_finite(trial: Trial) -> None:
         position = int((~logits.isfinite()).nonzero()[0][1])
         raise CheckFailure(
             f"with embeddings of zeros the logits must be finite, saw a NaN or infinity at position {position}"
-            f"{_where_first(lm, ids)}"
+            f"{where_first(lm, ids)}"
         )
     if trial.subject.missing("graph") is not None:
         return

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.causality import edited
+from diymodel.verify.drawn_weights import draw_weights
 from diymodel.verify.failure import CheckFailure, NotApplicable, refusal, told_apart
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import off_weights, rounding
-from diymodel.verify.trial import LONGEST, MAX_LENGTH, Trial, draw_weights
+from diymodel.verify.trial import LONGEST, MAX_LENGTH, Trial
 
 _WEIGHTS = 16  # draws, before saying that something has no effect: sparse features let many pass without one
 _OFFSETS = (1, 10, 100, 1000)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from diymodel.verify.failure import CheckFailure, SubjectError, said
+from diymodel.verify.experiments.first_overflow import where_first
+from diymodel.verify.failure import CheckFailure, NotApplicable, SubjectError, said
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -28,7 +29,10 @@ def logits_shape(trial: Trial) -> None:
         raise CheckFailure(f"logits must be floating-point numbers, saw {logits.dtype}")
     if not bool(logits.isfinite().all()):
         row, position = (int(i) for i in (~logits.isfinite()).nonzero()[0][:2])
-        raise CheckFailure(f"logits must be finite, saw a NaN or infinity at row {row}, position {position}")
+        raise CheckFailure(
+            f"logits must be finite, saw a NaN or infinity at row {row}, position {position}{where_first(lm, ids)}",
+            not_finite=True,
+        )
 
 
 @check(
@@ -46,7 +50,8 @@ def shortest(trial: Trial) -> None:
     if tuple(logits.shape) != expected or strange:
         raise CheckFailure(
             f"token ids of shape {tuple(ids.shape)} are the shortest and must give finite logits of shape {expected}, "
-            f"saw {tuple(logits.shape)}, {strange} of them NaN or infinite"
+            f"saw {tuple(logits.shape)}, {strange} of them NaN or infinite{where_first(lm, ids)}",
+            not_finite=strange > 0,
         )
 
 
@@ -65,9 +70,14 @@ def longest(trial: Trial) -> None:
         lm.logits(ids[:, : lm.convention.shortest])  # which raises by itself where the length is not at fault
         what = f"{ids.shape[1]} tokens are max_seq_len and must be accepted, saw {type(error).__name__}: {error}"
         raise CheckFailure(what) from error
-    if logits.shape[1] != ids.shape[1] or not bool(logits.isfinite().all()):
+    strange = int((~logits.isfinite()).sum())
+    if strange and not bool(lm.logits(ids[:, :-1]).isfinite().all()):
+        raise NotApplicable("one token fewer gives no finite logits either: see shape.logits")
+    if logits.shape[1] != ids.shape[1] or strange:
         raise CheckFailure(
-            f"{ids.shape[1]} tokens are max_seq_len and must give finite logits, saw shape {tuple(logits.shape)}"
+            f"{ids.shape[1]} tokens are max_seq_len and must give finite logits, saw shape {tuple(logits.shape)}, "
+            f"{strange} of them NaN or infinite{where_first(lm, ids)}",
+            not_finite=strange > 0,
         )
 
 

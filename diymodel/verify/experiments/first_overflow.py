@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diymodel.verify.adapters import LM
+
 
 class _FirstOverflow(TorchFunctionMode):
     """Notes the first operation that makes a NaN or +infinity of numbers. -infinity is what masks are made of."""
@@ -53,3 +55,10 @@ def first_overflow(module: nn.Module, call: Callable[[], object]) -> str | None:
     for handle in handles:
         handle.remove()
     return watch.found
+
+
+def where_first(lm: LM, ids: Tensor) -> str:
+    """What to look at, as the end of a sentence, if numbers overflow on the way to the logits."""
+    with torch.no_grad():
+        place = first_overflow(lm.module, lambda: lm.logits(ids))
+    return "" if place is None else f"; the first NaN or infinity comes out of {place}"

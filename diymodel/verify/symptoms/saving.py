@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diymodel.verify.adapters import LM
+from diymodel.verify.drawn_weights import draw_weights
 from diymodel.verify.given import Opened
 from diymodel.verify.symptoms import SAME, Patient, apart, distinct_tokens, symptom
-from diymodel.verify.trial import draw_weights
 
 _NAMES = re.compile(r"([\w.]+) (missing|left over)")  # in what Opened says of a directory
 

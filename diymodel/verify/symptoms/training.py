@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diymodel.verify.adapters import LM
 from diymodel.verify.experiments.watchers import Choices
 from diymodel.verify.learning import gradients_to
 from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
@@ -26,7 +27,7 @@ class _Reached(NamedTuple):
 
     still: set[str]  # parameters without a gradient beyond rounding
     silent: set[str]  # modules that are never called, and whose own parameters the logits do not depend on
-    tables: set[str]  # tables of positions, a parameter each, that the logits do not depend on
+    tables: set[str]  # of positions, a parameter each, that the logits do not depend on, while none tell the order
     chooses: bool  # whether the largest of some numbers are picked, as a router picks experts
 
 
@@ -55,7 +56,17 @@ def _reached(patient: Patient) -> _Reached:
     places = range(lm.config.max_seq_len, lm.config.max_seq_len + _ROOM)
     shapes = {name: p.shape for name, p in lm.module.named_parameters()}
     tables = {name for name in unused if len(shapes[name]) > 1 and shapes[name][0] in places}
+    if tables and _tells_order(patient.lm(num_layers=1)):  # by other positions: the table is left over
+        tables = set()
     return _Reached(set.intersection(*stills), {*map(_owner, unused)} - called, tables, bool(picked))
+
+
+@torch.no_grad()
+def _tells_order(lm: LM) -> bool:
+    ids = distinct_tokens(lm)
+    exchanged = ids.clone()
+    exchanged[:, 1:3] = ids[:, 1:3].flip(1)
+    return apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) > SAME
 
 
 def _owner(parameter: str) -> str:
@@ -116,8 +127,8 @@ def _module_not_called(patient: Patient) -> bool | None:
 
 @symptom(
     "gradients.position_table_not_used",
-    "a table with a row for each position is never looked at",
-    "有一张每个位置一行的表，从来没有被用到",
+    "a table with a row for each position is never looked at, and nothing else tells the order of the tokens",
+    "有一张每个位置一行的表，从来没有被用到，也没有别的东西区分 token 的先后",
     ("gradients.*", "causality.gradient", "sensitivity.*"),
     ("no-positions",),
 )
