@@ -1,4 +1,4 @@
-"""A model whose logits are NaN is told so once, with the operation that made the first; other failures follow from it."""
+"""NaN logits are told once, with the operation that made the first of them; other failures follow from that."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ def test_the_same_nan_or_infinity_is_no_difference(
 
 
 def test_where_nothing_is_finite_nothing_is_compared() -> None:
-    with pytest.raises(NotApplicable, match="no finite number to compare: see shape.logits"):
+    with pytest.raises(NotApplicable, match="there is no finite number to compare"):
         differences(torch.tensor([NAN, INF]), torch.tensor([NAN, INF]))
