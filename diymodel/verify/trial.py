@@ -290,7 +290,7 @@ class Trial:
         measure = (expected if scale is None else scale.detach()).abs()
         largest = float(measure.where(measure.isfinite(), 0).max())  # what is not finite is wrong, and hides nothing
         tolerance, of_float32 = rounding(self.dtype) * largest, rounding(torch.float32) * largest
-        worst = float(difference.nan_to_num(torch.inf).max())
+        worst = float(difference.nan_to_num(torch.inf, torch.inf).max())
         if worst > tolerance and self.rounds_inside is not None and self.rounds_inside():
             with lm.aside():
                 moved_by = off_weights(lm.module, rerun, torch.finfo(torch.float32).eps / 2)
@@ -319,7 +319,7 @@ class Trial:
         """Fail unless ``seen`` is ``expected`` bit for bit."""
         if seen.shape != expected.shape:
             raise CheckFailure(f"{what}, of shape {tuple(expected.shape)}, saw {tuple(seen.shape)}")
-        difference = float(differences(seen.detach(), expected.detach()).nan_to_num(torch.inf).max())
+        difference = float(differences(seen.detach(), expected.detach()).nan_to_num(torch.inf, torch.inf).max())
         if difference != 0:
             raise CheckFailure(f"{what}, saw a difference of {difference:.3g}", difference, 0.0)
 

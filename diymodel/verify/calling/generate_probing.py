@@ -279,11 +279,14 @@ def _chances(lm: LM, ids: Tensor, settings: Mapping[str, Any]) -> tuple[bool, bo
 def _find_padding(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     """On which side short prompts are padded, and where the new tokens of a row padded on the right stand."""
     generating = lm.generating
+    right = torch.tensor([[True] * 4, [True, True, False, False]])
     if not {"mask", "lengths"} & generating.names.keys():
-        return generating, {"generate_padded": "generate has no attention_mask and no seq_lengths"}
+        ragged = replace(generating, ragged=True)
+        if generating.one_row or refusal(_with(lm, ragged).greedy, ids, 4, right) is not None:
+            return generating, {"generate_padded": "generate has no attention_mask and no seq_lengths"}
+        return replace(ragged, follows_padding=_follows_padding(_with(lm, ragged), ids, right)), {}
     if generating.one_row:
         return generating, {"generate_padded": "generate takes one row at a time"}
-    right = torch.tensor([[True] * 4, [True, True, False, False]])
     sides = {"right": right} if "lengths" in generating.names else {"right": right, "left": right.flip(1)}
     if hasattr(lm.module, "generation_config"):  # transformers' own pads on the left
         sides = dict(reversed(sides.items()))

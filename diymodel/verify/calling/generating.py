@@ -51,6 +51,7 @@ class Generating:
     one_row: bool = False
     most_rows: int = MANY  # of one call that draws
     form: Form = "rows"  # of the prompts
+    ragged: bool = False  # short prompts come in a list a row, without padding
     pads_left: bool = False  # short prompts are padded on the left
     follows_padding: bool = True  # new tokens of a row padded on the right stand after its padding, not before it
     mask_dtype: torch.dtype = torch.int64
@@ -70,7 +71,8 @@ class Generating:
             torch.manual_seed(settings["seed"])
         if real is None and "pad" in settings:  # transformers takes pads in the prompt for padding unless it is told
             real = torch.ones_like(ids, dtype=torch.bool)
-        arguments = {**self.fixed, names["ids"]: self._formed(ids), names["new_tokens"]: count}
+        prompts = self._formed(ids) if real is None or not self.ragged else _without_padding(ids, real)
+        arguments = {**self.fixed, names["ids"]: prompts, names["new_tokens"]: count}
         arguments |= {names[role]: value for role, value in settings.items() if role in names}
         if real is not None and "lengths" in names:
             arguments[names["lengths"]] = real.sum(1)
@@ -103,11 +105,18 @@ class Generating:
                 found = [_ids_of_step(step) for step in returned]
             else:
                 found = _ids_among(getattr(returned, "sequences", returned))
+        if self.ragged and isinstance(found, list) and all(isinstance(row, list) for row in found):
+            longest = max(map(len, found), default=0)
+            found = [row + [0] * (longest - len(row)) for row in found]
         ids = _joined(found, rows) if isinstance(found, list) else _as_rows(found, rows)
         if ids is None or ids.dim() != 2:
             kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(returned).__name__
             raise SubjectError(f"{self.entry} returned {kind}: expected token ids (batch, length)")
         return ids.clone()  # no longer of inference mode
+
+
+def _without_padding(ids: Tensor, real: Tensor) -> list[list[int]]:
+    return [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
 
 
 def _ids_among(found: Any) -> Any:

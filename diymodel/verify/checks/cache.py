@@ -168,12 +168,16 @@ def _maker_of_its_class(lm: LM, ids: Tensor) -> NewCache:
     if kind.__module__ == "builtins" or lm.extend(ids[:, 1:], begun)[1].cache is not begun.cache:
         raise NotApplicable(own)
 
-    def make(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+    def of_nothing(module: nn.Module, config: DIYConfig, rows: int) -> Any:
         return kind()
 
-    if refusal(lambda: lm.extend(ids[:, :1], Past(kind(), 0))) is not None:
-        raise NotApplicable(own)
-    return make
+    def of_its_config(module: nn.Module, config: DIYConfig, rows: int) -> Any:
+        return kind(module.config)
+
+    for make in (of_nothing, of_its_config):
+        if refusal(lambda: lm.extend(ids[:, :1], Past(make(lm.module, lm.config, len(ids)), 0))) is None:  # noqa: B023
+            return make
+    raise NotApplicable(own)
 
 
 def _is_left_alone(lm: LM, ids: Tensor, make: NewCache) -> bool:

@@ -20,7 +20,7 @@ from diymodel.verify.trial import Trial
 # many rows as there are tokens is the token embedding.
 _TRAINABLE = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8, "vocab_size": 16}
 
-_LEAKS = (
+LEAKS = (
     "bidirectional-mask",
     "mask-sees-next-token",
     "mask-dropped-on-fast-path",
@@ -46,7 +46,7 @@ def edited(trial: Trial, lm: LM, ids: Tensor, position: int) -> Tensor:
     title="changing a token changes no earlier logit",
     step="1.1",
     needs=("causal",),
-    causes=(*_LEAKS, _CAPACITY),
+    causes=(*LEAKS, _CAPACITY),
 )
 def edit(trial: Trial) -> None:
     lm = trial.model()
@@ -62,7 +62,7 @@ def edit(trial: Trial) -> None:
     title="cutting off later tokens changes no earlier logit",
     step="1.1",
     needs=("causal",),
-    causes=(*_LEAKS, "ring-cache-overwritten", _CAPACITY),
+    causes=(*LEAKS, "ring-cache-overwritten", _CAPACITY),
 )
 def truncation(trial: Trial) -> None:
     lm = trial.model()
@@ -81,7 +81,7 @@ def must_not_need_what_follows(trial: Trial, lm: LM, ids: Tensor) -> None:
     title="in training mode, with the same dropout, changing a token changes no earlier logit",
     step="3.3",
     needs=("causal",),
-    causes=("mask-dropped-with-dropout", *_LEAKS, _CAPACITY),
+    causes=("mask-dropped-with-dropout", *LEAKS, _CAPACITY),
 )
 def in_training(trial: Trial) -> None:
     lm = trial.model()
@@ -124,7 +124,7 @@ def without_gradients(trial: Trial) -> None:
     title="changing a token of a chunk on a cache changes no earlier logit of the chunk",
     step="3.2",
     needs=("causal", "cache", "chunks"),
-    causes=("chunk-unmasked", *_LEAKS, "ring-cache-overwritten", "expert-capacity-drops-tokens"),
+    causes=("chunk-unmasked", *LEAKS, "ring-cache-overwritten", "expert-capacity-drops-tokens"),
 )
 def through_cache(trial: Trial) -> None:
     lm = trial.model()
@@ -149,7 +149,7 @@ def through_cache(trial: Trial) -> None:
     title="the logits before a position have no gradient to the embeddings from that position on",
     step="1.2",
     needs=("causal", "graph"),
-    causes=(*_LEAKS, "gradient-detached"),
+    causes=(*LEAKS, "gradient-detached"),
 )
 def gradient(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, **_TRAINABLE)

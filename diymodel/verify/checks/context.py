@@ -81,6 +81,14 @@ def order_beyond(trial: Trial) -> None:
                     f"{one} and {other} must change the last logits, or all be refused, saw no change with any draw "
                     "of the weights"
                 )
+        if not _is_seen(trial, lm, call, ids, longest) and _is_seen(
+            trial, lm, call, ids[:, :longest], longest - _BEYOND
+        ):
+            raise CheckFailure(
+                f"of {ids.shape[1]} tokens{way}, more than max_seq_len={longest}, the one at position {longest} must "
+                f"change the last logits, as one so near does among {longest}, or all be refused, saw no change with "
+                "any draw of the weights"
+            )
 
 
 def _row(lm: LM, ids: Tensor, one: int, other: int) -> Tensor:
@@ -101,9 +109,11 @@ def _order_matters(trial: Trial, lm: LM, call: Call, ids: Tensor, one: int, othe
 def _are_seen(trial: Trial, lm: LM, call: Call, ids: Tensor, *positions: int) -> bool:
     """Whether each of two tokens changes the last logits."""
     ids = _row(lm, ids, *positions)
-    for position in positions:
-        changed = ids.clone()
-        changed[:, position] = (ids[:, positions[0]] + 2) % lm.config.vocab_size
-        if not differs_for_some_weights(trial, lm, ids, changed, -1, call):
-            return False
-    return True
+    return all(_is_seen(trial, lm, call, ids, position) for position in positions)
+
+
+def _is_seen(trial: Trial, lm: LM, call: Call, ids: Tensor, position: int) -> bool:
+    """Whether a token changes the last logits."""
+    changed = ids.clone()
+    changed[:, position] = (ids[:, position] + 2) % lm.config.vocab_size
+    return differs_for_some_weights(trial, lm, ids, changed, -1, call)

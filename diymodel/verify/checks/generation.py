@@ -205,8 +205,9 @@ def padded_prompt(trial: Trial) -> None:
     for row, new in enumerate(lm.generating.new_tokens(found, real)):
         if len(new) < new_tokens:
             raise CheckFailure(f"row {row} must get {new_tokens} new tokens, saw {len(new)} in {found[row].tolist()}")
+        how = "without padding" if lm.generating.ragged else f"with {'left' if left else 'right'} padding"
         what = (
-            f"with {'left' if left else 'right'} padding, real lengths {real.sum(1).tolist()}, row {row} must go on "
-            "with what is the likeliest token when it is alone"
+            f"{how}, real lengths {real.sum(1).tolist()}, row {row} must go on with what is the likeliest token when "
+            "it is alone"
         )
         must_be_likeliest(trial, lm, ids[row : row + 1, real[row]], new[None, :new_tokens], what)

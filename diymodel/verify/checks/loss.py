@@ -14,7 +14,7 @@ from diymodel.verify.registry import check
 from diymodel.verify.strategies import chunk_sizes
 from diymodel.verify.trial import Trial
 
-_CAUSES = (
+CAUSES = (
     "labels-not-shifted",
     "labels-shifted-twice",
     "labels-flattened-before-shift",
@@ -29,7 +29,7 @@ def labels_of_ids(lm: LM, ids: Tensor) -> Tensor:
     return ids.clone()
 
 
-def _labels(trial: Trial, lm: LM, ids: Tensor) -> Tensor:
+def draw_labels(trial: Trial, lm: LM, ids: Tensor) -> Tensor:
     """Labels (B, T) that differ from the tokens, if such may be given: one, some or all are live."""
     if trial.subject.missing("labels") is not None:
         return labels_of_ids(lm, ids)
@@ -46,17 +46,17 @@ def _labels(trial: Trial, lm: LM, ids: Tensor) -> Tensor:
     return labels
 
 
-def _scored(labels: Tensor) -> int:
+def scored(labels: Tensor) -> int:
     """How many labels are scored: all that are live, but those of first positions, which nothing predicts."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def _coarse(loss: Tensor, logits: Tensor) -> Tensor:
+def coarse(loss: Tensor, logits: Tensor) -> Tensor:
     """A loss, and the logits as coarse as it, for measuring their rounding: many modules take it in float32."""
     return torch.cat((loss.reshape(1), logits.to(loss.dtype).flatten()))
 
 
-def _oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
+def oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
     """-log p of every live label, position t - 1 predicting label t, by explicit log-sum-exp; their mean."""
     logits = lm.logits(ids).double()
     losses = [
@@ -73,19 +73,19 @@ def _oracle(lm: LM, ids: Tensor, labels: Tensor) -> Tensor:
     title="the loss is the mean next-token cross-entropy over the labels that are not ignored",
     step="1.2",
     needs=("loss",),
-    causes=(*_CAUSES, "loss-low-precision"),
+    causes=(*CAUSES, "loss-low-precision"),
 )
 def value(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2)
-    labels = _labels(trial, lm, ids)
+    labels = draw_labels(trial, lm, ids)
     loss = lm.loss(ids, labels)
 
     def rerun() -> Tensor:
-        return _coarse(lm.loss(ids, labels), lm.logits(ids))
+        return coarse(lm.loss(ids, labels), lm.logits(ids))
 
     what = f"the loss for labels {labels.tolist()} must be their mean cross-entropy"
-    trial.same(loss, _oracle(lm, ids, labels), what, lm, rerun, scale=lm.logits(ids))
+    trial.same(loss, oracle(lm, ids, labels), what, lm, rerun, scale=lm.logits(ids))
 
 
 @check(
@@ -93,7 +93,7 @@ def value(trial: Trial) -> None:
     title="a label that equals the padding token is scored like any other",
     step="1.2",
     needs=("loss",),
-    causes=("pad-equals-eos-masked", *_CAUSES),
+    causes=("pad-equals-eos-masked", *CAUSES),
 )
 def pad_token_scored(trial: Trial) -> None:
     padding = trial.draw("padding", st.integers(0, 2))
@@ -101,18 +101,18 @@ def pad_token_scored(trial: Trial) -> None:
     if lm.convention.ignore_index >= 0:
         raise NotApplicable(f"the module ignores labels of {lm.convention.ignore_index}, which is a token")
     ids = trial.tokens(lm, min_length=2)
-    labels = _labels(trial, lm, ids)
+    labels = draw_labels(trial, lm, ids)
     row, position = (labels[:, 1:] != IGNORED).nonzero()[0].tolist()
     ids[row, position + 1] = labels[row, position + 1] = padding  # as where text ends with the token that also fills up
 
     def rerun() -> Tensor:
-        return _coarse(lm.loss(ids, labels), lm.logits(ids))
+        return coarse(lm.loss(ids, labels), lm.logits(ids))
 
     what = (
         f"with pad_token_id={padding}, the loss for labels {labels.tolist()} must be their mean cross-entropy, that of "
         f"label {padding} included"
     )
-    trial.same(lm.loss(ids, labels), _oracle(lm, ids, labels), what, lm, rerun, scale=lm.logits(ids))
+    trial.same(lm.loss(ids, labels), oracle(lm, ids, labels), what, lm, rerun, scale=lm.logits(ids))
 
 
 @check(
@@ -125,18 +125,18 @@ def pad_token_scored(trial: Trial) -> None:
 def micro_batches_add_up(trial: Trial) -> None:
     lm = trial.model()
     ids = trial.tokens(lm, min_length=2, rows=trial.draw("batch", st.integers(2, 4)))
-    labels = _labels(trial, lm, ids)
+    labels = draw_labels(trial, lm, ids)
     sizes = trial.draw("sizes", chunk_sizes(ids.shape[0]))
     whole = lm.loss(ids, labels)
     parts = torch.split(labels, sizes)
-    counts = [_scored(part) for part in parts]
+    counts = [scored(part) for part in parts]
     total = torch.zeros_like(whole)
     for part_ids, part, count in zip(torch.split(ids, sizes), parts, counts, strict=True):
         if count or trial.subject.missing("finite_loss") is None:
             total = total + count * lm.loss(part_ids, part)
 
     def rerun() -> Tensor:
-        return _coarse(lm.loss(ids, labels), lm.logits(ids))
+        return coarse(lm.loss(ids, labels), lm.logits(ids))
 
     what = f"micro-batches with {counts} labels must add up to the loss of the whole batch, label for label"
     trial.same(total / sum(counts), whole, what, lm, rerun, scale=lm.logits(ids))
@@ -152,7 +152,7 @@ def micro_batches_add_up(trial: Trial) -> None:
 def labels_unchanged(trial: Trial) -> None:
     lm = trial.model(pad_token_id=0)
     ids = trial.tokens(lm, min_length=1 if trial.subject.missing("labels") is None else 2)
-    labels = lm.own_labels(_labels(trial, lm, ids) if ids.shape[1] > 1 else ids)
+    labels = lm.own_labels(draw_labels(trial, lm, ids) if ids.shape[1] > 1 else ids)
     before = ids.clone(), labels.clone()
     lm.own_loss(ids, labels)
     if trial.missing("padding") is None:  # where labels at the padding may be put out of the way
@@ -167,12 +167,12 @@ def labels_unchanged(trial: Trial) -> None:
     title="the gradient of the loss is that of the mean next-token cross-entropy",
     step="1.2",
     needs=("loss", "graph"),
-    causes=("gradient-detached", *_CAUSES, "loss-low-precision"),
+    causes=("gradient-detached", *CAUSES, "loss-low-precision"),
 )
 def gradient(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1)
     ids = trial.tokens(lm, min_length=2)
-    labels = _labels(trial, lm, ids)
+    labels = draw_labels(trial, lm, ids)
     named = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
 
     def gradients(loss: Tensor) -> list[Tensor]:
@@ -183,7 +183,7 @@ def gradient(trial: Trial) -> None:
         with torch.enable_grad():
             return torch.cat([g.flatten() for g in gradients(lm.loss(ids, labels))])
 
-    expected = gradients(_oracle(lm, ids, labels))
+    expected = gradients(oracle(lm, ids, labels))
     scale = torch.stack([g.abs().max() for g in expected if g.numel()])
     loss = lm.loss(ids, labels)
     if not loss.requires_grad:

@@ -69,15 +69,15 @@ def _continue(
 )
 def left_with_cache(trial: Trial) -> None:
     lm = trial.model()
-    untold = lm.convention.pads_left_untold and not trial.draw("told", st.booleans())
-    if untold:
-        lm = lm.called(positions=None)
     ids = trial.tokens(lm, min_length=3)
     B, T = ids.shape
     prefill = T - trial.draw("steps", st.integers(1, T - 1))
     lengths = trial.draw("lengths", real_lengths(B, prefill))
     real = torch.arange(T, device=trial.device) >= prefill - torch.tensor(lengths, device=trial.device)[:, None]
-    _continue(trial, lm, ids, real, [prefill, *[1] * (T - prefill)], "left", untold)
+    sizes = [prefill, *[1] * (T - prefill)]
+    _continue(trial, lm, ids, real, sizes, "left")
+    if lm.convention.pads_left_untold:
+        _continue(trial, lm.called(positions=None), ids, real, sizes, "left", untold=True)
 
 
 @check(

@@ -5,7 +5,7 @@ Shapes: T query length, S key length (cached + T).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ _FILLS = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "__ge
 _PLACES = {"argmax", "argsort", "sort"}
 _CONVOLUTIONS = {"conv1d", "conv2d"}
 _PADDING = 4  # which argument of a convolution it is
+_EXPONENTIALS = {"exp", "exp_"}
+_HEADS, _PROJECTIONS = 4, 5  # arguments of F.multi_head_attention_forward
 _SCORES = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 
 
@@ -144,6 +146,16 @@ class NaNsGiven(Watcher):
             self.seen.append(_has_nan(given))
 
 
+def _largest(scores: Tensor) -> float:
+    """But for a mask's infinities."""
+    return float(scores.masked_fill(~scores.isfinite(), 0.0).max())
+
+
+def _most(query: Tensor, key: Tensor, scale: float) -> float:
+    """What no score is larger than."""
+    return float(query.norm(dim=-1).max() * key.norm(dim=-1).max()) * scale
+
+
 def _pads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a convolution puts zeros around its input."""
     padding = args[_PADDING] if len(args) > _PADDING else kwargs.get("padding", 0)
@@ -210,6 +222,41 @@ class SoftmaxesOverQueries(Watcher):
             self.seen.append(False)
 
 
+class Scores(NamedTuple):
+    """How large the numbers are that become the weights of keys."""
+
+    largest: float
+    exponential: float = 0.0  # what comes out where forward itself takes the power of e
+
+
+class LargestScores(Watcher):
+    """How large the scores of attention become.
+
+    Args:
+        seen: gets those of each softmax over keys, those that queries and keys allow in torch's attention, and what
+            comes out of forward's own powers of e for each pair of tokens, unless it took the largest number off.
+    """
+
+    def __init__(self, seen: list[Scores], start: int, length: int) -> None:
+        super().__init__()
+        self.seen = seen
+        self.length = length
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), self.length):
+            self.seen.append(Scores(_largest(args[0])))
+        elif function is SDPA:
+            inputs = attention_inputs(args, kwargs)
+            query, key = inputs["query"], inputs["key"]
+            self.seen.append(Scores(_most(query, key, inputs.get("scale") or query.shape[-1] ** -0.5)))
+        elif function is F.multi_head_attention_forward and args[_PROJECTIONS] is not None:
+            query, key, _ = (args[0] @ args[_PROJECTIONS].t()).chunk(3, -1)
+            self.seen.append(Scores(_most(query, key, (args[_HEADS] / query.shape[-1]) ** 0.5)))
+        elif getattr(function, "__name__", "") in _EXPONENTIALS and over_keys(result, -1, self.length):
+            exponential = float(result.max())
+            self.seen += [Scores(0.0, exponential)] * (exponential > 1)
+
+
 class ExponentialsOfPairs(Watcher):
     """Whether there is a power of e for each pair of tokens, as in a softmax by hand; one a token is a decay.
 
@@ -223,7 +270,7 @@ class ExponentialsOfPairs(Watcher):
         self.length = length
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if getattr(function, "__name__", "") in ("exp", "exp_"):
+        if getattr(function, "__name__", "") in _EXPONENTIALS:
             sizes = list(result.shape)
             filled_up = self.length not in sizes and any(n > self.length and sizes.count(n) > 1 for n in sizes)
             self.seen.append(sizes.count(self.length) > 1 or filled_up)

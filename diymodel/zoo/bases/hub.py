@@ -100,6 +100,7 @@ class Hub(nn.Module):
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
+        num_items_in_batch: int | None = None,
     ) -> Output:
         cache = past_key_values if past_key_values is not None else Cache() if use_cache else None
         start, T = cache.length() if cache is not None else 0, input_ids.shape[1]
@@ -117,4 +118,6 @@ class Hub(nn.Module):
             scored, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             total = F.cross_entropy(scored, targets, ignore_index=-100, reduction="sum")
             loss = total / (targets != -100).sum().clamp(min=1)
+            if num_items_in_batch is not None:
+                loss = total / num_items_in_batch
         return Output(logits, loss, cache)

@@ -110,6 +110,7 @@ class SwitchForCausalLM(nn.Module):
         past_key_values: Any = None,
         labels: Any = None,
         use_cache: bool = False,
+        num_items_in_batch: Any = None,
     ) -> CausalLMOutputWithPast:
         past_len = past_key_values[0][0].shape[2] if past_key_values else 0
         total = past_len + input_ids.shape[1]
@@ -135,4 +136,6 @@ class SwitchForCausalLM(nn.Module):
             upcast = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
             loss = nn.functional.cross_entropy(upcast, shifted, ignore_index=-100, reduction="sum")
             loss = loss / (shifted != -100).sum().clamp(min=1)
+            if num_items_in_batch is not None:
+                loss = loss * (shifted != -100).sum() / num_items_in_batch
         return CausalLMOutputWithPast(loss, logits, tuple(presents) if use_cache else None)

@@ -380,4 +380,20 @@ BUGS = [
         kills=("loss.many_labels",),
         where="Learned",
     ),
+    Bug(
+        "accumulation-mean-of-means",
+        "hub",
+        "            if num_items_in_batch is not None:\n                loss = total / num_items_in_batch\n",
+        "",
+        kills=("loss.items_in_batch",),
+        where="Hub",
+    ),
+    Bug(
+        "accumulation-mean-of-means",
+        "switch",
+        "loss * (shifted != -100).sum() / num_items_in_batch",
+        "loss / num_items_in_batch",
+        kills=("loss.items_in_batch",),
+        where="SwitchForCausalLM",
+    ),
 ]

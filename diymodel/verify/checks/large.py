@@ -1,0 +1,99 @@
+"""What holds however large numbers become in training: the causal mask, the softmax of attention, and the loss."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diymodel.verify.adapters import LM
+from diymodel.verify.checks.causality import LEAKS, edited
+from diymodel.verify.checks.loss import CAUSES, coarse, labels_of_ids, oracle
+from diymodel.verify.experiments.first_overflow import where_first
+from diymodel.verify.experiments.watchers import LargestScores, Scores
+from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.registry import check
+from diymodel.verify.trial import Trial
+
+_SHARPNESS = (300, 100, 30, 10, 3)  # scores grow with its square, and faster where no norm stands before them
+_LARGE = 1e6  # far from 1e9, which some masks are made of and no score reaches
+
+
+@check(
+    "causality.large_scores",
+    title="where the scores of attention are large, changing a token changes no earlier logit",
+    step="1.1",
+    needs=("causal",),
+    causes=LEAKS,
+)
+def large_scores(trial: Trial) -> None:
+    lm, ids, scores = _with_large_scores(trial)
+    cut = trial.draw("cut", st.integers(1, ids.shape[1] - 1))
+    other = edited(trial, lm, ids, cut)
+    what = f"with scores of up to {scores.largest:.2g}, another token at position {cut} must change no logit before it"
+    trial.same(lm.logits(other)[:, :cut], lm.logits(ids)[:, :cut], what, lm, lambda: lm.logits(ids)[:, :cut])
+
+
+@check(
+    "numerics.large_scores_finite",
+    title="where the scores of attention are large, the logits are finite",
+    step="5.2",
+    causes=("softmax-without-maximum", "exp-before-mask", "decay-powers-overflow"),
+)
+def large_scores_finite(trial: Trial) -> None:
+    lm, ids, scores = _with_large_scores(trial)
+    if bool(lm.logits(ids).isfinite().all()):
+        return
+    if math.isfinite(scores.exponential):
+        raise NotApplicable("something else than attention leaves the range of its type")
+    raise CheckFailure(f"with large scores the logits must be finite, saw a NaN or infinity{where_first(lm, ids)}")
+
+
+@check(
+    "loss.large_logits",
+    title="where the logits are large, the loss is their mean cross-entropy too",
+    step="1.2",
+    needs=("loss",),
+    causes=("softmax-without-maximum", *CAUSES),
+)
+def large_logits(trial: Trial) -> None:
+    lm = trial.model(max_sharpness=1)
+    ids = trial.tokens(lm, min_length=2)
+    labels = labels_of_ids(lm, ids)
+    for sharpness in _SHARPNESS:
+        sharp = trial.build(lm.config, trial.values["weights"], sharpness)
+        with torch.no_grad():
+            logits = sharp.logits(ids)
+        if float(logits.abs().max()) <= _LARGE:
+            break
+    else:
+        raise NotApplicable("the drawn weights make the logits larger than any that are trained")
+
+    def rerun() -> Tensor:
+        return coarse(sharp.loss(ids, labels), sharp.logits(ids))
+
+    what = f"with logits of up to {float(logits.abs().max()):.2g} the loss must be their mean cross-entropy"
+    trial.same(sharp.loss(ids, labels), oracle(sharp, ids, labels), what, sharp, rerun, scale=logits)
+
+
+def _with_large_scores(trial: Trial) -> tuple[LM, Tensor, Scores]:
+    """A module of one layer whose drawn weights make the scores large, tokens for it, and how large they are."""
+    lm = trial.model(max_sharpness=1, num_layers=1)
+    ids = trial.tokens(lm, min_length=3)
+    ids = ids[:, : (ids.shape[1] - 1) // 2 * 2 + 1]  # odd: two sizes of that are of pairs of tokens, and no width is
+    for sharpness in _SHARPNESS:
+        sharp = trial.build(lm.config, trial.values["weights"], sharpness)
+        seen: list[Scores] = []
+        watched = sharp.called()
+        watched.around = partial(LargestScores, seen)
+        with torch.no_grad():
+            watched.logits(ids)
+        if not seen:
+            raise NotApplicable("no scores of attention were seen: no softmax over keys, and none of torch's attention")
+        scores = Scores(*map(max, zip(*seen, strict=True)))
+        if scores.largest <= _LARGE:
+            return sharp, ids, scores
+    raise NotApplicable("the drawn weights make the scores larger than any mask")
