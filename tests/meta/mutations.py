@@ -64,6 +64,13 @@ def visible(q: Tensor, k: Tensor, ahead: int = 0) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool).tril(S - T + ahead)
 
 
+def attention_by_hand(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+    """Causal, with powers of e that may overflow."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~visible(q, k), -torch.inf).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 def hidden_as(change: Callable[[RMSNorm, Tensor], Tensor]) -> AbstractContextManager[Any]:
     """Every RMSNorm's input goes through ``change(norm, hidden)`` first."""
     return around(RMSNorm, "forward", lambda forward, self, hidden: forward(self, change(self, hidden)))
@@ -253,6 +260,18 @@ MUTATIONS = [
             lambda q, k, kw: {"attn_mask": torch.where(visible(q, k), 0.0, -8.0).to(q), "is_causal": False}
         ),
         ("causality.edit",),
+    ),
+    Mutation(
+        "mask-value-too-small: of scores below ten thousand it holds",
+        lambda: attention(
+            lambda q, k, kw: {"attn_mask": torch.where(visible(q, k), 0.0, -1e4).to(q), "is_causal": False}
+        ),
+        ("causality.large_scores",),
+    ),
+    Mutation(
+        "softmax-without-maximum",
+        lambda: around(F, "scaled_dot_product_attention", attention_by_hand),
+        ("numerics.large_scores_finite",),
     ),
     Mutation(
         "mask-dropped-with-dropout",
@@ -480,6 +499,11 @@ MUTATIONS = [
             )
         ),
         tests=(test_loss.test_any_label_can_be_the_ignored_one,),
+    ),
+    Mutation(
+        "softmax-without-maximum: the loss",
+        lambda: loss_as(lambda loss, logits, labels, **kw: loss(logits.exp().log(), labels, **kw)),
+        ("loss.large_logits",),
     ),
     Mutation(
         "loss-wrong-denominator",

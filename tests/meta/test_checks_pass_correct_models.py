@@ -46,6 +46,11 @@ NOT_APPLICABLE = {
             *("recurrent", "timeshift", "statespace"),  # without attention
         )
     ),
+    *(
+        (name, check)
+        for name in ("recurrent", "timeshift", "statespace")  # likewise
+        for check in ("causality.large_scores", "numerics.large_scores_finite")
+    ),
     *((name, "decode.caller_object") for name in LACKS if name not in _OBJECTS),
     *((name, "decode.rows_reordered") for name in ("onmodule", "fastlike", "startpos", "resettable")),  # on the module
     *(
@@ -56,6 +61,7 @@ NOT_APPLICABLE = {
 }
 
 APPLIES = {  # checks that need what few bases have, and which these are
+    "loss.items_in_batch": {"hub", "switch"},
     "gradients.checkpointing": {"pretrained", "kept"},
     "state.resized_vocabulary": {"pretrained", "kept"},
     "padding.positions_are_used": {"learned", "writer", "switch", "scribe"},

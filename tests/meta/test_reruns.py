@@ -24,6 +24,7 @@ from tests.meta.verdicts import CHECKS, subject
 ON = {  # what our model is not made for
     "decode.caller_object": "supplied",
     "gradients.checkpointing": "kept",
+    "loss.items_in_batch": "hub",
     "loss.labels_change_no_logit": "hub",
     "packing.documents_do_not_meet": "packed",
     "padding.left_changes_nothing": "hub",

@@ -74,6 +74,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"the logits before position {v.cut} must",
     ],
     "causality.in_training": lambda v: [f"changing the token at position {v.cut} must"],
+    "causality.large_scores": lambda v: [f", another token at position {v.cut} must"],
     "causality.long_row": _cut_off,
     "causality.through_cache": lambda v: [f"on a cache of {v.prefill}, changing the token at position {v.cut} must"],
     "causality.truncation": _cut_off,
@@ -137,7 +138,8 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"token {token} does not occur in {v.tokens}: "
         for token in {*range(v.config.vocab_size)} - {token for row in v.tokens for token in row}
     ],
-    "gradients.long_row_finite": lambda v: [f"of a row of {v.length} tokens must"],
+    "gradients.long_row_finite": lambda v: [f"of a row of {v.length // 2**halved} tokens must" for halved in range(7)],
+    "loss.items_in_batch": lambda v: [f"with num_items_in_batch={len(v.live) + v.others}, {len(v.live)} of them in"],
     "loss.labels_change_no_logit": lambda v: [", the logits must be those without"],
     "loss.many_labels": lambda v: [f" of {v.rows * (v.length - 1)} labels must"],
     "loss.micro_batches_add_up": _micro_batches,

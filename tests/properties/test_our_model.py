@@ -21,6 +21,7 @@ SKIPPED = {  # checks of what our model does not have, and the reason that must 
     "directory.cached_equals_full": "the subject is no directory with saved weights",
     "directory.complete": "the subject is no directory with saved weights",
     "gradients.checkpointing": "the module has no gradient_checkpointing_enable",
+    "loss.items_in_batch": "forward has no num_items_in_batch",
     "loss.labels_change_no_logit": "forward has no labels",
     "packing.documents_do_not_meet": "forward has no document_ids",
     "padding.left_changes_nothing": r"forward\(seq_lengths=…\) says nothing of padding on the left",
