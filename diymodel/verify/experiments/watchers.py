@@ -148,12 +148,12 @@ class NaNsGiven(Watcher):
 
 def _largest(scores: Tensor) -> float:
     """But for a mask's infinities."""
-    return float(scores.masked_fill(~scores.isfinite(), 0.0).max())
+    return float(scores.detach().masked_fill(~scores.isfinite(), 0.0).max())
 
 
 def _most(query: Tensor, key: Tensor, scale: float) -> float:
     """What no score is larger than."""
-    return float(query.norm(dim=-1).max() * key.norm(dim=-1).max()) * scale
+    return float(query.detach().norm(dim=-1).max() * key.detach().norm(dim=-1).max()) * scale
 
 
 def _pads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -253,7 +253,7 @@ class LargestScores(Watcher):
             query, key, _ = (args[0] @ args[_PROJECTIONS].t()).chunk(3, -1)
             self.seen.append(Scores(_most(query, key, (args[_HEADS] / query.shape[-1]) ** 0.5)))
         elif getattr(function, "__name__", "") in _EXPONENTIALS and over_keys(result, -1, self.length):
-            exponential = float(result.max())
+            exponential = float(result.detach().max())
             self.seen += [Scores(0.0, exponential)] * (exponential > 1)
 
 
