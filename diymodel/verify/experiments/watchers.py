@@ -106,25 +106,28 @@ class AttentionWeights(Watcher):
 
     Args:
         seen: where they are put, in the order of the calls.
+        log: their logarithms, in which a weight that is rounded to 0 is still told from none.
     """
 
-    def __init__(self, seen: list[Tensor], start: int, length: int) -> None:
+    def __init__(self, seen: list[Tensor], start: int, length: int, log: bool = False) -> None:
         super().__init__()
         self.seen = seen
         self.start = start
         self.length = length
+        self.log = log
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         given = _given_to_attention(function, args, kwargs, self.length)
         if given is None or _has_nan(given):
             return
-        if function is SDPA:
-            weights = _weights(**attention_inputs(args, kwargs))
-        elif function is F.multi_head_attention_forward:
+        if function is F.multi_head_attention_forward:
             asked = {**kwargs, "need_weights": True, "average_attn_weights": False, "training": False}
-            weights = function(*args, **asked)[1]  # type: ignore[assignment]
+            weights = function(*args, **asked)[1]
+            assert weights is not None, "they were asked for"
+            weights = weights.log() if self.log else weights
         else:
-            weights = result
+            scores = _masked_scores(**attention_inputs(args, kwargs)) if function is SDPA else args[0]
+            weights = scores.log_softmax(-1) if self.log else scores.softmax(-1)
         self.seen.append(weights.detach()[..., : self.start + self.length])
 
 
@@ -180,7 +183,7 @@ def _has_nan(tensors: tuple[Tensor, ...]) -> bool:
     return any(bool(tensor.isnan().any()) for tensor in tensors)
 
 
-def _weights(
+def _masked_scores(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -190,17 +193,17 @@ def _weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What torch's attention weighs its values with."""
+    """What torch's attention takes the softmax of."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is None:
-        return scores.softmax(-1)
+        return scores
     if attn_mask.dtype == torch.bool:
-        return scores.masked_fill(~attn_mask, -torch.inf).softmax(-1)
-    return (scores + attn_mask).softmax(-1)
+        return scores.masked_fill(~attn_mask, -torch.inf)
+    return scores + attn_mask
 
 
 class SoftmaxesOverQueries(Watcher):
@@ -309,7 +312,7 @@ class Overflows(Watcher):
             return
         name = getattr(function, "__name__", "")
         if function is SDPA:
-            if bool(_weights(**attention_inputs(args, kwargs)).isnan().any()):
+            if bool(_masked_scores(**attention_inputs(args, kwargs)).softmax(-1).isnan().any()):
                 self.first = "scores"
         elif function in SOFTMAX:
             if bool(result.isnan().any()):

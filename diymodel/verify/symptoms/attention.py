@@ -15,6 +15,7 @@ from diymodel.verify.symptoms import Patient, distinct_tokens, symptom
 from diymodel.verify.symptoms.watched import fail_again, later, weights_of, weights_of_failures
 
 _FAINT = 4.0  # nats: what is hidden by a moderate number is fainter still, what is not hidden hardly is
+_BEYOND_REACH = 1e6  # nats, as far as the largest scores that are tried
 _UNEQUAL = 1e-6  # of weights
 _FUTURE = "causality.edit"
 
@@ -63,20 +64,23 @@ def _given_nan(patient: Patient) -> bool | None:
 
 @symptom(
     "attention.future_is_faint",
-    "later keys get some weight, a fiftieth of what earlier ones get: they are hidden by a moderate number",
-    "后面的 key 仍有权重，约为前面的五十分之一：用来屏蔽的数不够大",
+    "later keys are hidden by a moderate number: far behind earlier ones, and not so far that no score catches up",
+    "后面的 key 是用一个不够大的数屏蔽的：远远落后于前面的 key，但还不至于永远追不上",
     ("causality.*", "decode.*"),
     ("mask-value-too-small",),
-    settles=("causality.edit", "causality.truncation", "causality.gradient", "causality.long_row"),
+    settles=(
+        *("causality.edit", "causality.truncation", "causality.gradient", "causality.long_row"),
+        "causality.large_scores",
+    ),
 )
 def _future_is_faint(patient: Patient) -> bool | None:
     lm = patient.lm(sharpness=1)
-    seen = weights_of(lm, lambda: lm.logits(distinct_tokens(lm)))
+    seen = weights_of(lm, lambda: lm.logits(distinct_tokens(lm)), log=True)
     if not seen:
         return None
     future = torch.cat([weights[..., later(weights)].flatten() for weights in seen])
     past = torch.cat([weights[..., ~later(weights)].flatten() for weights in seen])
-    return bool((future > 0).all()) and float(past.log().mean() - future.log().mean()) > _FAINT
+    return _FAINT < float(past.mean() - future.mean()) < _BEYOND_REACH
 
 
 @symptom(

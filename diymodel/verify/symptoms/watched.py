@@ -16,10 +16,10 @@ from diymodel.verify.experiments.watchers import AttentionWeights
 from diymodel.verify.symptoms import Patient
 
 
-def weights_of(lm: LM, call: Callable[[], object]) -> list[Tensor]:
-    """Those (…, T, S) of each attention in a call."""
+def weights_of(lm: LM, call: Callable[[], object], log: bool = False) -> list[Tensor]:
+    """Those (…, T, S) of each attention in a call, or their logarithms."""
     seen: list[Tensor] = []
-    lm.around = partial(AttentionWeights, seen)
+    lm.around = partial(AttentionWeights, seen, log=log)
     try:
         call()
     finally:
