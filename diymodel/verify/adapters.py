@@ -195,6 +195,8 @@ class LM:
     def own_loss(self, input_ids: Tensor, own_labels: Tensor, real: Tensor | None = None) -> Tensor:
         """The subject's own loss of labels as :meth:`own_labels` makes them; the very tensor is handed over."""
         convention = self.convention
+        T = own_labels.shape[1]  # where none can be ignored, the last token has none
+        input_ids, real = input_ids[:, :T], None if real is None else real[:, :T]
         if convention.loss is not None:
             return convention.loss(self.logits(input_ids, real), own_labels)
         inputs = of_tokens(convention, self.module, input_ids, real, start=0)
@@ -246,6 +248,8 @@ class LM:
 
     def own_labels(self, labels: Tensor) -> Tensor:
         """Unshifted labels as the module wants them: shifted if it does not shift, with its own ignore index."""
+        if self.convention.labels_come_shifted and self.convention.labels_are_tokens:
+            return labels[:, 1:]
         if self.convention.labels_come_shifted:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return labels.masked_fill(labels == IGNORED, self.convention.ignore_index)

@@ -97,6 +97,7 @@ class Convention:
     positions_are_shared: bool = False
     labels_come_shifted: bool = False  # nanoGPT: targets[:, t] is the token after input_ids[:, t]
     ignore_index: int = IGNORED
+    labels_are_tokens: bool = False  # a loss by hand that looks each label up: none can be ignored
     logits_need_labels: bool = False  # nanoGPT: without targets, logits of the last position only
     last_only: bool = False  # DeepSeek-V3: logits of the last position whatever is asked
     loss: Loss | None = None  # where the module leaves it to its caller
@@ -152,7 +153,8 @@ class Convention:
             shifted = "come shifted by the caller" if self.labels_come_shifted else "are shifted inside the module"
             if self.labels in LABELS_SHIFTED and not self.labels_come_shifted:
                 shifted += ", so its caller must not shift them"
-            notes.append(f"{self.labels} {shifted}, {self.ignore_index} is ignored")
+            ignored = "none can be" if self.labels_are_tokens else f"{self.ignore_index} is"
+            notes.append(f"{self.labels} {shifted}, {ignored} ignored")
         if self.loss_switch and "loss" not in self.missing:
             over = f", passing over token {self.ignore_index}" if self.ignore_index >= 0 else ""
             notes.append(f"{self.loss_switch} asks for the loss of the ids, shifted inside the module{over}")

@@ -49,7 +49,7 @@ def find_loss(
         except Exception as error:  # a stranger's forward may raise anything
             reasons.append(f"forward({convention.labels}=…) gave no loss: {said(error)}")
         else:
-            if _is_cross_entropy(lm, ids):
+            if _is_cross_entropy(lm, ids, _half_ignored(ids)):
                 return replace(candidate, loss_holds_term=_holds_term(lm, ids)), {}
             accepted.append(candidate)
     for way in accepted:
@@ -57,8 +57,18 @@ def find_loss(
             return replace(way, loss_holds_term=True), {}
     if accepted:  # there is a loss, of no known kind: the checks will say how it is wrong
         return accepted[0], {}
+    if (dense := _of_tokens_alone(module, config, convention, ids)) is not None:
+        return dense, {"labels": f"no label can be ignored: {reasons[0]}"}
     advice = "let it return (logits, loss), or write Subject(…, loss=lambda logits, labels: …)"
     return convention, {"loss": f"{reasons[0]}; {advice}"}
+
+
+def _of_tokens_alone(module: nn.Module, config: DIYConfig, convention: Convention, ids: Tensor) -> Convention | None:
+    """How a loss is had that takes each label for a token; where it is no cross-entropy, the checks will say so."""
+    shifted = convention.labels in LABELS_SHIFTED
+    ways = [replace(convention, labels_come_shifted=s, labels_are_tokens=True) for s in (shifted, not shifted)]
+    taken = [way for way in ways if refusal(LM(module, config, way).loss, ids, ids.clone()) is None]
+    return min(taken, key=lambda way: not _is_cross_entropy(LM(module, config, way), ids, ids), default=None)
 
 
 def _label_styles(lm: LM, ids: Tensor) -> tuple[tuple[bool, int], ...]:
@@ -129,8 +139,7 @@ def _half_ignored(ids: Tensor) -> Tensor:
     return labels
 
 
-def _is_cross_entropy(lm: LM, ids: Tensor) -> bool:
-    labels = _half_ignored(ids)
+def _is_cross_entropy(lm: LM, ids: Tensor, labels: Tensor) -> bool:
     return abs(float(lm.beside_cross_entropy(ids, labels))) <= 1e-4 * float(lm.loss(ids, labels).abs())
 
 

@@ -237,7 +237,7 @@ class LargestScores(Watcher):
 
     Args:
         seen: gets those of each softmax over keys, those that queries and keys allow in torch's attention, and what
-            comes out of forward's own powers of e for each pair of tokens, unless it took the largest number off.
+            comes out of forward's own powers of e for each pair of tokens.
     """
 
     def __init__(self, seen: list[Scores], start: int, length: int) -> None:
@@ -255,9 +255,8 @@ class LargestScores(Watcher):
         elif function is F.multi_head_attention_forward and args[_PROJECTIONS] is not None:
             query, key, _ = (args[0] @ args[_PROJECTIONS].t()).chunk(3, -1)
             self.seen.append(Scores(_most(query, key, (args[_HEADS] / query.shape[-1]) ** 0.5)))
-        elif getattr(function, "__name__", "") in _EXPONENTIALS and over_keys(result, -1, self.length):
-            exponential = float(result.detach().max())
-            self.seen += [Scores(0.0, exponential)] * (exponential > 1)
+        elif getattr(function, "__name__", "") in _EXPONENTIALS and result.shape[-2:] == (self.length, self.length):
+            self.seen.append(Scores(0.0, float(result.detach().max())))
 
 
 class ExponentialsOfPairs(Watcher):
