@@ -64,10 +64,16 @@ def visible(q: Tensor, k: Tensor, ahead: int = 0) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool).tril(S - T + ahead)
 
 
+def allowed(q: Tensor, k: Tensor, kw: dict[str, Any]) -> Tensor:
+    """Which keys a query may look at, in rows that are padded as well."""
+    given: Tensor | None = kw.get("attn_mask")
+    return visible(q, k) if given is None else given
+
+
 def attention_by_hand(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
-    """Causal, with powers of e that may overflow."""
+    """With powers of e that may overflow."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~visible(q, k), -torch.inf).exp()
+    weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~allowed(q, k, kw), -torch.inf).exp()
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
@@ -264,7 +270,7 @@ MUTATIONS = [
     Mutation(
         "mask-value-too-small: of scores below ten thousand it holds",
         lambda: attention(
-            lambda q, k, kw: {"attn_mask": torch.where(visible(q, k), 0.0, -1e4).to(q), "is_causal": False}
+            lambda q, k, kw: {"attn_mask": torch.where(allowed(q, k, kw), 0.0, -1e4).to(q), "is_causal": False}
         ),
         ("causality.large_scores",),
     ),
