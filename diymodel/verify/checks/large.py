@@ -21,7 +21,7 @@ from diymodel.verify.tolerance import float32_step, noise_factor, off_weights
 from diymodel.verify.trial import Trial
 
 _SHARPNESS = (300, 100, 30, 10, 3)  # scores grow with its square, and faster where no norm stands before them
-_VOCABULARY = 23  # no other size of a module is that
+_VOCABULARY = 23  # no other size of a module is that, unless it has sizes of its own
 _TIMES = 1000
 _TOO_SMALL = "mask-value-too-small"
 _LARGE = 1e6  # far from 1e9, which some masks are made of and no score reaches
@@ -77,9 +77,12 @@ def large_logits(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, vocab_size=_VOCABULARY)
     ids = trial.tokens(lm, min_length=2)
     labels = labels_of_ids(lm, ids)
+    heads = [p for p in lm.module.parameters() if p.dim() > 1 and lm.config.vocab_size in p.shape]
+    if not heads:
+        raise NotApplicable("no matrix of the module has a row or a column for every token")
     with torch.no_grad():
-        for weight in (p for p in lm.module.parameters() if p.dim() > 1 and _VOCABULARY in p.shape):
-            weight.mul_(_TIMES)  # that of the head; a norm takes it off an embedding
+        for weight in heads:
+            weight.mul_(_TIMES)  # a norm takes it off an embedding
         logits = lm.logits(ids)
     if not float(logits.abs().max()) <= _LARGE:
         raise NotApplicable("with a larger head the logits are larger than any that are trained")
