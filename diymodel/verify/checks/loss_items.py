@@ -47,4 +47,5 @@ def _takes_items(module: nn.Module) -> bool:
     """Whether forward names the number, or has room for what Trainer tells every such model of transformers."""
     parameters = told_parameters(called(module))
     has_room = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return _ITEMS in parameters or (has_room and hasattr(module, "loss_function"))
+    is_told = has_room and hasattr(module, "loss_function") and getattr(module, "accepts_loss_kwargs", True)
+    return _ITEMS in parameters or bool(is_told)
