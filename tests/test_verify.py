@@ -434,6 +434,7 @@ def test_a_choice_that_leaves_nothing_to_run_is_refused() -> None:
         (("--only", CACHED, "--replay", "{}", "--dtype", "float32"), "leave out --dtype"),
         (("--only", CACHED, "--step", "1"), "nothing is left to run"),
         (("--json", "."), ". cannot be written: it is a directory"),
+        (("--device", "meta"), "device='meta' cannot be used: it holds shapes and no values"),
         (("--json", "report", "--html", "./report"), "report is named for two files"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from diymodel.devices import usable_device
 from diymodel.verify.options import CHECK_SECONDS, PROFILES
 from diymodel.verify.trial import DTYPES
 
@@ -66,10 +67,12 @@ def check_time(name: str, seconds: float) -> None:
 
 
 def check_device(name: str) -> None:
-    """Refuse what is no device of this torch. CUDA itself is left to the child that runs the checks."""
+    """Refuse what is no device of this torch and machine. CUDA itself is left to the child that runs the checks."""
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
         raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}") from None
-    if kind == "cuda" and not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+    if kind != "cuda":
+        usable_device(name)
+    elif not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         raise ValueError(f"device={name!r}: this torch, {torch.__version__}, was built without CUDA")
