@@ -225,7 +225,7 @@ def test_a_gradient_is_not_asked_of_who_has_none(check_id: str) -> None:
         check_id,
         "passed",
         "hub",
-        {"loss = total / ": "loss = (0 * logits.sum()).abs().sqrt() + total / "},
+        {"loss = total / (": "loss = (0 * logits.sum()).abs().sqrt() + total / ("},
         "a NaN as gradient",
     )
     able, unable = changed.subject(), changed.subject()

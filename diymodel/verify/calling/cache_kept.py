@@ -90,6 +90,7 @@ def trains_on_cache(module: nn.Module, config: DIYConfig, convention: Convention
         calls = [_reached(lm, ids)]
         if kept:
             calls.append(_reached(lm, ids))
+            copy.deepcopy(lm.module)  # which what is kept with its graph prevents
             lm.module.train()
             calls.append(_reached(lm, ids))
     except Exception:  # a stranger's forward may raise anything; checks that go without gradients say what

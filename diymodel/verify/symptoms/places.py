@@ -146,8 +146,8 @@ def _none_with_one_head(patient: Patient) -> bool | None:
     "某次 view 或 reshape 把几个位置的数拼进了同一个位置的向量",
     (*_LEAKS, "reference.*"),
     ("heads-mixed-by-reshape",),
-    rules_out=(*_LEAKS, "causality.long_row"),
-    settles=(*_LEAKS, "causality.long_row"),
+    rules_out=(*_LEAKS, "causality.long_row", "causality.large_scores"),
+    settles=(*_LEAKS, "causality.long_row", "causality.large_scores"),
 )
 def _by_a_view(patient: Patient) -> bool:
     lm = patient.lm()
