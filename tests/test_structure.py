@@ -56,7 +56,7 @@ def test_the_harness_knows_the_model_in_one_place_only() -> None:
     bridge = {"model", "loss", "cache", "checkpoint"}
     for path in (PACKAGE / "verify").rglob("*.py"):
         imports = re.findall(r"from diymodel\.(\w+)", path.read_text(encoding="utf-8"))
-        allowed = {"config", "verify", "counting", "_files", "_compat"} | (
+        allowed = {"config", "verify", "counting", "devices", "_files", "_compat"} | (
             bridge if path.name == "adapters.py" else set()
         )
         assert set(imports) <= allowed, f"{path.name} imports {set(imports) - allowed}"
