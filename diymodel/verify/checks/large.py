@@ -16,11 +16,12 @@ from diymodel.verify.checks.loss import CAUSES, coarse, labels_of_ids, oracle
 from diymodel.verify.experiments.first_overflow import where_first
 from diymodel.verify.experiments.watchers import LargestScores, Scores
 from diymodel.verify.failure import CheckFailure, NotApplicable
+from diymodel.verify.learning import trainable
 from diymodel.verify.registry import check
 from diymodel.verify.tolerance import float32_step, noise_factor, off_weights
 from diymodel.verify.trial import Trial
 
-_SHARPNESS = (300, 100, 30, 10, 3)  # scores grow with its square, and faster where no norm stands before them
+_SHARPNESS = (300, 100, 30, 10, 3)  # scores grow with its square, and faster where it comes in by more than one way
 _VOCABULARY = 23  # no other size of a module is that, unless it has sizes of its own
 _TIMES = 1000
 _TOO_SMALL = "mask-value-too-small"
@@ -35,10 +36,10 @@ _LARGE = 1e6  # far from 1e9, which some masks are made of and no score reaches
     causes=(_TOO_SMALL, *(leak for leak in LEAKS if leak != _TOO_SMALL)),
 )
 def large_scores(trial: Trial) -> None:
-    lm, ids, scores = _with_large_scores(trial)
+    lm, ids, _ = _with_large_scores(trial)
     cut = trial.draw("cut", st.integers(1, ids.shape[1] - 1))
     other = edited(trial, lm, ids, cut)
-    what = f"with scores of up to {scores.largest:.2g}, another token at position {cut} must change no logit before it"
+    what = f"where scores of attention are large, another token at position {cut} must change no logit before it"
 
     def before() -> Tensor:
         return lm.logits(ids)[:, :cut]
@@ -77,7 +78,7 @@ def large_logits(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, vocab_size=_VOCABULARY)
     ids = trial.tokens(lm, min_length=2)
     labels = labels_of_ids(lm, ids)
-    heads = [p for p in lm.module.parameters() if p.dim() > 1 and lm.config.vocab_size in p.shape]
+    heads = _of_tokens(lm)
     if not heads:
         raise NotApplicable("no matrix of the module has a row or a column for every token")
     with torch.no_grad():
@@ -94,6 +95,11 @@ def large_logits(trial: Trial) -> None:
     trial.same(lm.loss(ids, labels), oracle(lm, ids, labels), what, lm, rerun, scale=logits)
 
 
+def _of_tokens(lm: LM) -> list[Tensor]:
+    """The matrices with a row or a column for every token: embeddings, and the head."""
+    return [p for p in lm.module.parameters() if p.dim() > 1 and lm.config.vocab_size in p.shape]
+
+
 def _moved_by_rounding(trial: Trial, lm: LM, run: Callable[[], Tensor]) -> float:
     """How far roundings on the way may move what ``run()`` gives, which large scores blow up."""
     with lm.aside():
@@ -103,11 +109,16 @@ def _moved_by_rounding(trial: Trial, lm: LM, run: Callable[[], Tensor]) -> float
 
 def _with_large_scores(trial: Trial) -> tuple[LM, Tensor, Scores]:
     """A module of one layer whose drawn weights make the scores large, tokens for it, and how large they are."""
-    lm = trial.model(max_sharpness=1, num_layers=1)
+    lm = trial.model(max_sharpness=1, num_layers=1, vocab_size=_VOCABULARY)
     ids = trial.tokens(lm, min_length=3)
     ids = ids[:, : (ids.shape[1] - 1) // 2 * 2 + 1]  # odd: two sizes of that are of pairs of tokens, and no width is
     for sharpness in _SHARPNESS:
         sharp = trial.build(lm.config, trial.values["weights"], sharpness)
+        with torch.no_grad():
+            for weight in _of_tokens(sharp):
+                weight.div_(sharpness)  # a soft cap of the logits would hide what moves them
+            for vector in (p for p in trainable(sharp).values() if p.dim() == 1):
+                vector.mul_(sharpness)  # where queries and keys are normed, scores grow with the gains alone
         seen: list[Scores] = []
         watched = sharp.called()
         watched.around = partial(LargestScores, seen)
