@@ -78,6 +78,11 @@ class ByHandAddsTenThousand(ByHandWithoutTheLargest):
         return scores + hidden * -1e4
 
 
+class ByHandAddsABillion(ByHandWithoutTheLargest):
+    def masked(self, scores: Tensor, hidden: Tensor) -> Tensor:
+        return scores + hidden * -1e9
+
+
 class LogOfProbabilities(Attends):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.nll_loss((logits.softmax(-1) + 1e-30).log(), labels)
@@ -105,7 +110,7 @@ def statuses(module: type[nn.Module], *checks: str) -> set[str]:
     return {result.status for result in check_causal_lm(module, profile="quick", only=checks).results}
 
 
-@pytest.mark.parametrize("module", [Attends, AddsABillion])
+@pytest.mark.parametrize("module", [Attends, AddsABillion, ByHandAddsABillion])
 def test_right_ones_pass(module: type[nn.Module]) -> None:
     assert statuses(module, SCORES, FINITE, LOSS, "causality.edit") == {"passed"}
 

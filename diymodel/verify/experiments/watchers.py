@@ -237,13 +237,14 @@ class LargestScores(Watcher):
 
     Args:
         seen: gets those of each softmax over keys, those that queries and keys allow in torch's attention, and what
-            comes out of forward's own powers of e for each pair of tokens.
+            comes out of forward's own powers of e for each pair of tokens, with the largest product of such before.
     """
 
     def __init__(self, seen: list[Scores], start: int, length: int) -> None:
         super().__init__()
         self.seen = seen
         self.length = length
+        self.product = 0.0
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), self.length):
@@ -255,8 +256,12 @@ class LargestScores(Watcher):
         elif function is F.multi_head_attention_forward and args[_PROJECTIONS] is not None:
             query, key, _ = (args[0] @ args[_PROJECTIONS].t()).chunk(3, -1)
             self.seen.append(Scores(_most(query, key, (args[_HEADS] / query.shape[-1]) ** 0.5)))
-        elif getattr(function, "__name__", "") in _EXPONENTIALS and result.shape[-2:] == (self.length, self.length):
-            self.seen.append(Scores(0.0, float(result.detach().max())))
+        elif isinstance(result, Tensor) and result.shape[-2:] == (self.length, self.length):
+            name = getattr(function, "__name__", "")
+            if name in _SCORES:
+                self.product = max(self.product, _largest(result))
+            elif name in _EXPONENTIALS:
+                self.seen.append(Scores(self.product, float(result.detach().max())))
 
 
 class ExponentialsOfPairs(Watcher):
