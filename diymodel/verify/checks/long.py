@@ -119,7 +119,13 @@ def loss_of_many_labels(trial: Trial) -> None:
     title="in float32 the gradients of a long row are finite",
     step="1.2",
     needs=("graph",),
-    causes=("exp-before-mask", "masked-row-nan", "recurrence-grows", "decay-powers-overflow"),
+    causes=(
+        "exp-before-mask",
+        "softmax-without-maximum",
+        "masked-row-nan",
+        "recurrence-grows",
+        "decay-powers-overflow",
+    ),
 )
 def gradients_of_a_long_row(trial: Trial) -> None:
     if trial.dtype != torch.float64:

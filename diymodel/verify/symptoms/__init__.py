@@ -233,6 +233,13 @@ def apart(seen: Tensor, other: Tensor) -> float:
     return float((seen - other).detach().abs().max()) / scale if scale else 0.0
 
 
+def tells_order(logits: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
+    """Whether exchanging two earlier tokens changes logits, such as the last."""
+    exchanged = ids.clone()
+    exchanged[:, 1:3] = ids[:, 1:3].flip(1)
+    return apart(logits(exchanged), logits(ids)) > SAME
+
+
 def influence(logits: Callable[[Tensor], Tensor], ids: Tensor) -> list[float]:
     """How far changing each token moves what ``logits`` gives."""
     plain = logits(ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.experiments.watchers import ZeroRows
-from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom
+from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_tokens, influence, symptom, tells_order
 
 DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
 _PREFILL = LENGTH - 3
@@ -221,9 +221,6 @@ def _equal_tokens_right(patient: Patient) -> bool | None:
 def _blind_to_order(patient: Patient) -> bool | None:
     lm = patient.lm()
     ids = distinct_tokens(lm)
-    exchanged = ids.clone()
-    exchanged[:, 1:3] = ids[:, 1:3].flip(1)
-    if apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) <= SAME:
+    if not tells_order(lambda tokens: lm.logits(tokens)[:, -1], ids):
         return None
-    cached = cached_last(lm, LENGTH - 1)
-    return apart(cached(exchanged), cached(ids)) <= SAME
+    return not tells_order(cached_last(lm, LENGTH - 1), ids)

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diymodel.verify.adapters import LM
 from diymodel.verify.experiments.watchers import Choices
 from diymodel.verify.learning import gradients_to
-from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom
+from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom, tells_order
 
 _DRAWS = 3
 _ROWS = 16
@@ -56,17 +55,11 @@ def _reached(patient: Patient) -> _Reached:
     places = range(lm.config.max_seq_len, lm.config.max_seq_len + _ROOM)
     shapes = {name: p.shape for name, p in lm.module.named_parameters()}
     tables = {name for name in unused if len(shapes[name]) > 1 and shapes[name][0] in places}
-    if tables and _tells_order(patient.lm(num_layers=1)):  # by other positions: the table is left over
-        tables = set()
+    if tables:
+        one = patient.lm(num_layers=1)  # a second layer would tell the order by what each position has seen
+        if tells_order(lambda tokens: one.logits(tokens)[:, -1], distinct_tokens(one)):
+            tables = set()  # other positions do: the table is left over
     return _Reached(set.intersection(*stills), {*map(_owner, unused)} - called, tables, bool(picked))
-
-
-@torch.no_grad()
-def _tells_order(lm: LM) -> bool:
-    ids = distinct_tokens(lm)
-    exchanged = ids.clone()
-    exchanged[:, 1:3] = ids[:, 1:3].flip(1)
-    return apart(lm.logits(exchanged)[:, -1], lm.logits(ids)[:, -1]) > SAME
 
 
 def _owner(parameter: str) -> str:
