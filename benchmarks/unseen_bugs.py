@@ -7,7 +7,7 @@ needs a part which the module lacks is not named.
     python -m benchmarks.unseen_bugs benchmarks/results/unseen-bugs.json
 
 ``--list second`` measures another list, in six other models, which was written later and in the same way,
-and ``--list third`` one more, in seven.
+``--list third`` one more, in seven, and ``--list fourth`` another, in six.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.held_out import ranks
 from benchmarks.measuring import PROFILE, measured
 from benchmarks.unseen import subject_of
 from benchmarks.unseen.bugs import BUGS
+from benchmarks.unseen.fourth_bugs import FOURTH_BUGS
 from benchmarks.unseen.second_bugs import SECOND_BUGS
 from benchmarks.unseen.third_bugs import THIRD_BUGS
 from diymodel._files import replace_text
@@ -37,7 +38,7 @@ from diymodel.verify.samples import Sample, read_samples, sample_of
 from diymodel.verify.settings import Settings
 from diymodel.verify.symptoms import observe
 
-LISTS = {"first": BUGS, "second": SECOND_BUGS, "third": THIRD_BUGS}
+LISTS = {"first": BUGS, "second": SECOND_BUGS, "third": THIRD_BUGS, "fourth": FOURTH_BUGS}
 
 
 def names(which: str = "first") -> list[str]:
