@@ -195,6 +195,24 @@ def test_a_cache_may_want_to_be_told_where_its_new_tokens_stand() -> None:
     assert {id for id, status in passed.items() if id.startswith("decode.") and status == "passed"}
 
 
+class ToldItsLength(Past):
+    """templateGPT: the cache comes with the number of its tokens. What is called a rope cache is none of these."""
+
+    def build_rope_cache(self, idx: Tensor) -> Tensor:
+        return self.positions(idx)
+
+    def forward(self, input_ids: Tensor, kv_cache: Tensor | None = None, cache_len: int = 0) -> tuple[Tensor, Tensor]:
+        past = None if kv_cache is None else kv_cache[:, :, :cache_len]
+        return self.step(input_ids, past)[:2]
+
+
+def test_a_cache_may_come_with_the_number_of_its_tokens() -> None:
+    found = convention(ToldItsLength)
+    assert (found.past, found.start, found.new_cache) == ("kv_cache", "cache_len", None)
+    passed = verdicts(ToldItsLength, CALLED)
+    assert passed["decode.cached_equals_full"] == "passed"
+
+
 class EmptyTensors(Past):
     """nanoGPTplus: a list of empty tensors is begun with, which only its generate tells, as it does of the switch."""
 

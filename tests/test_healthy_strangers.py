@@ -771,6 +771,61 @@ def test_a_module_is_moved_by_a_method_of_its_own() -> None:
     assert check_causal_lm(LeavesBehind, profile="quick", only=["state.moves"]).verdict == "failed"
 
 
+class RefusesInTraining(Tiny):
+    """MPT: padding on the left is not implemented in training, and it says so."""
+
+    words = "no padding on the left in training"
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if self.training and attention_mask is not None and not bool(attention_mask[:, 0].all()):
+            raise NotImplementedError(self.words)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = (real == 0)[:, None, None]
+        return self.run(input_ids, lambda scores: causal(scores).masked_fill(hidden, -1e30))
+
+
+class RefusesWithoutWords(RefusesInTraining):
+    words = ""
+
+
+def test_what_is_said_not_to_be_implemented_is_a_refusal_and_no_failure() -> None:
+    said, silent = (
+        check_causal_lm(Subject(each, claims=("left_padding",)), profile="quick", only=["modes.agree*"]).results[0]
+        for each in (RefusesInTraining, RefusesWithoutWords)
+    )
+    assert (said.status, silent.status) == ("passed", "failed")
+
+
+class CallsForwardItself(Tiny):
+    """Its ``generate`` calls ``self.forward``, which runs no hooks; the penalty divides whatever the sign."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.run(input_ids, causal)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int, repetition_penalty: float = 1.0) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self.forward(input_ids)[:, -1]
+            lowered = self.penalised(logits.gather(1, input_ids), repetition_penalty)
+            new = logits.scatter(1, input_ids, lowered).argmax(-1, keepdim=True)
+            input_ids = torch.cat((input_ids, new), 1)
+        return input_ids
+
+    def penalised(self, held: Tensor, penalty: float) -> Tensor:
+        return torch.where(held > 0, held / penalty, held * penalty)
+
+
+class DividesByThePenalty(CallsForwardItself):
+    def penalised(self, held: Tensor, penalty: float) -> Tensor:
+        return held / penalty
+
+
+def test_a_generate_that_calls_forward_without_hooks_is_given_negative_logits_too() -> None:
+    passes(CallsForwardItself, "generation.repetition_penalty", seeds=2)
+    report = check_causal_lm(DividesByThePenalty, profile="quick", only=["generation.repetition_penalty"])
+    assert report.verdict == "failed"
+
+
 class OneBlock(nn.Module):
     """ALBERT and universal transformers: one block is every layer. It is recomputed in backward, the old way."""
 

@@ -85,6 +85,19 @@ class MakesAnew(Keeps):
         return super().added(x)
 
 
+class ComputesBeside(Keeps):
+    """All that it computes from the table is computed where that is, and taken along at last."""
+
+    def added(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[1], device=self.table.device)[:, None]
+        return x + (self.table[: x.shape[1]] * rows).to(x.device)
+
+
+class ComputesBesideAndStays(Keeps):
+    def added(self, x: Tensor) -> Tensor:
+        return x + torch.arange(x.shape[1], device=self.table.device)[:, None]
+
+
 class Counts(Keeps):
     def added(self, x: Tensor) -> Tensor:
         return x * self.table[1, 0].item()
@@ -100,8 +113,8 @@ class Registers(Keeps):
 @pytest.mark.parametrize(
     ("module", "found"),
     [
-        *((module, ["table"]) for module in (Keeps, Nested, ByChoice, Indexes)),
-        *((module, []) for module in (Chooses, Takes, MakesAnew, Counts, Registers)),
+        *((module, ["table"]) for module in (Keeps, Nested, ByChoice, Indexes, ComputesBesideAndStays)),
+        *((module, []) for module in (Chooses, Takes, MakesAnew, ComputesBeside, Counts, Registers)),
     ],
 )
 def test_what_is_left_behind(module: type[nn.Module], found: list[str]) -> None:

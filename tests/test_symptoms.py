@@ -438,12 +438,12 @@ def test_keys_that_a_later_step_turns_are_seen_in_the_cache() -> None:
     old = """        q, k = rotate(q, position, self.theta), rotate(k, position, self.theta)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        mask = torch.arange(k.shape[2]) <= position[:, None]
+        mask = torch.arange(k.shape[2], device=x.device) <= position[:, None]
         keys, values = k"""
     new = """        q = rotate(q, position, self.theta)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        mask = torch.arange(k.shape[2]) <= position[:, None]
+        mask = torch.arange(k.shape[2], device=x.device) <= position[:, None]
         turned = rotate(k, torch.arange(k.shape[2]), self.theta)
         k = k if past is None else turned
         keys, values = turned"""

@@ -11,6 +11,7 @@ import torch
 from benchmarks.unseen import BASES, SECOND_BASES, THIRD_BASES, source_of, subject_of
 from benchmarks.unseen_bugs import LISTS, Named, figures, names, read
 from diymodel.config import DIYConfig
+from diymodel.verify import check_causal_lm
 from diymodel.verify.catalogue import bug_class
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -47,6 +48,11 @@ def test_the_correct_models_of_the_second_list_say_nothing_of_themselves(base: s
     assert not subject.claims
     assert not subject.declared
     assert subject.convention.ids
+
+
+def test_positions_that_address_a_cache_on_the_module_are_not_left_out() -> None:
+    report = check_causal_lm(subject_of("multiquery_static"), profile="quick", only=["padding.left_with_cache"])
+    assert report.verdict == "passed", report.to_text()
 
 
 def measured(which: str) -> tuple[Named, str]:

@@ -287,7 +287,8 @@ class LM:
             return torch.cat((logits, last), 1), past
         cache, start, tokens = past or Past(None, 0)
         if past is None and convention.new_cache is not None:
-            cache = convention.new_cache(self.module, self.config, input_ids.shape[0])
+            with self.device:  # as gpt-fast's callers make theirs
+                cache = convention.new_cache(self.module, self.config, input_ids.shape[0])
         if convention.cached_gets_all:
             tokens = input_ids if tokens is None else torch.cat((tokens, input_ids), 1)
         inputs = on_a_cache(convention, self.module, input_ids, cache, start, tokens, real)

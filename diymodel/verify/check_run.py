@@ -15,7 +15,15 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 from hypothesis.errors import StopTest, Unsatisfiable, UnsatisfiedAssumption
 
-from diymodel.verify.failure import HARNESS, CheckFailure, Inconclusive, NotApplicable, is_a_tools
+from diymodel.verify.failure import (
+    HARNESS,
+    CheckFailure,
+    Inconclusive,
+    NotApplicable,
+    is_a_tools,
+    said_where,
+    says_not_implemented,
+)
 from diymodel.verify.randomness import constants_from_no_module
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Failure, Result, Status
@@ -124,13 +132,10 @@ class CheckRun:
         except (UnsatisfiedAssumption, StopTest):  # the subject refused the configuration, or Hypothesis the draw
             self.count -= 1
             raise
-        except NotApplicable as stop:
-            self.not_applicable.append(str(stop))
-            self.never_applies = len(self.not_applicable) == self.count >= _NOT_APPLICABLE
-            if self.never_applies:
-                raise _Enough from None
-            return
         except Exception as error:
+            if isinstance(error, NotApplicable) or says_not_implemented(error):
+                self._does_not_apply(str(error) if isinstance(error, NotApplicable) else said_where(error))
+                return
             if self.convincing_only and _is_near_rounding(error):
                 self.doubtful = trial, error
                 return
@@ -140,6 +145,12 @@ class CheckRun:
             raise
         if trial.seen_difference is not None:
             self.effects.append(trial.seen_difference)
+
+    def _does_not_apply(self, why: str) -> None:
+        self.not_applicable.append(why)
+        self.never_applies = len(self.not_applicable) == self.count >= _NOT_APPLICABLE
+        if self.never_applies:
+            raise _Enough from None
 
     def only(self, trial: Trial) -> None:
         """One trial and no other, which may not apply."""

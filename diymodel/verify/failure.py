@@ -80,7 +80,17 @@ def said_where(error: Exception) -> str:
     frame = None if isinstance(error, SubjectError) else _own_frame(error)
     if frame is None:
         return said(error)
-    return f"{said(error)} ({frame.filename.removeprefix(f'{Path.cwd()}/')}:{frame.lineno})"
+    return f"{said(error)} ({_place(frame)})"
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename.removeprefix(f'{Path.cwd()}/')}:{frame.lineno}"
+
+
+def own_line() -> str | None:
+    """The line of a stranger's own file that is being run, and where it is; None where none is."""
+    frame = _own([frame for frame in traceback.extract_stack() if not is_a_tools(frame)])
+    return frame and f"`{frame.line}` ({_place(frame)})"
 
 
 def began(error: Exception) -> bool:
@@ -99,6 +109,13 @@ def crashed(error: Exception) -> bool:
     return not (deepest.line or "").startswith(("raise", "assert"))
 
 
+def says_not_implemented(error: Exception) -> bool:
+    """Whether a stranger's code says, in words, that it does not do what it was asked for."""
+    frames = _not_tools(error)
+    raised = bool(frames) and (frames[-1].line or "").startswith("raise")
+    return isinstance(error, NotImplementedError) and bool(str(error)) and raised
+
+
 def is_a_tools(frame: traceback.FrameSummary) -> bool:
     """Whether a line of a traceback lies in the harness, in torch, in Hypothesis or in Python itself."""
     file = frame.filename
@@ -112,8 +129,11 @@ def _not_tools(error: Exception) -> list[traceback.FrameSummary]:
 
 
 def _own_frame(error: Exception) -> traceback.FrameSummary | None:
+    return _own(_not_tools(error))
+
+
+def _own(frames: list[traceback.FrameSummary]) -> traceback.FrameSummary | None:
     """The deepest that is no tool's; of a library's only where no other is."""
-    frames = _not_tools(error)
     own = [frame for frame in frames if _LIBRARIES not in frame.filename]
     return next(reversed(own or frames), None)
 

@@ -18,6 +18,9 @@ from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, began, said
 from diymodel.verify.trial import Trial
 
+# A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
+WIDE_ENOUGH = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
+
 
 def distinct_tokens(trial: Trial, lm: LM, min_length: int = 3, max_length: int = 6) -> Tensor:
     """One row without repetition (1, T): over equal tokens, attention averages equal values and has no gradient."""

@@ -35,7 +35,7 @@ class Layer(nn.Module):
             k, v = memory.push(self.i, k, v)
         s = q @ k[:, None].transpose(-1, -2) / q.shape[-1] ** 0.5
         T, S = s.shape[-2:]
-        s = s + torch.full((T, S), float("-inf"), dtype=s.dtype).triu(S - T + 1)
+        s = s + torch.full((T, S), float("-inf"), dtype=s.dtype, device=s.device).triu(S - T + 1)
         y = s.softmax(-1) @ v[:, None]
         x = x + self.o(torch.cat(y.unbind(1), -1))
         return x + self.down(F.silu(self.up(self.b(x))))

@@ -7,7 +7,7 @@ from torch import nn
 
 def rope(x, position):
     half = x.shape[-1] // 2
-    angle = position[:, None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    angle = position[:, None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
     x1, x2 = x[..., :half], x[..., half:]
     return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
 
@@ -24,7 +24,7 @@ class LM(nn.Module):
     def forward(self, input_ids, past_key_values=None, use_cache=False):
         B, T = input_ids.shape
         P = past_key_values[0][0].shape[2] if past_key_values else 0
-        position = torch.arange(P, P + T)
+        position = torch.arange(P, P + T, device=input_ids.device)
         x, new = self.embed(input_ids), []
         for i, (qkv, out) in enumerate(zip(self.qkv, self.out)):
             q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in qkv(x).chunk(3, -1))
@@ -32,6 +32,6 @@ class LM(nn.Module):
             if past_key_values:
                 k, v = (torch.cat(pair, 2) for pair in zip(past_key_values[i], (k, v)))
             new.append((k, v))
-            mask = torch.ones(T, P + T, dtype=torch.bool).tril(P)
+            mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
             x = x + out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1))
         return (self.head(x), new) if use_cache else self.head(x)

@@ -544,6 +544,11 @@ MUTATIONS = [
     ),
     Mutation("dropout-never-active", without_dropout, ("modes.dropout_active_in_training",)),
     Mutation(
+        "dropout whose result nobody takes",
+        lambda: around(ModelBlock, "_drop", lambda drop, self, update: (drop(self, update), update)[1]),
+        ("modes.dropout_used",),
+    ),
+    Mutation(
         "training-branch-differs",
         lambda: around(RMSNorm, "forward", lambda f, self, hidden: f(self, hidden) * (1.01 if self.training else 1)),
         ("modes.agree_without_dropout",),
@@ -769,6 +774,22 @@ MUTATIONS = [
         "global-random-state-changed",
         lambda: generate_as(lambda generate, *args, **kw: (torch.rand(1), generate(*args, **kw))[1]),
         ("generation.random_state_untouched",),
+    ),
+    Mutation(
+        "weights frozen by generation",
+        lambda: generate_as(
+            lambda generate, model, *args, **kw: (generate(model, *args, **kw), model.requires_grad_(False))[0]
+        ),
+        ("generation.leaves_nothing",),
+    ),
+    Mutation(
+        "tensor-left-behind",
+        lambda: generate_as(
+            lambda generate, model, input_ids, *args, **kw: (
+                generate(model, input_ids, *args, **kw) * torch.ones(1, dtype=torch.int64)
+            )
+        ),
+        ("state.makes_on_device",),
     ),
     Mutation(
         "prompt written in place",

@@ -8,8 +8,8 @@ from tests.meta.verdicts import verdict
 SHIFTED = Bug(
     "position-restarts-in-decode",
     "rotary",
-    "torch.arange(start, start + T)",
-    "torch.arange(start, start + T) + (past is not None)",
+    "torch.arange(start, start + T, device=x.device)",
+    "torch.arange(start, start + T, device=x.device) + (past is not None)",
     kills=("decode.cached_equals_full",),
 )
 

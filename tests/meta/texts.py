@@ -99,6 +99,10 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
     "forward.inputs_unchanged": lambda v: [f"input_ids must stay {v.tokens}, saw"],
     "forward.memory_layout": lambda v: [f"that lie in memory {v.layout} must"],
     "generation.cached_greedy_is_argmax": _must_be_likeliest,
+    "generation.eos_in_prompt": lambda v: [
+        f" and end with eos={v.tokens[v.row][v.place]} alone: after ",
+        f"after its eos={v.tokens[v.row][v.place]}, row ",
+    ],
     "generation.eos_per_row": lambda v: [
         f"of a batch of {v.batch} must hold only ",
         *(f"after {str(row)[:-1]}" for row in v.tokens),
@@ -114,6 +118,9 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
         f"{v.length} prompt tokens and {v.new_tokens} new ones of {len(v.tokens)} rows must come back as "
         f"{(len(v.tokens), v.length + v.new_tokens)} token ids, saw",
         f"must begin with {v.tokens}, saw",
+    ],
+    "generation.leaves_nothing": lambda v: [
+        f"after {v.new_tokens} tokens were generated from {[v.tokens[0][: v.prompt]]}, a call must give what it gives",
     ],
     "generation.overlong_refused": lambda v: [
         f"a prompt of {v.length} and {v.config.max_seq_len - v.length + v.too_many} new tokens are more than "
@@ -176,7 +183,7 @@ def assert_says(failure: Failure, check_id: str) -> None:
     """The text names what was drawn, and its numbers are those of the failure."""
     message = failure.message
     assert re.search(r"\bmust\b", message), message  # what the property is
-    assert "None" not in message
+    assert "None" not in re.sub("`[^`]*`", "", message)  # but in a line of the subject's
     drawn = SimpleNamespace(**{"left": False, **failure.values, "config": SimpleNamespace(**failure.config)})
     if check_id in SAYS:
         assert any(text in message for text in SAYS[check_id](drawn)), message

@@ -16,7 +16,7 @@ from diymodel.verify.failure import refusal
 
 _MAKER = re.compile(
     r"(set_?up|set|make|new|init|initial|initialize|create|build|empty|alloc|allocate|prepare)_"
-    r"(([a-z]+_)?(cache|caches|kvcache|kv)|state|states|hidden)"
+    r"((?!rope|rotary|mask|cos|sin|freqs?)([a-z]+_)?(cache|caches|kvcache|kv)|state|states|hidden)"
 )
 _RESETS = (
     *("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches"),

@@ -57,7 +57,8 @@ def find_padding(
     if not found.lengths:
         untold = LM(module, config, replace(found, positions=None))
         found = replace(found, pads_left=_pads_left(LM(module, config, found), ids))
-        found = replace(found, pads_left_untold=bool(found.positions) and _pads_left(untold, ids))
+        may_be_left_out = bool(found.positions) and not found.cache_on_module  # or they say where its cache goes on
+        found = replace(found, pads_left_untold=may_be_left_out and _pads_left(untold, ids))
     if not (convention.lengths or convention.positions):
         missing["ragged_cache"] = "forward has no seq_lengths and no position_ids to continue short rows by"
     return found, missing

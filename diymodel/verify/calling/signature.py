@@ -21,6 +21,7 @@ NAMES = {
     "positions": ("position_ids", "input_pos", "positions", "pos_ids", "segment_pos", "token_positions"),
     "start": (
         *("start_pos", "start_position", "start_idx", "start_index", "past_length", "past_len"),
+        *("cache_len", "cache_length"),
         *("pos_offset", "position_offset", "offset"),
     ),
     "past": (

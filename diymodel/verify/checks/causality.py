@@ -62,7 +62,7 @@ def edit(trial: Trial) -> None:
     title="cutting off later tokens changes no earlier logit",
     step="1.1",
     needs=("causal",),
-    causes=(*LEAKS, "ring-cache-overwritten", _CAPACITY),
+    causes=(*LEAKS, "ring-cache-overwritten", _CAPACITY, "cached-path-diverges"),
 )
 def truncation(trial: Trial) -> None:
     lm = trial.model()

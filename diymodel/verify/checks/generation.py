@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -146,39 +145,6 @@ def _greedy_is_argmax(trial: Trial, use_cache: bool) -> None:
     how = f" with use_cache={use_cache}" if settings else ""
     what = f"greedy generation{how} must take the likeliest token"
     must_be_likeliest(trial, lm, ids, found[:, ids.shape[1] :], what)
-
-
-@check(
-    "generation.eos_per_row",
-    title="in a batch, every row goes on until its own end-of-sequence token, and no further",
-    step="3.1",
-    needs=("greedy", "eos"),
-    causes=("eos-not-per-row",),
-)
-def eos_per_row(trial: Trial) -> None:
-    lm = trial.model()
-    ids = trial.tokens(lm, 1, LONGEST, rows=1 if lm.generating.one_row else trial.draw("batch", st.integers(2, 3)))
-    new_tokens = draw_number(trial, lm, ids)
-    without = lm.greedy(ids, new_tokens)[:, ids.shape[1] :]
-    row = trial.draw("ending_row", st.integers(0, without.shape[0] - 1))
-    eos = int(without[row, trial.draw("ending_step", st.integers(0, without.shape[1] - 1))])
-    pad = (eos + trial.draw("pad_after_eos", st.integers(0, 1))) % lm.config.vocab_size
-    settings: dict[str, Any] = {"eos": eos, "pad": pad} if "pad" in lm.generating.names else {"eos": eos}
-    found = lm.greedy(ids, new_tokens, **settings)[:, ids.shape[1] :]
-    for row, tokens in enumerate(found.tolist()):
-        end = tokens.index(eos) + 1 if eos in tokens else len(tokens)
-        own = found[row : row + 1, :end]
-        if eos not in tokens and end < new_tokens:  # it may be left out, but nothing else ends a row
-            own = F.pad(own, (0, 1), value=eos)
-        what = f"row {row}, which got {tokens}, must get the likeliest token each time and end with eos={eos} alone"
-        must_be_likeliest(trial, lm, ids[row : row + 1], own, what)
-        filler, after = f"pad={pad}", {pad, *tokens[end:]}
-        if "pad" not in settings:  # what it fills up with is its own choice
-            filler, after = "one token that fills it up", set(tokens[end:])
-        if len(after) > 1:
-            raise CheckFailure(
-                f"after its eos={eos}, row {row} of a batch of {len(ids)} must hold only {filler}, saw {tokens}"
-            )
 
 
 @check(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -31,11 +32,14 @@ def past_context(trial: Trial) -> None:
     ids = draw_prompt(trial, lm)
     longest, T = lm.config.max_seq_len, ids.shape[1]
     new_tokens = longest - T + trial.draw("too_many", st.integers(2, 5))
+    names = lm.generating.names
+    settings: dict[str, Any] = {"use_cache": trial.draw("use_cache", st.booleans())} if "use_cache" in names else {}
     try:
-        found = lm.greedy(ids, new_tokens)
+        found = lm.greedy(ids, new_tokens, **settings)
     except Exception:  # any error a stranger chooses is a refusal
         return
-    what = f"of {T} prompt tokens and {new_tokens} new ones, more than max_seq_len={longest}, generate must"
+    how = f" with use_cache={settings['use_cache']}" if settings else ""
+    what = f"of {T} prompt tokens and {new_tokens} new ones, more than max_seq_len={longest}, generate{how} must"
     if not torch.equal(found[:, :T], ids):
         raise CheckFailure(f"{what} keep the prompt {ids.tolist()}, saw {found.tolist()}")
     kept = (longest, longest - 1, found.shape[1])  # a crop, one that leaves room for the next token, or no limit at all

@@ -9,18 +9,18 @@ Shapes: B batch, T prompt length, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.calling.outputs import read_output
 from diymodel.verify.checks.generation import draw_prompt, must_be_likeliest
+from diymodel.verify.forward_calls import forward_calls
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -60,17 +60,12 @@ def _held(whole: Tensor, prompt: int, vocab_size: int) -> Tensor:
     return F.one_hot(whole[:, :-1], vocab_size).cumsum(1)[:, prompt - 1 :] > 0
 
 
-@contextmanager
-def _negative_logits(lm: LM) -> Iterator[None]:
+def _negative_logits(lm: LM) -> AbstractContextManager[None]:
     """Inside, all logits of a position are lowered alike, to below 0, which softmax does not see."""
 
-    def lower(_module: nn.Module, _arguments: Any, output: Any) -> None:
+    def lower(output: Any) -> None:
         logits = read_output(output, lm.config.vocab_size).logits
         if logits is not None:
             logits.sub_(logits.amax(-1, keepdim=True) + 1)
 
-    hook = lm.module.register_forward_hook(lower)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return forward_calls(lm.module, lower)

@@ -1,6 +1,8 @@
-"""What generation leaves behind: nothing. Modes, prompts and torch's random state are as they were."""
+"""What generation leaves behind: nothing. Module, modes, prompts and torch's random state are as they were."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from torch import nn
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.generation import draw_number, draw_prompt, must_be_likeliest
 from diymodel.verify.failure import CheckFailure, NotApplicable, said
+from diymodel.verify.forward_calls import forward_calls
+from diymodel.verify.learning import accumulated, same_gradients, trainable
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -90,6 +94,38 @@ def inputs_unchanged(trial: Trial) -> None:
 
 
 @check(
+    "generation.leaves_nothing",
+    title="after generation, a call gives what it gave before: logits of more rows, and their gradients",
+    step="3.3",
+    needs=("generate",),
+    causes=("state-survives-calls",),
+)
+def leaves_nothing(trial: Trial) -> None:
+    lm = trial.model(max_sharpness=1)
+    ids = trial.tokens(lm, 2, rows=1 if lm.convention.one_row else trial.draw("batch", st.integers(1, 3)))
+    longest = min(ids.shape[1], lm.config.max_seq_len - 1)  # with room for a new token
+    prompt = ids[:1, : trial.draw("prompt", st.integers(lm.convention.shortest, longest))]
+    new_tokens = draw_number(trial, lm, prompt)
+    other, lm = lm.twin(), lm.called(installed=None)  # which would take off what generate leaves installed
+    lm.generate(prompt, new_tokens)
+    lm.module.eval()  # its mode is another check's matter
+    learns = trial.missing("graph") is None
+    what = f"after {new_tokens} tokens were generated from {prompt.tolist()}, a call must give what it gives before"
+    try:
+        with torch.set_grad_enabled(learns):
+            logits = lm.logits(ids)
+        if learns:
+            logits.logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # a stranger's module may raise anything
+        other.logits(ids)  # which raises by itself where generation is not at fault
+        raise CheckFailure(f"{what}, saw {said(error)}") from error
+    trial.same(logits, other.logits(ids), what, other, lambda: other.logits(ids))
+    if learns:
+        found = accumulated(trainable(lm))
+        same_gradients(trial, found, f"{what}, the gradient too", other, lambda: other.logits(ids).logsumexp(-1).sum())
+
+
+@check(
     "generation.random_state_untouched",
     title="greedy generation, and sampling with a seed of its own, leave torch's random state alone",
     step="3.1",
@@ -149,12 +185,9 @@ def overlong_refused(trial: Trial) -> None:
     longest = lm.config.max_seq_len
     # One token more would do for a module that never feeds the last one.
     new_tokens = longest - ids.shape[1] + trial.draw("too_many", st.integers(2, 4))
-    calls: list[int] = []
-    hook = lm.module.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    calls: list[Any] = []
     what = f"a prompt of {ids.shape[1]} and {new_tokens} new tokens are more than max_seq_len={longest} and must be"
-    try:
+    with forward_calls(lm.module, calls.append):
         trial.refuses(lambda: lm.generate(ids, new_tokens), f"{what} refused")
-    finally:
-        hook.remove()
     if calls:
         raise CheckFailure(f"{what} refused before the first token, saw {len(calls)} forward passes before the error")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, first_of, refusal
-from diymodel.verify.learning import distinct_tokens, trainable
+from diymodel.verify.learning import WIDE_ENOUGH, distinct_tokens, trainable
 from diymodel.verify.reaching import (
     ALL,
     MANY,
@@ -28,8 +28,6 @@ from diymodel.verify.reaching import (
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
-# A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
-_WIDE_ENOUGH = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
 _MORE_LAYERS = 4  # in some models only every fourth layer has a part
 
 
@@ -41,7 +39,7 @@ _MORE_LAYERS = 4  # in some models only every fourth layer has a part
     causes=("gradient-detached", "module-never-called", "router-without-gradient", "parameters-unregistered"),
 )
 def reach_every_parameter(trial: Trial) -> None:
-    lm = trial.model(max_sharpness=1, **_WIDE_ENOUGH)
+    lm = trial.model(max_sharpness=1, **WIDE_ENOUGH)
     ids = distinct_tokens(trial, lm)
     unreached = _unreached(trial, lm, ids)
     if unreached and (deeper := _deeper(trial, lm, ids)) is not None:

@@ -24,6 +24,8 @@ _TABLE_DIMENSIONS = 3  # of cosines, (S, 1, D) at most; a cache (B, S, H, D) has
 _KEYS = 4  # dimensions of keys (B, H, S, D); a tensor of more holds those of several layers
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _DROPOUT = (F.dropout, torch.dropout)
+_DIVISIONS = {"__truediv__", "__itruediv__", "div", "div_", "divide", "true_divide"}
+_NEARLY = 1e-3  # some add a tiny number to the sum
 
 
 class Repair(TorchFunctionMode):
@@ -151,6 +153,9 @@ class CausalAttention(Repair):
             scores = args[0]
             hidden = ~self._seen(scores, scores.shape[-2], scores.shape[-1])
             return function(scores.masked_fill(hidden, -torch.inf), *args[1:], **kwargs)
+        if by_hand(function, args, self.length) == -1:
+            powers = args[0] * self._seen(args[0], *args[0].shape[-2:])
+            return powers / powers.sum(-1, keepdim=True)
         return function(*args, **kwargs)
 
     def _seen(self, like: Tensor, queries: int, keys: int) -> Tensor:
@@ -165,6 +170,8 @@ class SoftmaxOverKeys(Repair):
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in SOFTMAX and args[0].dim() >= 3 and dimension(args, kwargs) in (-2, args[0].dim() - 2):
             return torch.softmax(args[0], -1)
+        if by_hand(function, args, self.length) == -2:
+            return args[0] / args[0].sum(-1, keepdim=True)
         return function(*args, **kwargs)
 
 
@@ -185,6 +192,20 @@ def over_keys(scores: Tensor, axis: Any, length: int) -> bool:
         return False
     queries, keys = scores.shape[-2:]
     return queries == length <= keys or queries == keys > length
+
+
+def by_hand(function: Any, args: tuple[Any, ...], length: int) -> int | None:
+    """Over which axis a division makes the powers of scores (…, T, S) add up to 1; None: it is no softmax by hand."""
+    if getattr(function, "__name__", "") not in _DIVISIONS or not all(isinstance(x, Tensor) for x in args[:2]):
+        return None
+    powers, sums = args[:2]
+    if not over_keys(powers, -1, length) or bool((powers < 0).any()):
+        return None
+    for axis in (-1, -2):
+        own = powers.sum(axis, keepdim=True)
+        if own.shape == sums.shape and torch.allclose(own, sums, rtol=_NEARLY):
+            return axis
+    return None
 
 
 def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

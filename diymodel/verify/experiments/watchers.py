@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diymodel.verify.experiments.repairs import SDPA, SOFTMAX, attention_inputs, dimension, over_keys
+from diymodel.verify.experiments.repairs import SDPA, SOFTMAX, attention_inputs, by_hand, dimension, over_keys
 from diymodel.verify.experiments.repairs_layers import CHOICES
 from diymodel.verify.held import tensors_in
 
@@ -125,6 +125,8 @@ class AttentionWeights(Watcher):
             weights = function(*args, **asked)[1]
             assert weights is not None, "they were asked for"
             weights = weights.log() if self.log else weights
+        elif function is not SDPA and function not in SOFTMAX:  # a division
+            weights = result.log() if self.log else result
         else:
             scores = _masked_scores(**attention_inputs(args, kwargs)) if function is SDPA else args[0]
             weights = scores.log_softmax(-1) if self.log else scores.softmax(-1)
@@ -176,7 +178,7 @@ def _given_to_attention(
         function in SOFTMAX and over_keys(args[0], dimension(args, kwargs), length)
     ):
         return args[:1]
-    return None
+    return args[:1] if by_hand(function, args, length) == -1 else None
 
 
 def _has_nan(tensors: tuple[Tensor, ...]) -> bool:
@@ -223,6 +225,8 @@ class SoftmaxesOverQueries(Watcher):
             self.seen.append(dimension(args, kwargs) in (-2, args[0].dim() - 2))
         elif function in (SDPA, F.multi_head_attention_forward):
             self.seen.append(False)
+        elif (axis := by_hand(function, args, self.length)) is not None:
+            self.seen.append(axis == -2)
 
 
 class Scores(NamedTuple):

@@ -5,6 +5,7 @@ Shapes: B batch, T query length, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,7 @@ from diymodel.verify.symptoms import LENGTH, SAME, Patient, apart, distinct_toke
 DECODE = ("decode.*", "generation.cached_*", "directory.cached_*", "padding.*_with_cache")
 _PREFILL = LENGTH - 3
 _LONGER = 8
+_DO_NOT_FIT = re.compile("must match the (existing )?size|non-singleton dimension")  # torch's words
 _ROWS = 5  # as many as nothing else is
 _COMPARED = ("decode.cached_equals_full", "decode.chunks")  # with the whole sequence
 
@@ -140,6 +142,26 @@ def _right_token_by_token(patient: Patient) -> bool | None:
         return not same
 
     return right_once(patient, lambda: wrong(lm, ids, 1), several_at_once)
+
+
+@symptom(
+    "decode.chunk_does_not_fit",
+    "several tokens on a cache end in an error of sizes that do not fit, one at a time does not",
+    "在 cache 上一次送入多个 token 会报张量大小不匹配的错误，逐个送入则不会",
+    ("decode.*", "causality.through_cache"),
+    ("chunk-mask-top-left",),
+)
+def _chunk_does_not_fit(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    if lm.convention.one_at_a_time:
+        return None
+    lm.extend(ids[:, 3:4], lm.extend(ids[:, :3])[1])
+    try:
+        lm.extend(ids[:, 3:5], lm.extend(ids[:, :3])[1])
+    except RuntimeError as error:
+        return bool(_DO_NOT_FIT.search(str(error)))
+    return False
 
 
 @symptom(

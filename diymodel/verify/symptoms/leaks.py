@@ -14,9 +14,10 @@ from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.experiments.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.experiments.watchers import SoftmaxesOverQueries
+from diymodel.verify.experiments.watchers_of_places import Calls
 from diymodel.verify.learning import training_undone
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
-from diymodel.verify.symptoms.watched import looks_ahead, weights_of_failures
+from diymodel.verify.symptoms.watched import looks_ahead, weights_of, weights_of_failures
 
 _LEAKS = ("causality.*",)
 _BY_VALUE = ("causality.edit", "causality.truncation", "causality.in_training")
@@ -77,7 +78,47 @@ def _without_attention(patient: Patient) -> bool | None:
     softmaxes: list[bool] = []
     lm.around = partial(SoftmaxesOverQueries, softmaxes)
     lm.logits(ids)
-    return not softmaxes
+    if softmaxes:
+        return False
+    calls = Calls()
+    lm.around = lambda start, length: calls
+    lm.logits(ids)
+    return None if "softmax" in calls.names else True  # it may weigh the tokens of a block
+
+
+@symptom(
+    "leak.with_a_mask",
+    "given a mask that hides nothing, a position sees later tokens; without one it does not",
+    "给一个什么也不遮的 mask 时，每个位置能看到后面的 token；不给 mask 时则看不到",
+    ("padding.*", "modes.*"),
+    ("bidirectional-mask",),
+    settles=("padding.right_changes_nothing", "padding.content_irrelevant"),
+)
+def _with_a_mask(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if patient.subject.missing("padding") is not None:
+        return None
+    ids = distinct_tokens(lm)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    plain = max(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1:])
+    masked = max(influence(lambda tokens: lm.logits(tokens, real)[:, 0], ids)[1:])
+    return plain <= SAME < masked
+
+
+@symptom(
+    "leak.one_token_alone",
+    "one token alone gives something else than at the beginning of a row; two tokens, or more, do not",
+    "只有一个 token 时的结果与它作为一行开头时不同；两个或更多 token 时则没有差别",
+    ("causality.truncation", "causality.long_row"),
+    ("cached-path-diverges",),
+    settles=("causality.truncation", "causality.long_row"),
+)
+def _one_token_alone(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm)
+    whole = lm.logits(ids)
+    differs = [apart(lm.logits(ids[:, :end]), whole[:, :end]) > SAME for end in range(1, ids.shape[1])]
+    return differs[0] and not any(differs[1:]) if any(differs) else None
 
 
 @symptom(
@@ -102,6 +143,8 @@ def _all_tokens(patient: Patient) -> bool | None:
 def _faint(patient: Patient) -> bool | None:
     lm = patient.lm(sharpness=1)
     ids = distinct_tokens(lm)
+    if not weights_of(lm, lambda: lm.logits(ids)):
+        return None  # there are no scores for a mask to be added to
     future = max(leak for row in leaks_of(lm, ids) for leak in row)
     past = influence(lambda tokens: lm.logits(tokens)[:, -1], ids)[:-1]
     return None if future <= SAME else future < 0.05 * max(past)

@@ -24,8 +24,8 @@ class AlibiBlock(nn.Module):
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         S = k.shape[2]
-        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
-        slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1) / self.heads)
+        distance = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
+        slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1, device=x.device) / self.heads)
         bias = -slope.view(1, -1, 1, 1) * distance
         bias = bias.masked_fill(distance < 0, -torch.inf).to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)

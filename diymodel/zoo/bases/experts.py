@@ -64,8 +64,8 @@ class Experts(nn.Module):
             raise ValueError(f"sequence length {seqlen} exceeds {self.max_seq_len}")
         h = self.embed(tokens)
         if lengths is not None:
-            h = h.masked_fill((torch.arange(seqlen) >= lengths[:, None])[..., None], 0.0)
-        h = h + self.pos(torch.arange(seqlen))
+            h = h.masked_fill((torch.arange(seqlen, device=tokens.device) >= lengths[:, None])[..., None], 0.0)
+        h = h + self.pos(torch.arange(seqlen, device=tokens.device))
         for layer in self.layers:
             h = layer(h)
         logits: Tensor = self.head(self.norm(h))
@@ -77,13 +77,13 @@ class Experts(nn.Module):
         total = longest + max_new_tokens
         if total > self.max_seq_len:
             raise ValueError(f"{total} tokens do not fit in {self.max_seq_len}")
-        lens = torch.full((bsz,), longest) if prompt_lens is None else prompt_lens.clone()
+        lens = torch.full((bsz,), longest, device=tokens.device) if prompt_lens is None else prompt_lens.clone()
         tokens = F.pad(tokens, (0, max_new_tokens))
         modes = {part: part.training for part in self.modules()}
         self.eval()
         while int(lens.min()) < total:
             logits = self(tokens[:, : int(lens.max())])
-            row = torch.arange(bsz)
+            row = torch.arange(bsz, device=tokens.device)
             new = logits[row, lens - 1].argmax(dim=-1)
             going = lens < total
             tokens[row[going], lens[going]] = new[going]

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
     angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -106,8 +106,8 @@ class Hub(nn.Module):
         start, T = cache.length() if cache is not None else 0, input_ids.shape[1]
         if start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} positions are more than max_seq_len={self.config.max_seq_len}")
-        position = torch.arange(start, start + T)
-        allowed = (torch.arange(start + T) <= position[:, None])[None, None]
+        position = torch.arange(start, start + T, device=input_ids.device)
+        allowed = (torch.arange(start + T, device=input_ids.device) <= position[:, None])[None, None]
         if attention_mask is not None:
             allowed = allowed & attention_mask[:, None, None, :].bool()
         x = self.embed(input_ids)

@@ -70,7 +70,7 @@ class WithIntermediates(nn.Module):
             x = x[:, -cache_age:]
         total = past + x.shape[1]
         assert total <= self.max_seq_len, f"{total} positions are more than {self.max_seq_len}"
-        position = torch.arange(total)
+        position = torch.arange(total, device=x.device)
         distance = (position[past:, None] - position).clamp(min=0)
         allowed = (position <= position[past:, None])[None, None]
         if mask is not None:

@@ -33,7 +33,7 @@ class KeptBlock(nn.Module):
             kv = torch.cat((past, kv), 3)
         k, v = kv.unbind()
         before = k.shape[2] - length
-        mask = torch.ones(length, k.shape[2], dtype=torch.bool).tril(before)
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(before)
         att = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         x = x + F.dropout(self.attn_out(att.transpose(1, 2).flatten(2)), self.dropout, self.training)
         hidden = F.gelu(self.ff_proj(self.ff_norm(x)))
@@ -77,7 +77,7 @@ class Kept(nn.Module):
         end = start + input_ids.shape[1]
         if end > self.hp.max_seq_len:
             raise ValueError(f"position {end} is beyond max_seq_len={self.hp.max_seq_len}")
-        x = self.wte(input_ids) + self.wpe(torch.arange(start, end))
+        x = self.wte(input_ids) + self.wpe(torch.arange(start, end, device=input_ids.device))
         presents = []
         for i, block in enumerate(self.blocks):
             past = None if past_key_values is None else past_key_values[i]

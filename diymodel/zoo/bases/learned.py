@@ -63,7 +63,7 @@ class Learned(nn.Module):
         start = past_key_values[0]["k"].shape[2] if past_key_values is not None else 0
         if start + T > self.n_positions:
             raise ValueError(f"{start + T} positions are more than {self.n_positions}")
-        real = torch.ones(B, start + T) if attention_mask is None else attention_mask
+        real = torch.ones(B, start + T, device=input_ids.device) if attention_mask is None else attention_mask
         real = real.bool()
         if real.shape != (B, start + T):
             raise ValueError(f"attention_mask must be {(B, start + T)}, cached and new tokens, not {tuple(real.shape)}")
@@ -71,7 +71,7 @@ class Learned(nn.Module):
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, start:]
         embedded = self.wte(input_ids).masked_fill(~real[:, start:, None], 0.0)
         x = self.drop(embedded + self.wpe(position_ids))
-        slot = torch.arange(start + T)
+        slot = torch.arange(start + T, device=input_ids.device)
         allowed = (slot <= slot[start:, None]) & real[:, None, None, :]
         presents = []
         for i, block in enumerate(self.h):

@@ -95,7 +95,7 @@ class OnModule(nn.Module):
             cos, sin, mask = self.cos[:T], self.sin[:T], None
         else:
             cos, sin = self.cos[input_pos], self.sin[input_pos]
-            mask = torch.arange(self.max_seq_length) <= input_pos[:, None]
+            mask = torch.arange(self.max_seq_length, device=idx.device) <= input_pos[:, None]
         x = self.wte(idx)
         for block in self.h:
             x = block(x, cos, sin, mask, input_pos)

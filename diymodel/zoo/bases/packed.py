@@ -47,8 +47,8 @@ class Packed(nn.Module):
         B, T = tokens.shape
         if self.max_len < T:
             raise ValueError(f"{T} tokens are more than {self.max_len}")
-        ids = torch.zeros(B, T, dtype=torch.int64) if document_ids is None else document_ids
-        place = torch.arange(T)
+        ids = torch.zeros(B, T, dtype=torch.int64, device=tokens.device) if document_ids is None else document_ids
+        place = torch.arange(T, device=tokens.device)
         begins = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         first = torch.where(begins, place, 0).cummax(1).values  # where each token's document begins
         visible = (place <= place[:, None]) & (ids[:, None, :] == ids[:, :, None])

@@ -14,7 +14,7 @@ State = dict[str, Tensor]
 
 def apply_rotary(x: Tensor, pos: Tensor, n_rot: int, base: float) -> Tensor:
     """Turn the first ``n_rot`` features of x (b, t, ..., d), neighbours as pairs; the rest stay."""
-    inv_freq = base ** -(torch.arange(0, n_rot, 2, dtype=torch.float64) / n_rot)
+    inv_freq = base ** -(torch.arange(0, n_rot, 2, dtype=torch.float64, device=x.device) / n_rot)
     theta = torch.einsum("t,f->tf", pos.double(), inv_freq)
     theta = theta.view(1, len(pos), *[1] * (x.dim() - 3), -1)
     sin, cos = theta.sin().to(x.dtype), theta.cos().to(x.dtype)
@@ -43,12 +43,12 @@ class ParallelLayer(nn.Module):
         q, k, v, ff = self.fused_in(self.ln(x)).split(self.split, dim=-1)
         q = q.view(b, t, self.n_kv, self.group, self.hd)
         k, v = k.view(b, t, self.n_kv, self.hd), v.view(b, t, self.n_kv, self.hd)
-        pos = torch.arange(offset, offset + t)
+        pos = torch.arange(offset, offset + t, device=x.device)
         q = apply_rotary(q, pos, self.n_rot, self.base)
         k = apply_rotary(k, pos, self.n_rot, self.base)
         k, v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
         sim = torch.einsum("bthgd,bshd->bhgts", q, k) * self.hd**-0.5
-        causal = torch.ones(t, offset + t, dtype=torch.bool).tril(offset)
+        causal = torch.ones(t, offset + t, dtype=torch.bool, device=x.device).tril(offset)
         sim = sim.masked_fill(~causal, -torch.finfo(sim.dtype).max)
         attn = F.dropout(sim.softmax(dim=-1), self.pdrop, self.training)
         out = torch.einsum("bhgts,bshd->bthgd", attn, v).reshape(b, t, dim)

@@ -24,5 +24,5 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         return self.head(self.encoder(self.embed(x) + self.positions[:T], mask=future))

@@ -79,10 +79,10 @@ class PostNorm(nn.Module):
 
     def buffered_future_mask(self, input_ids: Tensor, segment_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
         length = input_ids.size(1)
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)[None, None]
         if segment_ids is not None:
             hidden = hidden | (segment_ids[:, None, :, None] != segment_ids[:, None, None, :])
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf"))
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, labels: Tensor | None = None) -> LMOutput:
         length = input_ids.size(1)

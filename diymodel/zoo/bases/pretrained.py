@@ -40,7 +40,7 @@ class Cache:
 
 def turn(x: Tensor, position: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
-    angle = position[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = position[:, None] * theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
     turns = torch.polar(torch.ones_like(angle), angle)
     wide = torch.complex(x[..., :half].double(), x[..., half:].double()) * turns
     return torch.cat((wide.real, wide.imag), -1).to(x.dtype)
@@ -61,7 +61,7 @@ class Block(nn.Module):
         q, k = turn(q, position, self.config.rope_theta), turn(k, position, self.config.rope_theta)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        allowed = torch.arange(k.shape[2]) <= position[:, None]
+        allowed = torch.arange(k.shape[2], device=x.device) <= position[:, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)
         x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, d))
         return x + F.dropout(self.mlp_c_proj(F.gelu(self.fc(self.norm_2(x)))), p)
@@ -108,7 +108,7 @@ class Pretrained(nn.Module):
         start, T = cache.layers[0][0].shape[2] if cache is not None and cache.layers else 0, input_ids.shape[1]
         if start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} positions are more than {self.config.max_seq_len}")
-        x, position = self.embed(input_ids), torch.arange(start, start + T)
+        x, position = self.embed(input_ids), torch.arange(start, start + T, device=input_ids.device)
         for layer in self.layers:
             x = checkpoint(layer, x, position, cache, use_reentrant=True) if recompute else layer(x, position, cache)
         return {"logits": self.head(self.norm(x)), "past_key_values": cache}

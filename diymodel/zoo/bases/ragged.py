@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Turn x (B, heads, T, D) by positions (B, T), one pair of neighbours after the other."""
     D = x.shape[-1]
-    angle = positions[:, None, :, None].double() * theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D)
+    angle = positions[:, None, :, None].double() * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
@@ -49,7 +50,7 @@ class RaggedBlock(nn.Module):
         if cached is not None:
             k, v = self.put(cached["k"], k, positions, slots), self.put(cached["v"], v, positions, slots)
         present = {"k": k, "v": v}
-        mask = (torch.arange(slots) <= positions[:, :, None])[:, None]
+        mask = (torch.arange(slots, device=x.device) <= positions[:, :, None])[:, None]
         k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.p if self.training else 0.0)
         x = x + F.dropout(self.wo(y.transpose(1, 2).reshape(B, T, d)), self.p, self.training)
@@ -87,13 +88,13 @@ class Ragged(nn.Module):
         use_cache: bool = False,
     ) -> Any:
         B, T = input_ids.shape
-        lengths = torch.full((B,), T) if seq_lengths is None else seq_lengths
-        start = past_key_values[0][1] if past_key_values is not None else torch.zeros(B, dtype=torch.int64)
+        lengths = torch.full((B,), T, device=input_ids.device) if seq_lengths is None else seq_lengths
+        start = past_key_values[0][1] if past_key_values is not None else torch.zeros_like(lengths)
         end = start + lengths
         if int(end.max()) > self.limit:
             raise ValueError(f"{int(end.max())} positions are more than {self.limit}")
-        positions = start[:, None] + torch.arange(T)
-        real = torch.arange(T) < lengths[:, None]
+        positions = start[:, None] + torch.arange(T, device=input_ids.device)
+        real = torch.arange(T, device=input_ids.device) < lengths[:, None]
         x = self.dropout(self.tok(input_ids).masked_fill(~real[..., None], 0.0))
         presents = []
         for i, block in enumerate(self.blocks):

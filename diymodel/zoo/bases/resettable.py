@@ -30,7 +30,7 @@ class Attention(nn.Module):
                 k, v = torch.cat((self.cache_k, k), 2), torch.cat((self.cache_v, v), 2)
             self.cache_k, self.cache_v = k, v
         S = k.shape[2]
-        future = torch.arange(S) > torch.arange(S - T, S)[:, None]
+        future = torch.arange(S, device=x.device) > torch.arange(S - T, S, device=x.device)[:, None]
         scores = (q @ k.transpose(2, 3)).masked_fill(future, -torch.inf)
         weights = self.dropout((scores / k.shape[-1] ** 0.5).softmax(-1))
         return self.out_proj((weights @ v).transpose(1, 2).reshape(B, T, d))
@@ -69,7 +69,7 @@ class Resettable(nn.Module):
         start = self.current_pos if use_cache else 0
         if use_cache:
             self.current_pos += T
-        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(torch.arange(start, start + T)))
+        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(torch.arange(start, start + T, device=in_idx.device)))
         for block in self.trf_blocks:
             x = block(x, use_cache)
         return self.out_head(self.final_norm(x))

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         if kept is not None:
             xk, xv = torch.cat([kept[0], xk], 1), torch.cat([kept[1], xv], 1)
         s = xk.shape[1]
-        gap = torch.arange(s - t, s)[:, None] - torch.arange(s)[None]
+        gap = torch.arange(s - t, s, device=x.device)[:, None] - torch.arange(s, device=x.device)[None]
         mask = (gap >= 0) & (gap < WINDOW)
         n_rep = self.n_heads // self.n_kv_heads
         keys = xk[:, :, :, None].expand(-1, -1, -1, n_rep, -1).flatten(2, 3)
@@ -96,8 +96,9 @@ class Rolling(nn.Module):
 
     def freqs_cis(self, start: int, end: int) -> Tensor:
         dim = self.args.hidden_size // self.args.num_heads
-        inv = 1.0 / self.args.rope_theta ** (torch.arange(0, dim, 2).double() / dim)
-        angle = torch.outer(torch.arange(start, end).double(), inv)
+        device = self.output.weight.device
+        inv = 1.0 / self.args.rope_theta ** (torch.arange(0, dim, 2, device=device).double() / dim)
+        angle = torch.outer(torch.arange(start, end, device=device).double(), inv)
         return torch.polar(torch.ones_like(angle), angle)
 
     def forward(self, tokens: Tensor, cache: Rolled | None = None, use_cache: bool = False, first: int = 0) -> Any:

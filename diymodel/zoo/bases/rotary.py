@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
     angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -46,11 +46,11 @@ class RotaryBlock(nn.Module):
         h = self.norm_1(x)
         q, k, v = (f(h).view(B, T, -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
         start = past[0].shape[2] if past is not None else 0
-        position = torch.arange(start, start + T)
+        position = torch.arange(start, start + T, device=x.device)
         q, k = rotate(q, position, self.theta), rotate(k, position, self.theta)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        mask = torch.arange(k.shape[2]) <= position[:, None]
+        mask = torch.arange(k.shape[2], device=x.device) <= position[:, None]
         keys, values = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         x = x + self.drop(self.o(y.transpose(1, 2).reshape(B, T, d)))

@@ -26,7 +26,7 @@ class SavedBlock(nn.Module):
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         S = k.shape[2]
-        mask = torch.arange(S) <= torch.arange(S - T, S)[:, None]
+        mask = torch.arange(S, device=x.device) <= torch.arange(S - T, S, device=x.device)[:, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.o(y.transpose(1, 2).reshape(B, T, d))
         return x + self.down(F.gelu(self.up(self.norm_2(x)))), (k, v)
@@ -47,7 +47,9 @@ class Saved(nn.Module):
 
     def forward(self, input_ids: Tensor, past: Any = None, use_cache: bool = False) -> Any:
         start = past[0][0].shape[2] if past is not None else 0
-        x = self.embed(input_ids) + self.positions(torch.arange(start, start + input_ids.shape[1]))
+        x = self.embed(input_ids) + self.positions(
+            torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        )
         present = []
         for i, layer in enumerate(self.layers):
             x, kv = layer(x, past[i] if past is not None else None)

@@ -89,7 +89,10 @@ class Scribe(nn.Module):
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         x = self.embed_tokens(input_ids) + self.embed_positions(position_ids)
-        seen = torch.ones(t, past + t, dtype=torch.bool).tril(past)[None] & attention_mask.bool()[:, None, : past + t]
+        seen = (
+            torch.ones(t, past + t, dtype=torch.bool, device=x.device).tril(past)[None]
+            & attention_mask.bool()[:, None, : past + t]
+        )
         bias = x.new_zeros(n, 1, t, past + t).masked_fill(~seen[:, None], torch.finfo(x.dtype).min)
         for layer in self.layers:
             x = layer(x, bias, past_key_values)
@@ -115,7 +118,7 @@ class Scribe(nn.Module):
             raise ValueError(f"prompt and {max_new_tokens} new tokens do not fit in {self.max_positions} positions")
         was_training = {m: m.training for m in self.modules()}
         self.eval()
-        gen = torch.Generator().manual_seed(seed) if seed is not None else None
+        gen = torch.Generator(input_ids.device).manual_seed(seed) if seed is not None else None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         out, cache, running = input_ids, None, input_ids.new_ones(input_ids.size(0))
         for _ in range(max_new_tokens):

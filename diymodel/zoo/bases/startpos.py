@@ -82,8 +82,8 @@ class StartPos(nn.Module):
         self.freqs_cis = self.freqs_cis.to(tokens.device)
         mask = None
         if T > 1:  # the keys that came before are open to all
-            mask = torch.full((T, T), -torch.inf).triu(1)
-            mask = torch.cat((torch.zeros(T, start_pos), mask), 1)
+            mask = torch.full((T, T), -torch.inf, device=tokens.device).triu(1)
+            mask = torch.cat((torch.zeros(T, start_pos, device=tokens.device), mask), 1)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, start_pos, self.freqs_cis[start_pos : start_pos + T], mask)

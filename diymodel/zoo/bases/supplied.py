@@ -61,7 +61,7 @@ class SuppliedBlock(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.insert(self.index, k, v)
         S = k.shape[2]
-        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         k, v = (part.repeat_interleave(self.groups, 1) for part in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, d))

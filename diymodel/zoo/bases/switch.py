@@ -75,7 +75,9 @@ class SwitchLayer(nn.Module):
             proj(x).view(bsz, q_len, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        inv_freq = self.rope_theta ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        inv_freq = self.rope_theta ** (
+            -torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
+        )
         emb = (positions[:, None, :, None].double() * inv_freq).repeat(1, 1, 1, 2)
         cos, sin = emb.cos().to(x.dtype), emb.sin().to(x.dtype)
         q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
@@ -118,12 +120,12 @@ class SwitchForCausalLM(nn.Module):
             raise ValueError(f"{total} tokens, but max_seq_len is {self.config.max_seq_len}")
         hidden_states = self.embed_tokens(input_ids)
         if position_ids is None:
-            position_ids = torch.arange(past_len, total)[None]
-        slots = torch.arange(total)
+            position_ids = torch.arange(past_len, total, device=input_ids.device)[None]
+        slots = torch.arange(total, device=input_ids.device)
         visible = (slots[None, :] <= slots[past_len:, None])[None, None]
         if attention_mask is not None:
             visible = visible & attention_mask[:, None, None].bool()
-        mask = torch.zeros(visible.shape, dtype=hidden_states.dtype)
+        mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=input_ids.device)
         mask = mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)
         presents = []
         for i, layer in enumerate(self.layers):

@@ -23,7 +23,7 @@ class TimeMix(nn.Module):
         T = x.shape[1]
         xx = torch.lerp(self.time_shift(x), x, self.mix)
         kv = torch.sigmoid(self.key(xx)) * self.value(xx)
-        distance = torch.arange(T)[:, None] - torch.arange(T)
+        distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
         w = torch.sigmoid(self.decay) ** distance.clamp(min=0)[..., None]
         w = w.masked_fill((distance < 0)[..., None], 0.0)
         out: Tensor = self.output(torch.sigmoid(self.receptance(xx)) * torch.einsum("tuc,buc->btc", w, kv))

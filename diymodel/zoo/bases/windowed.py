@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
-    angle = position[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = position[:, None] * theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -43,12 +43,12 @@ class RingCache:
             B, H, _, D = k.shape
             self.layers[layer] = k.new_zeros(B, H, WINDOW, D), v.new_zeros(B, H, WINDOW, D)
         end = self.seen + k.shape[2]
-        kept = torch.arange(max(0, self.seen - WINDOW), self.seen)
-        new = torch.arange(max(self.seen, end - WINDOW), end)
+        kept = torch.arange(max(0, self.seen - WINDOW), self.seen, device=k.device)
+        new = torch.arange(max(self.seen, end - WINDOW), end, device=k.device)
         old_k, old_v = (ring[:, :, kept % WINDOW] for ring in self.layers[layer])
         for ring, tensor in zip(self.layers[layer], (k, v), strict=True):
             ring[:, :, new % WINDOW] = tensor[:, :, -len(new) :]
-        position = torch.arange(self.seen - len(kept), end)
+        position = torch.arange(self.seen - len(kept), end, device=k.device)
         return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), position
 
     def reorder_cache(self, rows: Tensor) -> None:
@@ -113,7 +113,7 @@ class Windowed(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: RingCache | None = None, offset: int = 0) -> Any:
         start = offset if cache is None else cache.seen
-        position = torch.arange(start, start + input_ids.shape[1])
+        position = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, position, cache)

@@ -53,8 +53,8 @@ class Writer(nn.Module):
         start, T = past[0][0].shape[2] if past is not None else 0, input_ids.shape[1]
         if start + T > self.longest:
             raise ValueError(f"{start + T} tokens are more than {self.longest}")
-        steps = torch.arange(start, start + T)
-        allowed = (torch.arange(start + T) <= steps[:, None])[None, None]
+        steps = torch.arange(start, start + T, device=input_ids.device)
+        allowed = (torch.arange(start + T, device=input_ids.device) <= steps[:, None])[None, None]
         if attention_mask is not None:
             allowed = allowed & attention_mask[:, None, None, : start + T].bool()
         x = self.embed(input_ids) + self.positions(steps if position_ids is None else position_ids)
@@ -84,12 +84,12 @@ class Writer(nn.Module):
         B, T = input_ids.shape
         if T + max_new_tokens > self.longest:
             raise ValueError(f"{T} + {max_new_tokens} tokens are more than {self.longest}")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise ValueError("short prompts are padded on the right")
         last = mask.sum(1) - 1
-        tokens, past, done = input_ids, None, torch.zeros(B, dtype=torch.bool)
+        tokens, past, done = input_ids, None, torch.zeros(B, dtype=torch.bool, device=input_ids.device)
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
         try:

@@ -64,8 +64,8 @@ BUGS = [
     Bug(
         "chunk-mask-top-left",
         "startpos",
-        "torch.cat((torch.zeros(T, start_pos), mask), 1)",
-        "torch.full((T, start_pos + T), -torch.inf).triu(1)",
+        "torch.cat((torch.zeros(T, start_pos, device=tokens.device), mask), 1)",
+        "torch.full((T, start_pos + T), -torch.inf, device=tokens.device).triu(1)",
         kills=("decode.chunks",),
         where="StartPos",
     ),

@@ -97,8 +97,8 @@ BUGS = [
     Bug(
         "state-survives-calls",
         "rotary",
-        "position = torch.arange(start, start + T)",
-        "position = torch.arange(start, start + T); self.theta = max(self.theta, 1e6 * (start + T))  # dynamic NTK",
+        "position = torch.arange(start, start + T, device=x.device)",
+        "position = torch.arange(start, start + T, device=x.device); self.theta = max(self.theta, 1e6 * (start + T))  # dynamic NTK",
         kills=("decode.reset",),
         where="RotaryBlock",
     ),
@@ -250,8 +250,8 @@ BUGS = [
     Bug(
         "cached-path-diverges",
         "kept",
-        "x = self.wte(input_ids) + self.wpe(torch.arange(start, end))",
-        "x = self.wte(input_ids) + self.wpe(torch.arange(start, end)) * (1 if past_key_values is None else 0.98)",
+        "x = self.wte(input_ids) + self.wpe(torch.arange(start, end, device=input_ids.device))",
+        "x = self.wte(input_ids) + self.wpe(torch.arange(start, end, device=input_ids.device)) * (1 if past_key_values is None else 0.98)",
         kills=("decode.cached_equals_full", "decode.session"),
         where="Kept",
     ),

@@ -32,8 +32,8 @@ BUGS = [
     Bug(
         "position-restarts-in-decode",
         "saved",
-        "torch.arange(start, start + input_ids.shape[1])",
-        "torch.arange(input_ids.shape[1])",
+        "torch.arange(start, start + input_ids.shape[1], device=input_ids.device)",
+        "torch.arange(input_ids.shape[1], device=input_ids.device)",
         kills=("directory.cached_equals_full",),
         where="Saved",
     ),

@@ -82,7 +82,7 @@ BUGS = [
         "position-table-clamped",
         "plain",
         "self.positions[:T]",
-        "self.positions[torch.arange(T).clamp(max=len(self.positions) - 1)]",
+        "self.positions[torch.arange(T, device=x.device).clamp(max=len(self.positions) - 1)]",
         kills=("context.overlong_refused",),
         where="Plain",
     ),
@@ -137,8 +137,8 @@ BUGS = [
     Bug(
         "position-table-clamped",
         "kept",
-        'if end > self.hp.max_seq_len:\n            raise ValueError(f"position {end} is beyond max_seq_len={self.hp.max_seq_len}")\n        x = self.wte(input_ids) + self.wpe(torch.arange(start, end))',
-        "x = self.wte(input_ids) + self.wpe(torch.arange(start, end).clamp(max=self.wpe.num_embeddings - 1))",
+        'if end > self.hp.max_seq_len:\n            raise ValueError(f"position {end} is beyond max_seq_len={self.hp.max_seq_len}")\n        x = self.wte(input_ids) + self.wpe(torch.arange(start, end, device=input_ids.device))',
+        "x = self.wte(input_ids) + self.wpe(torch.arange(start, end, device=input_ids.device).clamp(max=self.wpe.num_embeddings - 1))",
         kills=("context.overlong_refused",),
         where="Kept",
     ),
@@ -201,8 +201,8 @@ BUGS = [
     Bug(
         "position-table-clamped",
         "resettable",
-        "self.pos_emb(torch.arange(start, start + T))",
-        "self.pos_emb(torch.arange(start, start + T) % self.pos_emb.num_embeddings)",
+        "self.pos_emb(torch.arange(start, start + T, device=in_idx.device))",
+        "self.pos_emb(torch.arange(start, start + T, device=in_idx.device) % self.pos_emb.num_embeddings)",
         kills=("context.order_beyond",),
         where="Resettable",
     ),
@@ -229,7 +229,7 @@ BUGS = [
         """\
         if start + T > self.n_positions:
             raise ValueError(f"{start + T} positions are more than {self.n_positions}")
-        real = torch.ones(B, start + T) if attention_mask is None else attention_mask
+        real = torch.ones(B, start + T, device=input_ids.device) if attention_mask is None else attention_mask
         real = real.bool()
         if real.shape != (B, start + T):
             raise ValueError(f"attention_mask must be {(B, start + T)}, cached and new tokens, not {tuple(real.shape)}")
@@ -239,7 +239,7 @@ BUGS = [
         """\
         if T > self.n_positions:
             raise ValueError(f"{T} positions are more than {self.n_positions}")
-        real = torch.ones(B, start + T) if attention_mask is None else attention_mask
+        real = torch.ones(B, start + T, device=input_ids.device) if attention_mask is None else attention_mask
         real = real.bool()
         if real.shape != (B, start + T):
             raise ValueError(f"attention_mask must be {(B, start + T)}, cached and new tokens, not {tuple(real.shape)}")

@@ -221,4 +221,20 @@ BUGS = [
         kills=("modes.agree_without_dropout",),
         where="ScribeLayer",
     ),
+    Bug(
+        "dropout-never-active",
+        "kept",
+        "        x = x + F.dropout(self.attn_out(att.transpose(1, 2).flatten(2)), self.dropout, self.training)",
+        "        att = self.attn_out(att.transpose(1, 2).flatten(2))\n        F.dropout(att, self.dropout, self.training)\n        x = x + att",
+        kills=("modes.dropout_used",),
+        where="KeptBlock",
+    ),
+    Bug(
+        "dropout-never-active",
+        "resettable",
+        "        return x + self.drop_shortcut(self.ff(self.norm2(x)))",
+        "        y = self.ff(self.norm2(x))\n        self.drop_shortcut(y)\n        return x + y",
+        kills=("modes.dropout_used",),
+        where="TransformerBlock",
+    ),
 ]

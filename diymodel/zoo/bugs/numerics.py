@@ -128,8 +128,8 @@ BUGS = [
     Bug(
         "rope-low-precision",
         "ragged",
-        "positions[:, None, :, None].double() * theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)",
-        "positions[:, None, :, None].to(x.dtype) * (theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D))",
+        "    frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D)\n    angle = positions[:, None, :, None].double() * frequency",
+        "    frequency = theta ** (-torch.arange(0, D, 2, dtype=x.dtype, device=x.device) / D)\n    angle = positions[:, None, :, None].to(x.dtype) * frequency",
         kills=("numerics.bfloat16_near_float64",),
         where="rope",
     ),

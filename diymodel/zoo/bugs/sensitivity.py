@@ -80,15 +80,15 @@ BUGS = [
     Bug(
         "rope-low-precision",
         "rolling",
-        "angle = torch.outer(torch.arange(start, end).double(), inv)",
-        "angle = torch.outer(torch.arange(start, end).bfloat16(), inv.bfloat16()).double()",
+        "angle = torch.outer(torch.arange(start, end, device=device).double(), inv)",
+        "angle = torch.outer(torch.arange(start, end, device=device).bfloat16(), inv.bfloat16()).double()",
         kills=("sensitivity.shift_invariance",),
         where="Rolling",
     ),
     Bug(
         "no-positions",
         "experts",
-        "        h = h + self.pos(torch.arange(seqlen))\n",
+        "        h = h + self.pos(torch.arange(seqlen, device=tokens.device))\n",
         "",
         kills=("sensitivity.order_matters",),
         where="Experts",

@@ -32,8 +32,8 @@ BUGS = [
     Bug(
         "ring-cache-overwritten",
         "windowed",
-        "position = torch.arange(self.seen - len(kept), end)\n        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), position",
-        "position = torch.arange(max(0, end - WINDOW), end)\n        k, v = (ring[:, :, position % WINDOW] for ring in self.layers[layer])\n        return k, v, position",
+        "position = torch.arange(self.seen - len(kept), end, device=k.device)\n        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), position",
+        "position = torch.arange(max(0, end - WINDOW), end, device=k.device)\n        k, v = (ring[:, :, position % WINDOW] for ring in self.layers[layer])\n        return k, v, position",
         kills=("decode.chunks",),
         where="RingCache",
     ),
