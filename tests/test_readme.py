@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.held_out import names, ranks
 from benchmarks.two_bugs import pairs, tell_apart
+from diymodel.verify.catalogue import bug_class
 from diymodel.verify.diagnose import leave_one_base_out
 from diymodel.verify.samples import read_samples
 from diymodel.verify.tolerance import FALSE_ALARMS, HEALTHY_TRIALS
@@ -90,6 +91,32 @@ def test_the_figures_of_bugs_that_the_diagnosis_was_not_made_on_are_those_measur
     assert f"{first} come first and {three} among three" in english
     assert f"做的 {len(samples)} 处改动" in chinese
     assert f"{first} 处排第一，{three} 处在前三" in chinese
+
+
+def test_the_figures_of_public_fixes_are_those_measured() -> None:
+    cases = json.loads((ROOT / "benchmarks/results/public-fixes.json").read_text("utf-8"))["cases"]
+    noticed = [case for case in cases if case["noticed"]]
+    named = [case for case in noticed if case["class"]]
+    first = sum(case["named"][:1] == [case["class"]] for case in named)
+    three = sum(case["class"] in case["named"] for case in named)
+    repositories, visible = len({case["repository"] for case in cases}), sum(case["visible"] for case in cases)
+    assert len({case["fix"] for case in cases}) == len(cases)
+    assert all(bug_class(case["class"]) for case in named)
+    files = ("benchmarks/public-fixes.md", "README.md", "README.zh-CN.md")
+    page, english, chinese = (re.sub(r"\s+", " ", (ROOT / name).read_text("utf-8")) for name in files)
+    assert f"{len(cases)} commits of {repositories} public repositories" in page
+    assert f"**The harness notices {len(noticed)}**" in page
+    assert (
+        f"Of {len(named)} of these whose class is in the catalogue, {first} are named first and {three} among" in page
+    )
+    assert all(f"| {case['repository']} | {case['fix'][:7]} |" in page for case in cases)
+    assert f"**Of {len(cases)} bugs that were really made, and really fixed, in {repositories} public" in english
+    assert f"it notices {len(noticed)}; {visible} are of a kind that a module shows" in english
+    assert (
+        f"**{repositories} 个公开仓库里真实出现、真实修复过的 {len(cases)} 个 bug**，发现了 {len(noticed)} 个"
+        in chinese
+    )
+    assert f"{visible} 个是从模块本身能看出来的" in chinese
 
 
 def test_the_figures_of_two_bugs_at_once_are_those_measured() -> None:
