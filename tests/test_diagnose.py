@@ -190,8 +190,8 @@ def restarting(tmp_path: Path) -> Path:
     """A stranger's model whose positions restart in decode."""
     path = tmp_path / "my_model.py"
     source = MY_MODEL.read_text(encoding="utf-8")
-    assert "torch.arange(P, P + T)" in source
-    path.write_text(source.replace("torch.arange(P, P + T)", "torch.arange(T)"), encoding="utf-8")
+    assert "torch.arange(P, P + T, " in source
+    path.write_text(source.replace("torch.arange(P, P + T, ", "torch.arange(T, "), encoding="utf-8")
     return path
 
 

@@ -28,7 +28,7 @@ from diymodel.verify.subject import resolve
 # A small rotary model with a tuple cache, as somebody would write it from memory, and the line where a bug goes.
 EXAMPLES = Path(__file__).parent / "examples"
 MODEL = (EXAMPLES / "my_model.py").read_text(encoding="utf-8")
-POSITION = "torch.arange(P, P + T)"
+POSITION = "torch.arange(P, P + T, device=input_ids.device)"
 CACHED = "decode.cached_equals_full"
 
 
@@ -46,7 +46,7 @@ def healthy(tmp_path: Path) -> str:
 @pytest.fixture
 def broken(tmp_path: Path) -> str:
     """The classic: positions restart at 0 in decode."""
-    return write_model(tmp_path / "broken_lm.py", "torch.arange(T)")
+    return write_model(tmp_path / "broken_lm.py", "torch.arange(T, device=input_ids.device)")
 
 
 @pytest.mark.usefixtures("few_trials")
@@ -105,10 +105,16 @@ def test_an_expected_failure_does_not_count_and_one_that_passes_is_told(broken: 
 
 def test_an_exception_in_the_subject_fails_the_check_with_its_own_traceback(tmp_path: Path) -> None:
     path = tmp_path / "raising_lm.py"
-    path.write_text(MODEL.replace(POSITION, "torch.arange(T) + P if T < 3 else self.missing"), encoding="utf-8")
+    path.write_text(
+        MODEL.replace(POSITION, "torch.arange(T, device=input_ids.device) + P if T < 3 else self.missing"),
+        encoding="utf-8",
+    )
     with pytest.raises(SubjectError, match="forward failed on token ids: AttributeError"):
         check_causal_lm(f"{path}:LM", profile="quick", only=["shape.logits"])
-    path.write_text(MODEL.replace(POSITION, "torch.arange(T) + P if T != 7 else self.missing"), encoding="utf-8")
+    path.write_text(
+        MODEL.replace(POSITION, "torch.arange(T, device=input_ids.device) + P if T != 7 else self.missing"),
+        encoding="utf-8",
+    )
     (result,) = check_causal_lm(f"{path}:LM", profile="standard", only=["shape.logits"]).failed
     assert result.failure is not None
     assert "AttributeError" in result.failure.message
@@ -250,7 +256,7 @@ def test_a_module_in_the_working_directory_is_found_and_a_subject_in_it_replays_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "lm_beside.py", "torch.arange(T)")
+    write_model(tmp_path / "lm_beside.py", "torch.arange(T, device=input_ids.device)")
     with (tmp_path / "lm_beside.py").open("a", encoding="utf-8") as file:
         file.write("\n\nfrom diymodel.verify import Subject\nsubject = Subject(LM, 'mine')\n")
     report = check_causal_lm("lm_beside:subject", profile="quick", only=[CACHED])

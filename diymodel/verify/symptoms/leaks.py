@@ -87,25 +87,6 @@ def _without_attention(patient: Patient) -> bool | None:
 
 
 @symptom(
-    "leak.with_a_mask",
-    "given a mask that hides nothing, a position sees later tokens; without one it does not",
-    "给一个什么也不遮的 mask 时，每个位置能看到后面的 token；不给 mask 时则看不到",
-    ("padding.*", "modes.*"),
-    ("bidirectional-mask",),
-    settles=("padding.right_changes_nothing", "padding.content_irrelevant"),
-)
-def _with_a_mask(patient: Patient) -> bool | None:
-    lm = patient.lm()
-    if patient.subject.missing("padding") is not None:
-        return None
-    ids = distinct_tokens(lm)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    plain = max(influence(lambda tokens: lm.logits(tokens)[:, 0], ids)[1:])
-    masked = max(influence(lambda tokens: lm.logits(tokens, real)[:, 0], ids)[1:])
-    return plain <= SAME < masked
-
-
-@symptom(
     "leak.one_token_alone",
     "one token alone gives something else than at the beginning of a row; two tokens, or more, do not",
     "只有一个 token 时的结果与它作为一行开头时不同；两个或更多 token 时则没有差别",
