@@ -40,7 +40,7 @@ class Tiny(nn.Module):
     def run(self, ids: Tensor, masked: Callable[[Tensor], Tensor], positions: Tensor | None = None) -> Tensor:
         """Logits; ``masked`` gets the scores (B, heads, T, T)."""
         (B, T), S = ids.shape, ids.shape[1]
-        x = self.embed(ids) + self.positions(torch.arange(S) if positions is None else positions)
+        x = self.embed(ids) + self.positions(torch.arange(S, device=ids.device) if positions is None else positions)
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = masked(q @ k.transpose(2, 3) / k.shape[-1] ** 0.5).softmax(-1) @ v
         return self.head(x + y.transpose(1, 2).reshape(B, T, -1))
@@ -48,7 +48,7 @@ class Tiny(nn.Module):
 
 def causal(scores: Tensor) -> Tensor:
     T = scores.shape[-1]
-    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
 
 
 def verdicts(subject: Any, only: tuple[str, ...] = CORE) -> dict[str, str]:
@@ -159,9 +159,9 @@ from tests.test_adapters import Tiny
 class PerLayer(Tiny):
     def forward(self, inputs, cache=None):
         start = cache[0].offset if cache else 0
-        x = self.embed(inputs) + self.positions(torch.arange(start, start + inputs.shape[1]))
+        x = self.embed(inputs) + self.positions(torch.arange(start, start + inputs.shape[1], device=inputs.device))
         seen = cache[0].update(x) if cache else x
-        mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1)[:, None]
+        mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1, device=x.device)[:, None]
         return self.head(x + torch.tanh(mean[:, start:]))
 """
 
@@ -282,7 +282,7 @@ class MarksPadding(Tiny):
 
 class NeedsLengths(Tiny):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return self.run(tokens, lambda scores: causal(scores).masked_fill(~real[:, None, None], -1e12))
 
 
@@ -371,9 +371,9 @@ class KeepsFloat32(Tiny):
 
     def forward(self, tokens: Tensor, past: Tensor | None = None, use_cache: bool = False) -> Any:
         start = 0 if past is None else past.shape[1]
-        x = self.embed(tokens) + self.positions(torch.arange(start, start + tokens.shape[1]))
+        x = self.embed(tokens) + self.positions(torch.arange(start, start + tokens.shape[1], device=tokens.device))
         seen = x if past is None else torch.cat((past.to(x.dtype), x), 1)
-        mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1)[:, None]
+        mean = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1, device=x.device)[:, None]
         logits = self.head(x + torch.tanh(mean[:, start:]))
         return (logits, seen.float()) if use_cache else logits
 
@@ -423,12 +423,12 @@ class SequenceFirst(Tiny):
         return logits, F.cross_entropy(logits[:-1].flatten(0, 1), labels[1:].flatten())
 
     def hidden(self, scores: Tensor) -> Tensor:
-        return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
 class SequenceFirstLeaks(SequenceFirst):
     def hidden(self, scores: Tensor) -> Tensor:
-        return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(2)
+        return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(2)
 
 
 def test_a_module_that_takes_the_sequence_first_is_called_so() -> None:

@@ -34,7 +34,7 @@ class Bag(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         x = self.tokens(idx)
-        x = x + (x * self.places(torch.arange(idx.shape[1]))).cumsum(1).tanh()
+        x = x + (x * self.places(torch.arange(idx.shape[1], device=idx.device))).cumsum(1).tanh()
         logits = self.head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss

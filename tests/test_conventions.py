@@ -35,7 +35,7 @@ class Past(Tiny):
         """Logits, the keys and values of all tokens, and of the new ones."""
         start = 0 if past is None else past.shape[2]
         T = ids.shape[1]
-        x = self.embed(ids) + self.positions(torch.arange(start, start + T))
+        x = self.embed(ids) + self.positions(torch.arange(start, start + T, device=ids.device))
         q, *new = self.qkv(x).chunk(3, -1)
         present = torch.stack(new) if past is None else torch.cat((past, torch.stack(new)), 2)
         k, v = present
@@ -44,7 +44,7 @@ class Past(Tiny):
         return self.head(x + y), present, torch.stack(new)
 
     def seen(self, T: int, S: int) -> Tensor:
-        return torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        return torch.ones(T, S, dtype=torch.bool, device=self.embed.weight.device).tril(S - T)
 
 
 class OtherName(Past):

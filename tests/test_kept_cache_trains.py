@@ -30,7 +30,8 @@ class WritesToItsOwnCache(nn.Module):
         T = tokens.shape[1]
         x = self.embed(tokens)
         k, v = self.cached(self.key_value(x), start_pos).chunk(2, -1)
-        ages = torch.arange(start_pos, start_pos + T)[:, None] - torch.arange(start_pos + T)
+        places = torch.arange(start_pos + T, device=tokens.device)
+        ages = places[start_pos:, None] - places
         scores = (self.query(x) @ k.transpose(1, 2) - ages).masked_fill(ages < 0, -torch.inf)
         logits = self.head(x + scores.softmax(-1) @ v)
         loss = None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -36,7 +36,11 @@ NOT_APPLICABLE = {
             *("rolling", "headwise", "kept", "experts", "timeshift"),
         )
     ),
-    *((name, "modes.dropout_active_in_training") for name in ("fastlike", "supplied", "startpos", "saved")),  # has none
+    *(
+        (name, check)
+        for name in ("fastlike", "supplied", "startpos", "saved")  # has none
+        for check in ("modes.dropout_active_in_training", "modes.dropout_used")
+    ),
     *((name, "generation.random_state_untouched") for name in ("nanogpt", "headwise")),  # only from torch's own state
     *(
         (name, "causality.each_backend")
