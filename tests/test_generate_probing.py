@@ -454,6 +454,11 @@ def test_a_generate_that_always_fails_by_mistake_has_a_bug_and_one_that_refuses_
     assert (result.status, "no less than a million" in str(result.reason)) == ("skipped", True)
 
 
+def test_what_a_generation_leaves_is_asked_with_room_for_a_new_token() -> None:
+    result = verify_one(subject(LikeMinGPT), CHECKS["generation.leaves_nothing"], Settings(40, 1))
+    assert result.status == "passed", result
+
+
 # --- after the end ----------------------------------------------------------------------------------------------------
 
 

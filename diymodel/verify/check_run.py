@@ -133,8 +133,8 @@ class CheckRun:
             self.count -= 1
             raise
         except Exception as error:
-            if isinstance(error, NotApplicable) or says_not_implemented(error):
-                self._does_not_apply(str(error) if isinstance(error, NotApplicable) else said_where(error))
+            if (why := _why_not(error)) is not None:
+                self._does_not_apply(why)
                 return
             if self.convincing_only and _is_near_rounding(error):
                 self.doubtful = trial, error
@@ -239,6 +239,13 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
     return Failure(
         message, (), values.get("config", {}), values, command, traceback="".join(traceback.format_list(own)).rstrip()
     )
+
+
+def _why_not(error: Exception) -> str | None:
+    """Why a trial that ended so does not apply; None: it does."""
+    if isinstance(error, NotApplicable):
+        return str(error)
+    return said_where(error) if says_not_implemented(error) else None
 
 
 def _is_the_subjects(error: Exception) -> bool:

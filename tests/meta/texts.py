@@ -100,7 +100,7 @@ SAYS: dict[str, Callable[[Drawn], Iterable[str]]] = {  # by check, texts of whic
     "forward.memory_layout": lambda v: [f"that lie in memory {v.layout} must"],
     "generation.cached_greedy_is_argmax": _must_be_likeliest,
     "generation.eos_in_prompt": lambda v: [
-        f" and end with eos={v.tokens[v.row][v.place]} alone: after ",
+        f"eos={v.tokens[v.row][v.place]} (a new one: it stands in the prompt of row {v.row} too) alone",
         f"after its eos={v.tokens[v.row][v.place]}, row ",
     ],
     "generation.eos_per_row": lambda v: [

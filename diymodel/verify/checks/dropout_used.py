@@ -54,16 +54,16 @@ def dropout_used(trial: Trial) -> None:
     ids = trial.tokens(lm, min_length=2)
     lm.module.train()
     has_loss = trial.missing("loss") is None
+
+    def run(seed: int, which: int | None, lines: list[str]) -> Tensor:
+        with seeded(seed), _OtherResult(which, lines):
+            return lm.loss(ids, ids) if has_loss else lm.logits(ids)
+
     lines: list[str] = []
     unused: set[int] | None = None
     for seed in range(_DRAWS):  # what one draw drops, another does not
-
-        def run(which: int | None, lines: list[str], seed: int = seed) -> Tensor:
-            with seeded(seed), _OtherResult(which, lines):
-                return lm.loss(ids, ids) if has_loss else lm.logits(ids)
-
-        plain = run(None, lines := [])
-        still = {which for which in range(len(lines)) if torch.equal(run(which, []), plain)}
+        plain = run(seed, None, lines := [])
+        still = {which for which in range(len(lines)) if torch.equal(run(seed, which, []), plain)}
         unused = still if unused is None else unused & still
         if not unused:
             break

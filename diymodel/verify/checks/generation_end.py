@@ -23,8 +23,12 @@ def _draw_rows(trial: Trial, lm: LM) -> Tensor:
     return trial.tokens(lm, 1, LONGEST, rows=1 if lm.generating.one_row else trial.draw("batch", st.integers(2, 3)))
 
 
-def _must_end_with(trial: Trial, lm: LM, ids: Tensor, new_tokens: int, eos: int) -> None:
-    """Fail unless each row goes on with its likeliest tokens up to its first new ``eos``, and no further."""
+def _must_end_with(trial: Trial, lm: LM, ids: Tensor, new_tokens: int, eos: int, where: str = "") -> None:
+    """Fail unless each row goes on with its likeliest tokens up to its first new ``eos``, and no further.
+
+    Args:
+        where: what a failure adds of the token.
+    """
     pad = (eos + trial.draw("pad_after_eos", st.integers(0, 1))) % lm.config.vocab_size
     settings: dict[str, Any] = {"eos": eos, "pad": pad} if "pad" in lm.generating.names else {"eos": eos}
     found = lm.greedy(ids, new_tokens, **settings)[:, ids.shape[1] :]
@@ -33,7 +37,9 @@ def _must_end_with(trial: Trial, lm: LM, ids: Tensor, new_tokens: int, eos: int)
         own = found[row : row + 1, :end]
         if eos not in tokens and end < new_tokens:  # it may be left out, but nothing else ends a row
             own = F.pad(own, (0, 1), value=eos)
-        what = f"row {row}, which got {tokens}, must get the likeliest token each time and end with eos={eos} alone"
+        what = (
+            f"row {row}, which got {tokens}, must get the likeliest token each time and end with eos={eos}{where} alone"
+        )
         must_be_likeliest(trial, lm, ids[row : row + 1], own, what)
         filler, after = f"pad={pad}", {pad, *tokens[end:]}
         if "pad" not in settings:  # what it fills up with is its own choice
@@ -78,4 +84,4 @@ def eos_in_prompt(trial: Trial) -> None:
     new_tokens = draw_number(trial, lm, ids)
     row = trial.draw("row", st.integers(0, ids.shape[0] - 1))
     eos = int(ids[row, trial.draw("place", st.integers(0, ids.shape[1] - 1))])
-    _must_end_with(trial, lm, ids, new_tokens, eos)
+    _must_end_with(trial, lm, ids, new_tokens, eos, f" (a new one: it stands in the prompt of row {row} too)")
