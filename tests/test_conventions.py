@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diymodel import DIYConfig
 from diymodel.verify import Subject, check_causal_lm
 from diymodel.verify.calling.cache_of_generate import ways_of_generate
-from diymodel.verify.calling.signature import parameter_names
+from diymodel.verify.calling.signature import parameter_names, parameters, required_parameters
 from diymodel.verify.convention import Convention
 from diymodel.verify.registry import list_checks
 from diymodel.verify.runner import verify_one
@@ -754,3 +754,66 @@ class Crowded(Tiny):
 
 def test_rows_that_reach_each_other_are_no_sign_that_the_sequence_comes_first() -> None:
     assert not convention(Crowded).sequence_first
+
+
+class ReadsOthers(Causal):
+    """MiniMind and happy-llm look some arguments up by name."""
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, **others: Any) -> Tensor:
+        if "attention_mask" in others:
+            self.told = others["attention_mask"]
+        start, cached = others.get("start_pos", 0), others.pop("use_cache", False)
+        assert (start, cached) == (0, False)
+        return super().forward(tokens)
+
+
+class PassesOn(Causal):
+    """What is looked up in another mapping is no argument."""
+
+    def forward(self, tokens: Tensor, **others: Any) -> Tensor:
+        return super().forward(tokens, **{} if "labels" in self.__dict__ else others)
+
+
+class StepsAlone(Causal):
+    """Its cache, a dict, takes one token a call; without one, forward takes all."""
+
+    def forward(self, tokens: Tensor, state: dict[str, Tensor] | None = None) -> Any:
+        x = self.embed(tokens)
+        if state is None:
+            return self.head(x.cumsum(1))
+        (token,) = x.unbind(1)
+        total = state.get("sum", 0) + token
+        return self.head(total)[:, None], self.left(total)
+
+    def left(self, total: Tensor) -> Any:
+        return {"sum": total}
+
+
+class LeavesATensor(StepsAlone):
+    """xLSTM once handed back the state itself in place of the dict that its next step reads."""
+
+    def left(self, total: Tensor) -> Any:
+        return total
+
+
+@pytest.mark.parametrize(("factory", "status"), [(StepsAlone, "passed"), (LeavesATensor, "failed")])
+def test_a_cache_that_its_author_declares_is_tried_one_token_at_a_time(factory: Any, status: str) -> None:
+    declared = Subject(factory, new_cache=lambda module, config, rows: {})
+    assert declared.convention.one_at_a_time
+    check = next(check for check in list_checks() if check.id == "decode.cached_equals_full")
+    assert verify_one(declared, check, Settings(5)).status == status
+
+
+def test_what_forward_looks_up_in_its_kwargs_is_a_parameter() -> None:
+    config = DIYConfig(vocab_size=8, hidden_size=4, num_heads=1)
+    known = parameters(ReadsOthers(config))
+    assert list(known) == ["attention_mask", "start_pos", "use_cache", "tokens", "targets"]
+    assert [known[name].default for name in ("attention_mask", "start_pos", "use_cache")] == [None, 0, False]
+    assert required_parameters(ReadsOthers(config)) == {"tokens"}
+    assert parameter_names(ReadsOthers(config))["mask"] == "attention_mask"
+    assert list(parameters(PassesOn(config))) == ["tokens"]
+
+
+def test_a_mask_that_is_looked_up_and_ignored_is_found() -> None:
+    report = check_causal_lm(Subject(ReadsOthers), profile="quick", only=["padding.mask_is_used"])
+    assert [result.check.id for result in report.failed] == ["padding.mask_is_used"]

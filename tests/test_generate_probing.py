@@ -193,6 +193,22 @@ def test_drawing_that_crashes_is_a_bug() -> None:
     assert "no attribute 'temperature'" in result.failure.message
 
 
+class CrashesNowAndThen(Pairs):
+    """Of short answers it is right; always drawn, and by a probability below 0 where they are longer."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, top_p: float = 0.9) -> Tensor:
+        idx = self.following(idx, max_new_tokens)
+        torch.multinomial(torch.tensor([1.0, 2.0 - max_new_tokens]), 1)
+        return idx
+
+
+def test_a_plain_call_that_crashes_at_times_is_a_bug_and_drawing_is_none() -> None:
+    assert {"greedy", "sampling"} <= found(CrashesNowAndThen).missing.keys()
+    result = verify_one(subject(CrashesNowAndThen), CHECKS["generation.keeps_prompt"], Settings(5))
+    assert result.failure is not None, result
+    assert "probability tensor contains" in result.failure.message
+
+
 class LeavesNone(Pairs):
     """With a top_k, the likeliest tokens are excluded with all others."""
 

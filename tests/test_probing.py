@@ -371,10 +371,13 @@ class ResetsLater(Tiny):
 
 
 def test_caches_are_not_reset_before_the_first_and_what_is_lacking_is_said() -> None:
-    assert Subject(ResetsLater).missing("cache") == (
+    why = (
         "a cached call failed: ValueError: causal masks must be provided; it was given tokens, input_pos: name a "
         "module instead, whose forward(tokens, start_pos) adds what it needs"
     )
+    assert Subject(ResetsLater).missing("cache") == why
+    assert Subject(ResetsLater).describe() == f"forward(tokens, mask, input_pos); left out after an error: {why}"
+    assert "left out" not in Subject(Causal).describe()  # it has no cache
 
 
 # --- what further arguments may hide ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from diymodel.verify.runner import verify_one
 from diymodel.verify.settings import Settings
 from tests.test_generating import Pairs, found, subject
 
-PADDED = next(check for check in list_checks() if check.id == "generation.padded_prompt")
+CHECKS = {check.id: check for check in list_checks()}
+PADDED = CHECKS["generation.padded_prompt"]
 
 
 class Lists(Pairs):
@@ -75,3 +77,32 @@ def test_a_prompt_that_is_written_over_is_seen() -> None:
 
 def test_who_takes_one_length_alone_is_not_asked_for_more() -> None:
     assert found(OneLength).missing["generate_padded"] == "generate has no attention_mask and no seq_lengths"
+
+
+class Ends(Lists):
+    """Each row up to its own end token; one that stands in a prompt ends nothing."""
+
+    def generate(self, prompt_tokens: Any, max_gen_len: int, eos_id: int = -1) -> Any:
+        rows = super().generate(prompt_tokens, max_gen_len)
+        return [self.ended(row, len(prompt), eos_id) for row, prompt in zip(rows, prompt_tokens, strict=True)]
+
+    def ended(self, row: list[int], length: int, eos_id: int) -> list[int]:
+        return row[: length + row[length:].index(eos_id)] if eos_id in row[length:] else row
+
+
+class EndsWhileItReads(Ends):
+    """As GRPO-Zero did: an end token ends a row from where the shortest prompt of all ends."""
+
+    def generate(self, prompt_tokens: Any, max_gen_len: int, eos_id: int = -1) -> Any:
+        shortest = min(map(len, prompt_tokens))
+        ended = [eos_id in prompt[shortest:] for prompt in prompt_tokens]
+        rows = super().generate(prompt_tokens, max_gen_len, eos_id)
+        return [row[: len(p)] if end else row for row, p, end in zip(rows, prompt_tokens, ended, strict=True)]
+
+
+@pytest.mark.parametrize(("factory", "status"), [(Ends, "passed"), (EndsWhileItReads, "failed")])
+def test_an_end_token_behind_where_shorter_prompts_end_ends_nothing(factory: Any, status: str) -> None:
+    assert found(factory).ragged
+    result = verify_one(subject(factory), CHECKS["generation.eos_in_prompt"], Settings(20))
+    assert result.status == status, result
+    assert result.failure is None or re.search(r"beside shorter ones of \d, must go on as", result.failure.message)

@@ -23,7 +23,7 @@ class CheckFailure(AssertionError):
     """A property is refuted.
 
     ``message`` says what was expected, what was seen, and where first. ``max_abs_diff`` and ``tolerance`` are None
-    where the property is no comparison of numbers; ``speaks_for_itself`` where no cause that the check names makes it;
+    where the property is no comparison of numbers; ``causes`` where they are not those that the check names;
     ``within_float32`` where rounding to float32 would explain the difference, in a module that does that;
     ``not_finite`` where the property is that plain logits are numbers at all.
     """
@@ -31,7 +31,7 @@ class CheckFailure(AssertionError):
     message: str
     max_abs_diff: float | None = None
     tolerance: float | None = None
-    speaks_for_itself: bool = False
+    causes: tuple[str, ...] | None = None
     within_float32: bool = False
     not_finite: bool = False
 

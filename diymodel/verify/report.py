@@ -17,6 +17,7 @@ Lead = Literal["beside", "instead", ""]  # how a diagnosis follows on the ones b
 
 _LEAST_SCORE = 0.02  # of a diagnosis that is shown beside a likelier one
 _NUMBER = re.compile(r"\d+")
+_ERROR = re.compile(r"\w+Error: ")
 _FITS_WELL = 0.5  # from which share of the belief on the likeliest is more than the nearest
 
 
@@ -107,7 +108,8 @@ class Report:
     @property
     def raises_everywhere(self) -> bool:
         """Whether one and the same error is most of what there is to report."""
-        most = max((1 + len(others) for _, others in self.failed_apart if others), default=0)
+        raised = [(result.failure, others) for result, others in self.failed_apart]
+        most = max((1 + len(others) for failure, others in raised if failure and failure.traceback), default=0)
         return 2 * most > sum(result.status != "skipped" for result in self.results)
 
     @property
@@ -115,14 +117,14 @@ class Report:
         """The failures, each with the ids of later checks in which the subject raised the same error at the same line.
 
         By which of its own calls it came to that line, forward or generate, and what sizes of tensors do not fit, makes
-        no other error.
+        no other error. One of the backward pass is no line's, and is told in the message.
         """
         apart: list[tuple[Result, list[str]]] = []
         raised: dict[tuple[str, str], list[str]] = {}
         for result in self.failed:
             failure = result.failure
             error = None
-            if failure is not None and failure.traceback:
+            if failure is not None and (failure.traceback or _ERROR.match(failure.expected_and_seen[1])):
                 error = (_NUMBER.sub("", failure.message), failure.raised_at)
             if error in raised:
                 raised[error].append(result.check.id)

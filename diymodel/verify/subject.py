@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ _FOUND = (
         "labels",
         "labelled_logits",
     ),
-    *("rows", "cached_rows", "gradient", "graph"),
+    *("rows", "cached_rows", "uncached_again", "gradient", "graph"),
     *GENERATING,
 )
 _OWN_CLAIMS = (
@@ -98,6 +99,7 @@ _GIVEN = {
     "directory": "is no directory with saved weights",
     "checkpoint": "does not say how it is saved and loaded: Subject(…, save=…, load=…)",
 }
+_ERROR = re.compile(r"\w+(Error|Exception): ")
 _PRESUMED = ("causal", "past_context")  # of every subject that does not say otherwise
 _HIDING = "hiding"  # a token is hidden, by a mask or by where its row begins
 _CAPABILITIES = (*CLAIMS, *_FOUND, *_GIVEN, *_PRESUMED, _HIDING)
@@ -229,6 +231,9 @@ class Subject:
             notes.append(f"whatever the configuration says, {sizes}")
         if self.num_parameters >= _LARGE:
             notes.append(f"the smallest has {self.num_parameters:,} parameters, so every trial takes its time")
+        found = (self.convention.missing.get(capability, "") for capability in ("cache", "loss", "generate"))
+        if errors := [why for why in found if _ERROR.search(why)]:  # it is there by name, and all of its checks skip it
+            notes.append(f"left out after an error: {'; '.join(errors)}")
         return "; ".join(notes)
 
     def moved(self, lm: LM, ids: Tensor, offset: int) -> Tensor:

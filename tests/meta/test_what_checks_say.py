@@ -107,6 +107,17 @@ def second_of_row_1(generate: Callable[..., Tensor], *args: Any, **settings: Any
     return found
 
 
+def crops_the_prompt_alone(
+    _: Callable[..., Tensor], model: DIYForCausalLM, input_ids: Tensor, max_new_tokens: int, **settings: Any
+) -> Tensor:
+    """To what the model holds, at the start: what is added to a short one is never dropped."""
+    dropped = max(0, input_ids.shape[1] - model.config.max_seq_len)
+    for _ in range(max_new_tokens):
+        new = model(input_ids[:, dropped:])[:, -1:].argmax(-1)
+        input_ids, dropped = torch.cat((input_ids, new), 1), dropped + bool(dropped)
+    return input_ids
+
+
 def another_each_time() -> AbstractContextManager[Any]:
     calls = itertools.count()
 
@@ -451,6 +462,13 @@ FAILURES: list[tuple[str, Patch, dict[str, Any], str]] = [  # a check, a bug, wh
         lambda: generate_as(second_of_row_1),
         {**PROMPT, "new_tokens": 3},
         r"^greedy generation with use_cache=False must .*: after \[2, 3, \d\] that is .* as new token 1 of row 1; ",
+    ),
+    (
+        "generation.past_context",
+        lambda: generate_as(crops_the_prompt_alone),
+        {**PROMPT, "too_many": 2, "use_cache": False},
+        "^of 2 prompt tokens and 8 new ones, more than max_seq_len=8, generate with use_cache=False must refuse before "
+        "the first or go on, as it does after 9 prompt tokens, saw ValueError: .*, after 7 calls of forward$",
     ),
     (
         "checkpoint.refuses_code",

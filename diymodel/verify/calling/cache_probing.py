@@ -34,8 +34,8 @@ _MADE_BY_CALLER = "if the caller makes it, say how in Subject(…, new_cache=lam
 
 
 def close(seen: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same as far as finding a convention goes; bugs are for the checks."""
-    return bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
+    """Whether they are the same as far as finding a convention goes; bugs are for the checks, and nothing is nothing's."""
+    return bool(expected.numel()) and bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
 
 
 def find_cache(
@@ -84,6 +84,8 @@ def find_cache(
         convention = replace(convention, chunks_crash=True)
     elif _takes_the_last_alone(lm, ids):
         missing["chunks"] = "of several tokens, a call on the cache takes the last one alone"
+    if convention.cache_on_module and (why := _uncached_refused(lm, ids)) is not None:
+        missing["uncached_again"] = f"once the module has a cache, a call without it is refused: {why}"
     return convention, missing
 
 
@@ -132,6 +134,13 @@ def _find_new_cache(
         if tried[-1].why_not is None:
             return _placed_as_by_generate(module, config, tried[-1].way, ids), None
     crashing = next((one.way for one in tried if one.crashed), None)
+    for way in ways if crashing is None and not convention.one_at_a_time else ():
+        if way.new_cache is not None:
+            one = _tried(module, config, replace(way, one_at_a_time=True), ids)
+            if one.why_not is None:
+                return one.way, None
+            if one.crashed and convention.new_cache is not None:  # its author says that this is the cache
+                crashing = one.way
     if convention.past and convention.new_cache is None:
         for way in _placed_on_cache(ways) if crashing is None else ():
             found = _tried(module, config, way, ids)
@@ -246,6 +255,16 @@ def _on_chunks(lm: LM, ids: Tensor) -> Exception | None:
         lm.extend(ids[:, :2], lm.extend(ids)[1])
     except Exception as error:  # a stranger's forward may raise anything
         return error
+    return None
+
+
+def _uncached_refused(lm: LM, ids: Tensor) -> str | None:
+    """What an uncached call says after one on the cache, as torchtune's does, which then wants positions; not a crash."""
+    try:
+        lm.extend(ids)
+        lm.logits(ids)
+    except Exception as error:  # a stranger's forward may raise anything
+        return None if crashed(error) else said(error)
     return None
 
 

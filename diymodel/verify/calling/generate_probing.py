@@ -29,9 +29,13 @@ _TOTALS = ("max_length", "max_len")  # of prompt and new tokens together, where 
 _CALLS = 6  # in which a draw shows
 _SECONDS = 30  # for all of a module's answers
 _SURELY_GREEDY = {"do_sample": False, "top_k": 1, "temperature": 0.0}  # the last one may be divided by
+_WARM = 0.8
+_ONLY_DRAWS = {"seed", "top_p"}  # who has none of these, but one of those, always draws
 _SWITCHED_OFF = (None, 0)  # what top_k may be where it excludes nothing
 _CRASHES = (AttributeError, NameError, TypeError, LookupError)  # of a mistake, where others refuse
-_MISFIT = re.compile(r"must match the (existing )?size|mat1 and mat2|invalid for input of size")  # torch's, of shapes
+_MISFIT = re.compile(  # torch's, of shapes
+    r"must match the (existing )?size|mat1 and mat2|invalid for input of size|prob_dist must be 1 or 2 dim"
+)
 _NO_CHOICE = re.compile("probability tensor contains")  # torch's, where nothing is left to draw among
 _NO_NUMBER = re.compile("list|tuple|set|sequence|iterable|collection|tensor|str", re.IGNORECASE)  # in an annotation
 
@@ -114,25 +118,27 @@ def _settled(lm: LM, ids: Tensor) -> Generating:
     if (why := _refused(lm, ids, {})) is not None:
         missing["generate_batch"] = f"generate does not take two rows: {why}"
         ids = ids[1:]
-    if generating.names["ids"] in _TOKENS and (why := _crash(lm, ids)) is not None:
-        # The checks that need no more will show it; shorter calls may well go through, and must not draw then.
-        greedy = next(({role: value} for role, value in _SURELY_GREEDY.items() if role in generating.names), {})
-        missing = {c: why for c in CAPABILITIES if c not in ("generate", "greedy")}
-        return replace(generating, greedy=greedy, missing=missing)
-    found = replace(_find_counting(lm, ids), one_row=len(ids) == 1)
-    for find in (_find_greedy, _find_sampling, _find_settings, _find_padding):
-        found, without = find(_with(lm, found), ids)
-        missing |= without
+    try:
+        lm.generate(ids, 2)
+        found = replace(_find_counting(lm, ids), one_row=len(ids) == 1)
+        for find in (_find_greedy, _find_sampling, _find_settings, _find_padding):
+            found, without = find(_with(lm, found), ids)
+            missing |= without
+    except Exception as error:  # of a call without settings, or with some that went through before
+        if generating.names["ids"] in _TOKENS and crashed(error):
+            return _crashing(generating, f"generate failed on token ids: {said(error)}")
+        raise
     return replace(found, missing={**missing, **found.missing})
 
 
-def _crash(lm: LM, ids: Tensor) -> str | None:
-    """The mistake that a plain call of generate runs into; None: none, or a refusal."""
-    try:
-        lm.generate(ids, 2)
-    except Exception as error:
-        return f"generate failed on token ids: {said(error)}" if crashed(error) else None
-    return None
+def _crashing(generating: Generating, why: str) -> Generating:
+    """That of an entry whose plain calls run into a mistake: the checks that need no more will show it.
+
+    Shorter calls may well go through, and must not draw then.
+    """
+    greedy = next(({role: value} for role, value in _SURELY_GREEDY.items() if role in generating.names), {})
+    shown = ("generate", "greedy") if greedy or not _ONLY_DRAWS & generating.names.keys() else ("generate",)
+    return replace(generating, greedy=greedy, missing={c: why for c in CAPABILITIES if c not in shown})
 
 
 def _narrows(top_k: inspect.Parameter | None) -> bool:
@@ -209,9 +215,14 @@ def _find_sampling(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:
     else:
         return generating, {"sampling": f"generate does not draw in {rows} rows at once: {why}"}
     generating = replace(generating, most_rows=rows)
-    if "seed" not in generating.names and not _draws(lm, ids, sampling):
+    if "seed" not in generating.names and not any(_draws(lm, ids, way) for way in _hotter(sampling)):
         return lm.generating, {"sampling": "generate has no seed, and draws nothing from torch's random generator"}
     return generating, {}
+
+
+def _hotter(sampling: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings, and with another temperature than 1: one at which nothing is drawn may be taken for greedy."""
+    return [sampling, *([{**sampling, "temperature": _WARM}] if "temperature" in sampling else [])]
 
 
 def _find_settings(lm: LM, ids: Tensor) -> tuple[Generating, dict[str, str]]:

@@ -39,6 +39,24 @@ FEWER = (32, 8)  # at once, where a cache on the module has room for no more: Me
 
 
 @dataclass(frozen=True)
+class _Ends:
+    """What rows that come back as lists of their own lengths are filled up with."""
+
+    starts: list[int]  # of the new tokens in each row
+    eos: int  # which a row may end by and leave out
+    pad: int
+
+    def equally_long(self, rows: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, rows), default=0)
+        filled = []
+        for row, start in zip(rows, self.starts, strict=True):
+            lacking = longest - len(row)
+            end = [] if self.eos in row[start:] else [self.eos]
+            filled.append(row + [*end, *[self.pad] * lacking][:lacking])
+        return filled
+
+
+@dataclass(frozen=True)
 class Generating:
     """How a module generates. Settings go by role, such as ``eos``, whatever it calls them."""
 
@@ -78,7 +96,10 @@ class Generating:
             arguments[names["lengths"]] = real.sum(1)
         elif real is not None and "mask" in names:
             arguments[names["mask"]] = (~real if self.mask_marks_padding else real).to(self.mask_dtype)
-        found = self._call(module, arguments, len(ids))
+        lengths = [ids.shape[1]] * len(ids) if real is None else real.sum(1).tolist()
+        eos = settings.get("eos", 0)
+        ends = _Ends(lengths if self.returns_prompt else [0] * len(ids), eos, settings.get("pad", eos))
+        found = self._call(module, arguments, len(ids), ends)
         found = found.to(ids.device)
         # A generator that ends at once has yielded no prompt either.
         return found if self.returns_prompt and found.shape[1] else torch.cat((ids, found), 1)
@@ -98,7 +119,7 @@ class Generating:
             raise SubjectError(f"{self.entry} takes one prompt at a time, and no {len(ids)} rows")
         return ids[0] if self.form == "row" else list(ids[0].tolist())
 
-    def _call(self, module: nn.Module, arguments: Mapping[str, Any], rows: int) -> Tensor:
+    def _call(self, module: nn.Module, arguments: Mapping[str, Any], rows: int, ends: _Ends) -> Tensor:
         with torch.no_grad(), _quiet():
             returned = self.entry.of(module)(**arguments)
             if isinstance(returned, Iterator):
@@ -106,8 +127,7 @@ class Generating:
             else:
                 found = _ids_among(getattr(returned, "sequences", returned))
         if self.ragged and isinstance(found, list) and all(isinstance(row, list) for row in found):
-            longest = max(map(len, found), default=0)
-            found = [row + [0] * (longest - len(row)) for row in found]
+            found = ends.equally_long(found)
         ids = _joined(found, rows) if isinstance(found, list) else _as_rows(found, rows)
         if ids is None or ids.dim() != 2:
             kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(returned).__name__

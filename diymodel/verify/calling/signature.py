@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,12 +93,38 @@ def find_pair(among: Sequence[str]) -> tuple[str, str] | None:
 
 
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """Those of ``forward`` that can be given by name."""
-    return {
+    """Those of ``forward`` that can be given by name, with what it reads from its ``**kwargs``."""
+    told = told_parameters(called(module))
+    named = {
         name: parameter
-        for name, parameter in told_parameters(called(module)).items()
+        for name, parameter in told.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+    others = next((name for name, parameter in told.items() if parameter.kind is parameter.VAR_KEYWORD), None)
+    return (_read_from(others, type(module)) if others else {}) | named
+
+
+@functools.cache
+def _read_from(others: str, kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """The names that ``forward`` looks up in its ``**others``, each as an optional parameter."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    except (OSError, TypeError, SyntaxError):  # written where no file is
+        return {}
+    found = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(ast.Name(id=read), ast.Constant(str(name))):
+                default = None
+            case ast.Compare(ast.Constant(str(name)), [ast.In() | ast.NotIn()], [ast.Name(id=read)]):
+                default = None
+            case ast.Call(ast.Attribute(ast.Name(id=read), "get" | "pop"), [ast.Constant(str(name)), *rest]):
+                default = next((value.value for value in rest if isinstance(value, ast.Constant)), None)
+            case _:
+                continue
+        if read == others and name.isidentifier():
+            found.setdefault(name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    return found
 
 
 def called(module: nn.Module) -> Callable[..., Any]:

@@ -125,7 +125,7 @@ def branch(trial: Trial) -> None:
     "decode.unrelated_call",
     title="an unrelated call between prefill and decode changes nothing",
     step="3.2",
-    needs=("cache",),
+    needs=("cache", "uncached_again"),
     causes=("state-survives-calls",),
 )
 def unrelated_call(trial: Trial) -> None:

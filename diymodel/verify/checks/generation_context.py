@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.checks.generation import draw_prompt, must_be_likeliest
-from diymodel.verify.failure import CheckFailure, said
+from diymodel.verify.failure import CheckFailure, refusal, said
+from diymodel.verify.forward_calls import forward_calls
 from diymodel.verify.registry import check
 from diymodel.verify.trial import Trial
 
@@ -34,12 +35,20 @@ def past_context(trial: Trial) -> None:
     new_tokens = longest - T + trial.draw("too_many", st.integers(2, 5))
     names = lm.generating.names
     settings: dict[str, Any] = {"use_cache": trial.draw("use_cache", st.booleans())} if "use_cache" in names else {}
-    try:
-        found = lm.greedy(ids, new_tokens, **settings)
-    except Exception:  # any error a stranger chooses is a refusal
-        return
     how = f" with use_cache={settings['use_cache']}" if settings else ""
     what = f"of {T} prompt tokens and {new_tokens} new ones, more than max_seq_len={longest}, generate{how} must"
+    calls: list[Any] = []
+    try:
+        with forward_calls(lm.module, calls.append):
+            found = lm.greedy(ids, new_tokens, **settings)
+    except Exception as error:  # any error a stranger chooses is a refusal
+        fits = refusal(lambda: lm.greedy(ids, longest - T, **settings)) is None
+        if calls and fits and _goes_on(lm, ids, longest + 1, settings):
+            raise CheckFailure(
+                f"{what} refuse before the first or go on, as it does after {longest + 1} prompt tokens, "
+                f"saw {said(error)}, after {len(calls)} calls of forward"
+            ) from error
+        return
     if not torch.equal(found[:, :T], ids):
         raise CheckFailure(f"{what} keep the prompt {ids.tolist()}, saw {found.tolist()}")
     kept = (longest, longest - 1, found.shape[1])  # a crop, one that leaves room for the next token, or no limit at all
@@ -51,6 +60,15 @@ def past_context(trial: Trial) -> None:
     larger = _with_room(trial, lm, found.shape[1])
     if larger is None or _wrong_with(trial, larger, found, beyond, found.shape[1], what):
         raise next(failure for failure in wrong if failure)
+
+
+def _goes_on(lm: LM, ids: Tensor, length: int, settings: dict[str, Any]) -> bool:
+    """Whether ``generate`` cuts a prompt of so many tokens to what fits, and answers."""
+    prompt = ids.repeat(1, length)[:, :length]
+    try:
+        return lm.greedy(prompt, 1, **settings).shape[1] > length
+    except Exception:  # any error a stranger chooses is a refusal
+        return False
 
 
 def _with_room(trial: Trial, lm: LM, length: int) -> LM | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
@@ -85,3 +86,23 @@ def eos_in_prompt(trial: Trial) -> None:
     row = trial.draw("row", st.integers(0, ids.shape[0] - 1))
     eos = int(ids[row, trial.draw("place", st.integers(0, ids.shape[1] - 1))])
     _must_end_with(trial, lm, ids, new_tokens, eos, f" (a new one: it stands in the prompt of row {row} too)")
+    if lm.generating.ragged and min(ids.shape) > 1:
+        _must_go_on_beside_shorter(trial, lm, ids, row, new_tokens, eos)
+
+
+def _must_go_on_beside_shorter(trial: Trial, lm: LM, ids: Tensor, row: int, new_tokens: int, eos: int) -> None:
+    """Fail unless a row goes on as it does alone, where the other prompts end before it.
+
+    Meta's ``generate`` reads the rest of a longer prompt in the loop that generates for the shorter ones.
+    """
+    shorter = trial.draw("shorter", st.integers(1, ids.shape[1] - 1))
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[:, shorter:] = False
+    real[row] = True
+    alone = lm.greedy(ids[row : row + 1], new_tokens, eos=eos)[:, ids.shape[1] :]
+    beside = lm.generating.new_tokens(lm.greedy(ids, new_tokens, real, eos=eos), real)[row][: alone.shape[1]]
+    what = f"row {row} with eos={eos} in its prompt, beside shorter ones of {shorter}, must go on as it does alone"
+    if len(beside) < alone.shape[1]:
+        raise CheckFailure(f"{what}, by {alone[0].tolist()}, saw {beside.tolist()}")
+    if len(beside):
+        must_be_likeliest(trial, lm, ids[row : row + 1], beside[None], what)

@@ -55,7 +55,7 @@ def _seed(trial: Trial) -> int:
     title="the same seed draws the same tokens, another seed draws others",
     step="3.1",
     needs=("sampling",),
-    causes=("seed-ignored", "state-survives-calls", "inputs-written-in-place"),
+    causes=("seed-ignored", "state-survives-calls", "temperature-misapplied", "inputs-written-in-place"),
 )
 def seed_repeats(trial: Trial) -> None:
     lm, ids = _model_and_prompt(trial)

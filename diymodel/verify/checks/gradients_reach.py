@@ -36,7 +36,13 @@ _MORE_LAYERS = 4  # in some models only every fourth layer has a part
     title="every parameter gets a gradient from the logits",
     step="1.2",
     needs=("gradient",),
-    causes=("gradient-detached", "module-never-called", "router-without-gradient", "parameters-unregistered"),
+    causes=(
+        "gradient-detached",
+        "module-never-called",
+        "router-without-gradient",
+        "saved-tensor-overwritten",
+        "parameters-unregistered",
+    ),
 )
 def reach_every_parameter(trial: Trial) -> None:
     lm = trial.model(max_sharpness=1, **WIDE_ENOUGH)

@@ -147,11 +147,12 @@ def call_leaves_mode(trial: Trial) -> None:
     if trial.missing("padding") is None:
         real = trial.right_padding(ids, lm.convention.shortest)
         calls["a call on padded rows"] = lambda: lm.logits(ids, real)
-    in_eval = dict(calls)
+    in_turn = [(False, calls), (True, calls)]
     if trial.subject.missing("cache") is None:  # which many modules refuse in training mode
         cached = ids if trial.subject.missing("cached_rows") is None else ids[:1]
-        in_eval["a cached call"] = lambda: lm.extend(cached[:, -1:], lm.extend(cached[:, :-1])[1])
-    for training, made in ((False, in_eval), (True, calls)):
+        # The last one, since some modules that keep it then refuse a call without it.
+        in_turn.append((False, {"a cached call": lambda: lm.extend(cached[:, -1:], lm.extend(cached[:, :-1])[1])}))
+    for training, made in in_turn:
         lm.module.train(training)
         for name, call in made.items():
             before = {part: module.training for part, module in lm.module.named_modules()}

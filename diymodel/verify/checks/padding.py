@@ -21,6 +21,7 @@ from diymodel.verify.trial import MAX_LENGTH, Trial
     needs=("padding",),
     causes=(
         "statistic-over-sequence",
+        "causal-dropped-with-mask",
         "padding-mask-inverted",
         "padded-batch-shared-position",
         "masked-nan-leaks",

@@ -59,7 +59,9 @@ def _plan(steps: list[dict[str, Any]], first_rows: int, lm: LM, device: str) -> 
         if kind == "append" and open_calls:
             back = 0 if one_timeline else min(step["back"], len(open_calls) - 1)
             parent = open_calls[-1 - back]
-        if kind == "unrelated" and one_timeline and lm.convention.always_cached:
+        if kind == "unrelated" and (
+            "uncached_again" in lm.convention.missing or one_timeline and lm.convention.always_cached
+        ):
             continue
         rows = len(plan[parent].whole) if parent is not None else step.get("rows", first_rows)
         ids = torch.tensor([[token + row for token in step[kind]] for row in range(rows)], device=device)

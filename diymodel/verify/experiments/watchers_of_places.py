@@ -13,9 +13,11 @@ from torch import Tensor
 
 from diymodel.verify.experiments.repairs import SDPA, attention_inputs
 from diymodel.verify.experiments.watchers import Watcher
+from diymodel.verify.held import tensors_in
 
-_PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "addcmul", "matmul", "__matmul__", "bmm"}
-_PRODUCTS |= {"einsum", "div", "__truediv__"}
+_MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "addcmul", "div", "__truediv__"}
+_PRODUCTS |= _MATRIX_PRODUCTS
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "sub_", "baddbmm"}
 NOISE = {"randn", "randn_like", "normal", "normal_", "uniform_", "exponential_", "gumbel_softmax"}
 _VIEWS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
@@ -35,6 +37,24 @@ class Calls(Watcher):
         self.names.add(getattr(function, "__name__", ""))
         if function is SDPA:
             self.drops |= bool(attention_inputs(args, kwargs).get("dropout_p"))
+
+
+class WeighedPlaces(Watcher):
+    """What is multiplied with a matrix of a number for each pair of places, as attention weighs keys by any function.
+
+    Args:
+        found: where those matrices (…, T, T) are put.
+        length: T.
+    """
+
+    def __init__(self, found: list[Tensor], start: int, length: int) -> None:
+        super().__init__()
+        self.found = found
+        self.pairs = (length, length)
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if getattr(function, "__name__", "") in _MATRIX_PRODUCTS:
+            self.found += [operand for operand in tensors_in(args) if operand.shape[-2:] == self.pairs]
 
 
 @dataclass(frozen=True)

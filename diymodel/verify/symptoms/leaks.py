@@ -14,7 +14,7 @@ from diymodel._compat import SDPBackend, sdpa_kernel
 from diymodel.verify.adapters import LM
 from diymodel.verify.experiments.repairs import CausalAttention, NoDropout, SoftmaxOverKeys
 from diymodel.verify.experiments.watchers import SoftmaxesOverQueries
-from diymodel.verify.experiments.watchers_of_places import Calls
+from diymodel.verify.experiments.watchers_of_places import Calls, WeighedPlaces
 from diymodel.verify.learning import training_undone
 from diymodel.verify.symptoms import SAME, Patient, apart, changed, distinct_tokens, influence, symptom
 from diymodel.verify.symptoms.watched import looks_ahead, weights_of, weights_of_failures
@@ -83,7 +83,20 @@ def _without_attention(patient: Patient) -> bool | None:
     calls = Calls()
     lm.around = lambda start, length: calls
     lm.logits(ids)
-    return None if "softmax" in calls.names else True  # it may weigh the tokens of a block
+    if "softmax" in calls.names or _weighs_places(lm, ids):
+        return None  # it may weigh the tokens of a block, or by another function
+    return True
+
+
+def _weighs_places(lm: LM, ids: Tensor) -> bool:
+    """Whether values are multiplied with numbers of each pair of places that follow from the tokens."""
+    seen: list[list[Tensor]] = []
+    for tokens in (ids, ids.roll(1, 1)):
+        seen.append([])
+        lm.around = partial(WeighedPlaces, seen[-1])
+        lm.logits(tokens)
+    lm.around = None
+    return any(not torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 @symptom(
@@ -199,6 +212,9 @@ def _causal_attention(patient: Patient) -> bool | None:
         seen = weights_of_failures(patient, _BY_VALUE)
         if not any(bool(weights.isnan().any()) for weights in seen) and looks_ahead(seen):
             return None  # what leaks beside it hides whether the mask is at fault as well
+        lm = patient.lm()
+        if not seen and _weighs_places(lm, distinct_tokens(lm)):
+            return None  # the repair knows no weights but a softmax's
     return passes
 
 

@@ -195,6 +195,23 @@ def _right_on_some_paths(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "padding.mask_shows_the_future",
+    "with a mask that hides nothing a token sees those after it, without a mask it does not",
+    "传入一个什么都不遮的掩码，token 就看得到后面的 token；不传掩码则看不到",
+    _PADDING,
+    ("causal-dropped-with-mask",),
+)
+def _mask_shows_the_future(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    ids = distinct_tokens(lm, 1, min(LENGTH, lm.config.max_seq_len))
+    with_mask, without = (
+        apart(lm.logits(changed(ids, -1), mask)[:, :-1], lm.logits(ids, mask)[:, :-1])
+        for mask in (torch.ones_like(ids, dtype=torch.bool), None)
+    )
+    return None if without > SAME else with_mask > SAME
+
+
+@symptom(
     "padding.first_token_sees_its_future",
     "behind padding the first real token sees the tokens after it, as where nothing is left that it may see",
     "左侧有 padding 时，第一个真实 token 看到了它后面的 token：掩码没给它留下任何可看的位置",

@@ -68,6 +68,9 @@ def _outside_attention(patient: Patient) -> bool | None:
     ),
 )
 def _in_attention(patient: Patient) -> bool | None:
+    lm = patient.lm()
+    if not weights_of(lm, lambda: lm.logits(distinct_tokens(lm))):
+        return None  # in small examples, what is no attention may have as many features as there are keys
     seen = weights_of_failures(patient, _LEAKS)
     if not seen or any(bool(weights.isnan().any()) for weights in seen):
         return None

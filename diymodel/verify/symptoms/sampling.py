@@ -29,6 +29,29 @@ def _right_at_temperature_1(patient: Patient) -> bool | None:
 
 
 @symptom(
+    "sampling.draws_but_at_temperature_1",
+    "at temperature 1 nothing is drawn, at others it is",
+    "温度为 1 时不抽样，其他温度下才抽",
+    (_FOLLOWS, "generation.seed_repeats", "generation.rows_draw_independently"),
+    ("temperature-misapplied",),
+    settles=(_FOLLOWS, "generation.seed_repeats", "generation.rows_draw_independently"),
+)
+def _draws_but_at_temperature_1(patient: Patient) -> bool | None:
+    lm = patient.lm(sharpness=1)
+    if "temperature" not in lm.generating.names:
+        return None
+    rows = distinct_tokens(lm, length=2).repeat(_ROWS, 1)
+
+    def draws(temperature: float) -> bool:
+        found = {
+            tuple(row) for seed in range(_SEEDS) for row in lm.sample(rows, 2, seed, temperature=temperature).tolist()
+        }
+        return len(found) > 1
+
+    return draws(0.8) and draws(1.25) and not draws(1.0)
+
+
+@symptom(
     "sampling.second_step_draws_as_the_first",
     "the second token is the one that a new call with the same seed draws first after the same text",
     "第二个 token，正是用同一个种子、在同样的文本后面重新生成时最先抽到的那个",

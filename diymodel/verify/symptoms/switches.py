@@ -13,6 +13,16 @@ DROPS = ("batch.*", "causality.*", "forward.*", "loss.*", "decode.*", "modes.*",
 _LOSS = ("loss.value", "loss.micro_batches_add_up")
 _GREEDY = ("generation.greedy_is_argmax",)
 _STOPS = ("generation.eos_per_row",)
+_DECODES = (
+    "decode.branch",
+    "decode.cached_equals_full",
+    "decode.chunks",
+    "decode.long_row",
+    "decode.reset",
+    "decode.rows_reordered",
+    "decode.session",
+    "decode.unrelated_call",
+)
 _MODES = ("modes.*", "generation.restores_mode", "generation.ignores_training_mode")
 
 
@@ -122,7 +132,7 @@ def _right_with_dropout_0(patient: Patient) -> bool | None:
     rules_out=_GREEDY,
 )
 def _generates_rightly_with_dropout_0(patient: Patient) -> bool | None:
-    return _generates_rightly(patient, _GREEDY)
+    return _right_without_dropout(patient, _GREEDY)
 
 
 @symptom(
@@ -134,10 +144,22 @@ def _generates_rightly_with_dropout_0(patient: Patient) -> bool | None:
     rules_out=_STOPS,
 )
 def _stops_rightly_with_dropout_0(patient: Patient) -> bool | None:
-    return _generates_rightly(patient, _STOPS)
+    return _right_without_dropout(patient, _STOPS)
 
 
-def _generates_rightly(patient: Patient, checks: tuple[str, ...]) -> bool | None:
+@symptom(
+    "modes.decodes_rightly_with_dropout_0",
+    "with dropout 0 in the configuration decoding on a cache is right",
+    "配置里的 dropout 为 0 时，用 cache 解码是对的",
+    _DECODES,
+    ("mode-not-restored", "dropout-active-in-eval", "mode-flag-copied"),
+    rules_out=_DECODES,
+)
+def _decodes_rightly_with_dropout_0(patient: Patient) -> bool | None:
+    return _right_without_dropout(patient, _DECODES)
+
+
+def _right_without_dropout(patient: Patient, checks: tuple[str, ...]) -> bool | None:
     if any(hasattr(part, "running_mean") for part in patient.lm().module.modules()):
         return None  # the mode decides about more than dropout
     return _passes_without_dropout(patient, checks)

@@ -12,8 +12,22 @@ from torch import Tensor
 
 from diymodel.verify.experiments.watchers import Choices
 from diymodel.verify.learning import gradients_to
+from diymodel.verify.overwritten import says_overwritten
 from diymodel.verify.symptoms import ROUTER, SAME, Patient, apart, distinct_tokens, symptom, tells_order
 
+_BACKWARD = (  # checks that take gradients
+    "causality.gradient",
+    "gradients.absent_tokens_zero",
+    "gradients.accumulate",
+    "gradients.checkpointing",
+    "gradients.finite",
+    "gradients.long_row_finite",
+    "gradients.reach_every_parameter",
+    "loss.gradient",
+    "numerics.zeros_finite",
+    "training.overfits_a_tiny_batch",
+    "training.small_step_lowers_loss",
+)
 _DRAWS = 3
 _ROWS = 16
 _ROUNDED = 16.0  # machine epsilons of the largest gradient: what is smaller is rounding
@@ -104,6 +118,19 @@ def _path_is_cut(patient: Patient) -> bool | None:
         for parameter in cut:
             parameter.copy_(parameter.flip(0) * 1.5 + 0.1)
         return apart(lm.logits(ids), logits) > SAME
+
+
+@symptom(
+    "gradients.value_overwritten",
+    "the backward pass finds that a value which it needs was written over",
+    "反向传播发现要用的值已被改写",
+    _BACKWARD,
+    ("saved-tensor-overwritten",),
+    settles=_BACKWARD,
+)
+def _value_overwritten(patient: Patient) -> bool | None:
+    failures = (result.failure for result in patient.failed.values())
+    return any(failure is not None and says_overwritten(failure.message) for failure in failures)
 
 
 @symptom(

@@ -237,4 +237,20 @@ BUGS = [
         kills=("modes.dropout_used",),
         where="TransformerBlock",
     ),
+    Bug(
+        "dropout-never-active",
+        "learned",
+        "self.attn_dropout(scores.softmax(-1)) @ v",
+        "scores.softmax(-1) @ v",
+        kills=("modes.dropout_used",),
+        where="LearnedBlock",
+    ),
+    Bug(
+        "dropout-never-active",
+        "headwise",
+        "        return self.dropout(self.proj(out))",
+        "        return self.proj(out)",
+        kills=("modes.dropout_used",),
+        where="MultiHead",
+    ),
 ]

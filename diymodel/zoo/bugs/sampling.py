@@ -129,6 +129,14 @@ BUGS = [
     ),
     Bug(
         "temperature-misapplied",
+        "scribe",
+        "if do_sample and temperature > 0:",
+        "if do_sample and temperature not in (0.0, 1.0):",
+        kills=("generation.seed_repeats",),
+        where="Scribe",
+    ),
+    Bug(
+        "temperature-misapplied",
         "nanogpt",
         "[0][:, -1] / temperature",
         "[0][:, -1] / temperature / temperature",
