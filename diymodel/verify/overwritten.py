@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -33,14 +34,12 @@ def written_by(check: Check, trial: Trial, failure: CheckFailure) -> str:
     writes = _Writes()
     again = Trial.replaying(trial.subject, trial.values, trial.device)
     again.around = lambda start, length: writes
-    try:
+    with contextlib.suppress(CheckFailure):
         again.run(check.function)
-    except CheckFailure:
-        pass
     named = _SHAPE.search(failure.message)
     shape = named and tuple(int(size) for size in named[1].split(", ") if size)
-    lines = {line: None for line, written in writes.found if written == shape} or dict(writes.found)
-    return f"; written over by {' or '.join(lines)}" if lines else ""
+    lines = [line for line, written in writes.found if written == shape] or [line for line, _ in writes.found]
+    return f"; written over by {' or '.join(dict.fromkeys(lines))}" if lines else ""
 
 
 class _Writes(TorchFunctionMode):

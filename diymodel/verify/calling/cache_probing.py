@@ -34,7 +34,7 @@ _MADE_BY_CALLER = "if the caller makes it, say how in Subject(…, new_cache=lam
 
 
 def close(seen: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same as far as finding a convention goes; bugs are for the checks, and nothing is nothing's."""
+    """Whether they are the same as far as finding a convention goes, and anything; bugs are for the checks."""
     return bool(expected.numel()) and bool(((seen - expected).abs() <= 1e-4 * expected.abs().max()).all())
 
 
@@ -259,7 +259,7 @@ def _on_chunks(lm: LM, ids: Tensor) -> Exception | None:
 
 
 def _uncached_refused(lm: LM, ids: Tensor) -> str | None:
-    """What an uncached call says after one on the cache, as torchtune's does, which then wants positions; not a crash."""
+    """What an uncached call says after one on the cache, as torchtune's that then wants positions; a crash is none."""
     try:
         lm.extend(ids)
         lm.logits(ids)

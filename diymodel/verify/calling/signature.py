@@ -101,23 +101,25 @@ def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     others = next((name for name, parameter in told.items() if parameter.kind is parameter.VAR_KEYWORD), None)
-    return (_read_from(others, type(module)) if others else {}) | named
+    method = called(module)
+    return (_read_from(others, getattr(method, "__func__", method)) if others else {}) | named
 
 
 @functools.cache
-def _read_from(others: str, kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
-    """The names that ``forward`` looks up in its ``**others``, each as an optional parameter."""
+def _read_from(others: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The names that a function looks up in its ``**others``, each as an optional parameter."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):  # written where no file is
         return {}
-    found = {}
+    found: dict[str, inspect.Parameter] = {}
     for node in ast.walk(tree):
+        default: Any = None
         match node:
             case ast.Subscript(ast.Name(id=read), ast.Constant(str(name))):
-                default = None
+                pass
             case ast.Compare(ast.Constant(str(name)), [ast.In() | ast.NotIn()], [ast.Name(id=read)]):
-                default = None
+                pass
             case ast.Call(ast.Attribute(ast.Name(id=read), "get" | "pop"), [ast.Constant(str(name)), *rest]):
                 default = next((value.value for value in rest if isinstance(value, ast.Constant)), None)
             case _:

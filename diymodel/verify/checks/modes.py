@@ -155,10 +155,9 @@ def call_leaves_mode(trial: Trial) -> None:
     for training, made in in_turn:
         lm.module.train(training)
         for name, call in made.items():
-            before = {part: module.training for part, module in lm.module.named_modules()}
+            parts = [(part, path, part.training) for path, part in lm.module.named_modules()]  # a call may put new ones
             call()
-            after = {part: module.training for part, module in lm.module.named_modules()}
-            if changed := [part or "the module itself" for part in before if after[part] is not before[part]]:
+            if changed := [path or "the module itself" for part, path, was in parts if part.training is not was]:
                 raise CheckFailure(
                     f"{name} must leave every part in the mode it was in, training={training}, saw in the other: "
                     f"{first_of(changed)}"

@@ -51,6 +51,7 @@ def _steps(vocab_size: int, longest: int, max_rows: int) -> st.SearchStrategy[li
 def _plan(steps: list[dict[str, Any]], first_rows: int, lm: LM, device: str) -> list[_Call]:
     """What each step calls; a step that would grow a sequence beyond the longest is left out."""
     one_timeline = lm.convention.one_timeline
+    alone_on_cache = "uncached_again" in lm.convention.missing or (one_timeline and lm.convention.always_cached)
     plan: list[_Call] = []
     for step in steps:
         kind = next(name for name in _KINDS if name in step)
@@ -59,9 +60,7 @@ def _plan(steps: list[dict[str, Any]], first_rows: int, lm: LM, device: str) -> 
         if kind == "append" and open_calls:
             back = 0 if one_timeline else min(step["back"], len(open_calls) - 1)
             parent = open_calls[-1 - back]
-        if kind == "unrelated" and (
-            "uncached_again" in lm.convention.missing or one_timeline and lm.convention.always_cached
-        ):
+        if kind == "unrelated" and alone_on_cache:
             continue
         rows = len(plan[parent].whole) if parent is not None else step.get("rows", first_rows)
         ids = torch.tensor([[token + row for token in step[kind]] for row in range(rows)], device=device)

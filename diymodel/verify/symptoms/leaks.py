@@ -80,12 +80,16 @@ def _without_attention(patient: Patient) -> bool | None:
     lm.logits(ids)
     if softmaxes:
         return False
+    # A softmax may weigh the tokens of a block.
+    return None if _calls_softmax(lm, ids) or _weighs_places(lm, ids) else True
+
+
+def _calls_softmax(lm: LM, ids: Tensor) -> bool:
     calls = Calls()
     lm.around = lambda start, length: calls
     lm.logits(ids)
-    if "softmax" in calls.names or _weighs_places(lm, ids):
-        return None  # it may weigh the tokens of a block, or by another function
-    return True
+    lm.around = None
+    return "softmax" in calls.names
 
 
 def _weighs_places(lm: LM, ids: Tensor) -> bool:
@@ -213,7 +217,8 @@ def _causal_attention(patient: Patient) -> bool | None:
         if not any(bool(weights.isnan().any()) for weights in seen) and looks_ahead(seen):
             return None  # what leaks beside it hides whether the mask is at fault as well
         lm = patient.lm()
-        if not seen and _weighs_places(lm, distinct_tokens(lm)):
+        ids = distinct_tokens(lm)
+        if not seen and not _calls_softmax(lm, ids) and _weighs_places(lm, ids):
             return None  # the repair knows no weights but a softmax's
     return passes
 
