@@ -16,13 +16,14 @@ from diymodel.verify.registry import Check
 from diymodel.verify.trial import Trial
 
 OVERWRITTEN = "saved-tensor-overwritten"
-_SAID = "modified by an inplace operation"  # torch's words
-_SHAPE = re.compile(r"\[torch\.\w+ \[([\d, ]*)\]\]")
+_SAID = re.compile(
+    r"modified by an inplace operation: \[torch\.[\w.]*(?:Float|Double|Half|BFloat16)Tensor \[([\d, ]*)\]"
+)
 
 
 def says_overwritten(message: str) -> bool:
-    """Whether it is of a backward pass that found a value it needs written over."""
-    return _SAID in message
+    """Whether it is of a backward pass that found a value it needs written over; ids and labels are the caller's."""
+    return _SAID.search(message) is not None
 
 
 def written_by(check: Check, trial: Trial, failure: CheckFailure) -> str:
@@ -36,7 +37,7 @@ def written_by(check: Check, trial: Trial, failure: CheckFailure) -> str:
     again.around = lambda start, length: writes
     with contextlib.suppress(CheckFailure):
         again.run(check.function)
-    named = _SHAPE.search(failure.message)
+    named = _SAID.search(failure.message)
     shape = named and tuple(int(size) for size in named[1].split(", ") if size)
     lines = [line for line, written in writes.found if written == shape] or [line for line, _ in writes.found]
     return f"; written over by {' or '.join(dict.fromkeys(lines))}" if lines else ""

@@ -120,8 +120,9 @@ def _right_in_one_layer(patient: Patient) -> bool | None:
     if two.config.num_layers != 2:
         return None
     ids = distinct_tokens(two)
+    right = right_once(patient, lambda: wrong(one, ids, 1), lambda: wrong(two, ids, 1))
     # What is right at first depends on more than a layer's place: on a window, on room for more.
-    return right_once(patient, lambda: wrong(one, ids, 1), lambda: wrong(two, ids[:, :2], 1) and wrong(two, ids, 1))
+    return right and wrong(two, ids[:, :2], 1)
 
 
 @symptom(
