@@ -760,6 +760,7 @@ class ReadsOthers(Causal):
     """MiniMind and happy-llm look some arguments up by name."""
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, **others: Any) -> Tensor:
+        others["unread"] = 0
         if "attention_mask" in others:
             self.told = others["attention_mask"]
         start, cached = others.get("start_pos", 0), others.pop("use_cache", False)

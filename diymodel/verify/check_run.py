@@ -24,7 +24,7 @@ from diymodel.verify.failure import (
     said_where,
     says_not_implemented,
 )
-from diymodel.verify.overwritten import says_overwritten, written_by
+from diymodel.verify.overwritten import OVERWRITTEN, says_overwritten, written_by
 from diymodel.verify.randomness import constants_from_no_module
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Failure, Result, Status
@@ -228,8 +228,9 @@ def _failure(check: Check, subject: Subject, trial: Trial, error: Exception) -> 
     device = "" if trial.device == "cpu" else f" --device {trial.device}"
     command = f"diymodel verify {shlex.quote(subject.spec)} --only {check.id}{device} --replay {shlex.quote(recorded)}"
     if isinstance(error, CheckFailure):
-        causes = check.causes if error.causes is None else error.causes
-        message = error.message + (written_by(check, trial, error) if says_overwritten(error.message) else "")
+        message, causes = error.message, check.causes if error.causes is None else error.causes
+        if says_overwritten(message) and (lines := written_by(check, trial, error)):
+            message, causes = f"{message}; written over by {lines}", (OVERWRITTEN,)
         return Failure(message, causes, values.get("config", {}), values, command, error.max_abs_diff, error.tolerance)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not is_a_tools(frame)]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from diymodel.verify.adapters import LM
 from diymodel.verify.failure import CheckFailure, began, said
-from diymodel.verify.overwritten import OVERWRITTEN, says_overwritten
 from diymodel.verify.trial import Trial
 
 # A single ReLU may well be off at every token, and a LayerNorm over two features passes hardly any gradient on.
@@ -78,9 +77,8 @@ def _backward_runs() -> Iterator[None]:
     except RuntimeError as error:
         if began(error):  # a backward written by hand, whose lines are told
             raise
-        causes = (OVERWRITTEN,) if says_overwritten(str(error)) else ()
         what = said(error).partition(". Hint: ")[0]  # of torch's, which the line that is told makes needless
-        raise CheckFailure(f"the backward pass must run, saw {what}", causes=causes) from error
+        raise CheckFailure(f"the backward pass must run, saw {what}", causes=()) from error
 
 
 def _is_checkpointed(objective: Tensor) -> bool:

@@ -116,7 +116,7 @@ def _read_from(others: str, function: Callable[..., Any]) -> dict[str, inspect.P
     for node in ast.walk(tree):
         default: Any = None
         match node:
-            case ast.Subscript(ast.Name(id=read), ast.Constant(str(name))):
+            case ast.Subscript(ast.Name(id=read), ast.Constant(str(name)), ast.Load()):
                 pass
             case ast.Compare(ast.Constant(str(name)), [ast.In() | ast.NotIn()], [ast.Name(id=read)]):
                 pass
