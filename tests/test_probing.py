@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diymodel import DIYConfig
 from diymodel.verify import Subject, SubjectError, check_causal_lm
+from diymodel.verify.html import to_html
 from tests.test_adapters import Tiny, causal
 
 # --- which configuration, which dtype --------------------------------------------------------------------------------
@@ -378,6 +379,10 @@ def test_caches_are_not_reset_before_the_first_and_what_is_lacking_is_said() -> 
     assert Subject(ResetsLater).missing("cache") == why
     assert Subject(ResetsLater).describe() == f"forward(tokens, mask, input_pos); left out after an error: {why}"
     assert "left out" not in Subject(Causal).describe()  # it has no cache
+    report = check_causal_lm(ResetsLater, profile="quick", only=["shape.logits"])
+    assert report.to_text().endswith("; left out after an error: cache\n")
+    assert report.to_dict()["left_out"] == ["cache"]
+    assert "left out after an error: cache</p>" in to_html(report)
 
 
 # --- what further arguments may hide ----------------------------------------------------------------------------------

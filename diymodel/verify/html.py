@@ -16,6 +16,7 @@ from diymodel.verify.catalogue import bug_class
 from diymodel.verify.explain import cause, explain, explain_diagnosis, title
 from diymodel.verify.registry import Check
 from diymodel.verify.report import Failure, Lang, Report, Result
+from diymodel.verify.text import notes
 from diymodel.verify.words import MARKS, STATUS, STEPS, WORDS, equal_means
 
 _STYLE = """
@@ -101,15 +102,13 @@ def _header(report: Report, lang: Lang) -> str:
         words["seed"]: str(report.seed),
         words["time"]: f"{report.seconds:.1f} {words['seconds']}",
     }
-    notes = [f"{len(report.refused)} {words['refused']}"] if report.refused else []
-    notes += [report.interrupted] if report.interrupted else []
     return "\n".join(
         [
             f"<h1>{words['title']} <code>{escape(report.subject)}</code></h1>",
             '<div class="card">',
             f'<div class="verdict {report.verdict}">{MARKS[report.verdict]} {names[report.verdict]}</div>',
             f"<p>{said}</p>",
-            *(f'<p class="soft">{escape(note)}</p>' for note in notes),
+            *(f'<p class="soft">{escape(note)}</p>' for note in notes(report, lang)),
             *(f"<p>{_jump(result)}</p>" for result in report.failed),
             f'<p class="soft">{words["called"]} <code>{escape(report.called)}</code></p>',
             f'<p class="soft">{equal_means(lang)}</p>',

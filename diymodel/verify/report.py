@@ -87,6 +87,7 @@ class Report:
     symptoms: Mapping[str, bool] = field(default_factory=dict)  # answers of verify/symptoms/
     diagnosis: tuple[Diagnosis, ...] = ()  # the likeliest first; none where nothing failed, or nothing fits
     unexplained: tuple[str, ...] = ()  # failed checks that no likely bug of the diagnosis explains
+    left_out: tuple[str, ...] = ()  # capabilities that could not be tried because of an error: cache, loss, generate
 
     @property
     def failed(self) -> list[Result]:
@@ -177,6 +178,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "interrupted": self.interrupted,
             "configurations_refused": len(self.refused),
+            "left_out": list(self.left_out),
             "checks": [_result_dict(result) for result in self.results],
             "symptoms": dict(self.symptoms),
             "diagnosis": [_diagnosis_dict(found) for found in self.diagnosis],

@@ -89,7 +89,10 @@ def check_causal_lm(
         probe_isolated(resolved)
     convention = resolved.convention  # found first, so that a subject that cannot be called says so at once
     dtype_used = dtype_name(settings.dtype or convention.dtype)
-    report = Report(resolved.name, seed, profile, torch.__version__, device, dtype_used, called=resolved.describe())
+    called, left_out = resolved.describe(), tuple(resolved.left_out)
+    report = Report(
+        resolved.name, seed, profile, torch.__version__, device, dtype_used, called=called, left_out=left_out
+    )
     started = time.perf_counter()
     if isolate:
         results = run_isolated(resolved, chosen, settings, jobs, verify_one)

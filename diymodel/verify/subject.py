@@ -99,6 +99,7 @@ _GIVEN = {
     "directory": "is no directory with saved weights",
     "checkpoint": "does not say how it is saved and loaded: Subject(…, save=…, load=…)",
 }
+_TRIED = ("cache", "loss", "generate")
 _ERROR = re.compile(r"\w+(Error|Exception): ")
 _PRESUMED = ("causal", "past_context")  # of every subject that does not say otherwise
 _HIDING = "hiding"  # a token is hidden, by a mask or by where its row begins
@@ -231,10 +232,15 @@ class Subject:
             notes.append(f"whatever the configuration says, {sizes}")
         if self.num_parameters >= _LARGE:
             notes.append(f"the smallest has {self.num_parameters:,} parameters, so every trial takes its time")
-        found = (self.convention.missing.get(capability, "") for capability in ("cache", "loss", "generate"))
-        if errors := [why for why in found if _ERROR.search(why)]:  # it is there by name, and all of its checks skip it
-            notes.append(f"left out after an error: {'; '.join(errors)}")
+        if self.left_out:
+            notes.append(f"left out after an error: {'; '.join(self.left_out.values())}")
         return "; ".join(notes)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What it has by name and all checks skip, since trying it ended in an error; with what was raised."""
+        found = {capability: self.convention.missing.get(capability, "") for capability in _TRIED}
+        return {capability: why for capability, why in found.items() if _ERROR.search(why)}
 
     def moved(self, lm: LM, ids: Tensor, offset: int) -> Tensor:
         """Logits (B, T, V) with every position moved by ``offset``, as its author says or by handing positions over."""

@@ -116,10 +116,16 @@ def _summary(report: Report, color: bool, lang: Lang) -> str:
     words, names = WORDS[lang], STATUS[lang]
     counts = {status: sum(result.status == status for result in report.results) for status in MARKS}
     said = ", ".join(f"{count} {names[status]}" for status, count in counts.items() if count)
-    refused = f"; {len(report.refused)} {words['refused']}" if report.refused else ""
-    interrupted = f"; {report.interrupted}" if report.interrupted else ""
     verdict = _paint(names[report.verdict], f"1;{_COLORS[report.verdict]}", color)
-    return f"{verdict}{': ' if said else ''}{said}; {report.seconds:.1f} {words['seconds']}{refused}{interrupted}"
+    return "; ".join([f"{verdict}{': ' if said else ''}{said}", f"{report.seconds:.1f} {words['seconds']}", *notes(report, lang)])
+
+
+def notes(report: Report, lang: Lang) -> list[str]:
+    """What goes with the verdict: what was not tried, and why."""
+    words = WORDS[lang]
+    said = [f"{len(report.refused)} {words['refused']}"] if report.refused else []
+    said += [f"{words['left_out']}: {', '.join(report.left_out)}"] if report.left_out else []
+    return said + ([report.interrupted] if report.interrupted else [])
 
 
 def _values(values: Mapping[str, Any]) -> str:

@@ -90,6 +90,7 @@ WORDS: dict[Lang, dict[str, str]] = {
         "computes in that (16, in the result or in the weights, where only one of two ways does). With this rule there "
         "were {alarms} false alarms in more than {trials:,} trials of correct models.",
         "refused": "configurations were refused by the subject",
+        "left_out": "left out after an error",
     },
     "zh": {
         "title": "验证报告：",
@@ -130,6 +131,7 @@ WORDS: dict[Lang, dict[str, str]] = {
         "内部用 float32 计算的则不超过 float32 的一个最小间隔（两条路径里只有一条如此的，结果或权重不超过 16 个）："
         "按这条规则，在正确的模型上试验超过 {trials:,} 次，误报 {alarms} 次。",
         "refused": "个配置被模型拒绝构建",
+        "left_out": "试用时出错、没有检查",
     },
 }
 
