@@ -177,3 +177,37 @@ def test_what_cannot_be_put_back_is_left_alone() -> None:
     assert installed_by("init_cache", before) is None
     module.table = torch.zeros(2)
     assert installed_by("init_cache", before) is None
+
+
+class WantsPositions(Past):
+    """As in torchtune: once caches are set up, there is no call without positions."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.cache: Any = None
+        self.longest = config.max_seq_len
+
+    def setup_caches(self, batch_size: int) -> None:
+        self.cache = Kept(batch_size, self.embed.weight, self.longest)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        if self.cache is None:
+            return self.step(tokens, None)[0]
+        if input_pos is None:
+            raise ValueError("Caches are setup, but the position of input token is missing")
+        start = int(input_pos.flatten()[0])
+        logits, _, new = self.step(tokens, self.cache.held[:, :, :start] if start else None)
+        self.cache.put(start, new)
+        return logits
+
+
+def test_a_module_that_has_no_uncached_call_after_a_cached_one_is_not_blamed_for_that() -> None:
+    report = check_causal_lm(WantsPositions, profile="quick", only=["decode.*", "modes.call_leaves_mode"])
+    assert report.verdict == "passed", report.to_text()
+    found = {result.check.id: result for result in report.results}
+    assert {found[id].status for id in ("decode.cached_equals_full", "decode.session")} == {"passed"}
+    assert found["modes.call_leaves_mode"].status == "passed"
+    assert found["decode.unrelated_call"].reason == (
+        "once the module has a cache, a call without it is refused: ValueError: Caches are setup, but the position of "
+        "input token is missing"
+    )
