@@ -117,7 +117,9 @@ def _summary(report: Report, color: bool, lang: Lang) -> str:
     counts = {status: sum(result.status == status for result in report.results) for status in MARKS}
     said = ", ".join(f"{count} {names[status]}" for status, count in counts.items() if count)
     verdict = _paint(names[report.verdict], f"1;{_COLORS[report.verdict]}", color)
-    return "; ".join([f"{verdict}{': ' if said else ''}{said}", f"{report.seconds:.1f} {words['seconds']}", *notes(report, lang)])
+    return "; ".join(
+        [f"{verdict}{': ' if said else ''}{said}", f"{report.seconds:.1f} {words['seconds']}", *notes(report, lang)]
+    )
 
 
 def notes(report: Report, lang: Lang) -> list[str]:
